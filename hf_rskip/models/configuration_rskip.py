@@ -1,0 +1,179 @@
+"""Configuration of the translation model."""
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .skip_connections import AFFINES, NORMS, SKIP_CONNECTIONS
+
+
+class RSkipConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`RSkipModel`], an encoder-decoder Transformer whose sublayers use a chosen skip connection.
+    Names are those of Marian and BART; the defaults are a Transformer-base (Vaswani et al., 2017) with rSkip+LN, K = 2.
+
+    Args:
+        vocab_size (`int`, defaults to 32000):
+            Number of tokens of the source vocabulary (and of the target vocabulary, when they are shared).
+        decoder_vocab_size (`int`, *optional*):
+            Number of tokens of the target vocabulary; `vocab_size` unless given.
+        d_model (`int`, defaults to 512):
+            Width of the model, a multiple of both numbers of attention heads.
+        encoder_layers, decoder_layers (`int`, defaults to 6):
+            Number of layers of each stack.
+        encoder_attention_heads, decoder_attention_heads (`int`, defaults to 8):
+            Number of attention heads of each layer.
+        encoder_ffn_dim, decoder_ffn_dim (`int`, defaults to 2048):
+            Inner width of the feed-forward sublayers.
+        activation_function (`str`, defaults to `"relu"`):
+            Name of a function of `transformers.activations.ACT2FN`.
+        dropout, attention_dropout, activation_dropout (`float`, defaults to 0.1, 0.0 and 0.0):
+            Dropout of embeddings and branch outputs, of attention weights, and inside the feed-forward sublayers.
+        max_position_embeddings (`int`, defaults to 1024):
+            Longest sequence, in tokens, that the sinusoidal positions cover.
+        scale_embedding (`bool`, defaults to `True`):
+            Whether embeddings are multiplied by the square root of `d_model`.
+        share_encoder_decoder_embeddings (`bool`, defaults to `True`):
+            Whether source and target share one vocabulary and, with `tie_word_embeddings`, one embedding matrix.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the output projection is the target embedding matrix. `False` separates all matrices.
+        skip_type (`str`, defaults to `"rskip"`):
+            The kind of skip connection, a key of `SKIP_CONNECTIONS`: `"rskip"`, `"xskip"`, `"pre_norm"`.
+        skip_recursions (`int`, defaults to 2):
+            K, the number of recursions of `"rskip"`, at least 1; K = 1 is post-LN. Other kinds ignore it.
+        skip_scale (`float`, defaults to 1.0):
+            s, the fixed scale of `"xskip"`. Other kinds ignore it.
+        skip_norm (`str`, defaults to `"layer_norm"`):
+            `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
+        skip_norm_affine (`str`, defaults to `"per_step"`):
+            Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
+        layer_norm_eps (`float`, defaults to 1e-5):
+            Added to the variance in every norm.
+        pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id (`int`, defaults to 0, 1, 2, 1):
+            The special tokens.
+        use_cache (`bool`, defaults to `True`):
+            Whether generation keeps keys and values of past tokens.
+        source_lang, target_lang (`str`, *optional*):
+            Codes of the languages that the model translates from and into.
+
+    Raises:
+        `ValueError`: one sentence that names the field and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
+
+    >>> config = RSkipConfig(vocab_size=100, d_model=32, encoder_layers=2, decoder_layers=2, skip_recursions=3)
+    >>> model = RSkipForConditionalGeneration(config)
+
+    ```
+    """
+
+    model_type = "rskip"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
+
+    vocab_size: int = 32000
+    decoder_vocab_size: int | None = None
+    d_model: int = 512
+    encoder_layers: int = 6
+    encoder_attention_heads: int = 8
+    encoder_ffn_dim: int = 2048
+    decoder_layers: int = 6
+    decoder_attention_heads: int = 8
+    decoder_ffn_dim: int = 2048
+    activation_function: str = "relu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    max_position_embeddings: int = 1024
+    scale_embedding: bool = True
+    share_encoder_decoder_embeddings: bool = True
+    tie_word_embeddings: bool = True
+    skip_type: str = "rskip"
+    skip_recursions: int = 2
+    skip_scale: float = 1.0
+    skip_norm: str = "layer_norm"
+    skip_norm_affine: str = "per_step"
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    decoder_start_token_id: int = 1
+    use_cache: bool = True
+    source_lang: str | None = None
+    target_lang: str | None = None
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.decoder_vocab_size is None:
+            self.decoder_vocab_size = self.vocab_size
+        self._check_values()
+        super().__post_init__(**kwargs)
+
+    def _check_values(self) -> None:
+        def check(field, allowed, what):
+            if not allowed(getattr(self, field)):
+                raise ValueError(f"`{field}` must be {what}, not {getattr(self, field)!r}")
+
+        def is_number(value):
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+        def is_count(value):
+            return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+        for field in (
+            "vocab_size",
+            "decoder_vocab_size",
+            "d_model",
+            "encoder_layers",
+            "encoder_attention_heads",
+            "encoder_ffn_dim",
+            "decoder_layers",
+            "decoder_attention_heads",
+            "decoder_ffn_dim",
+            "max_position_embeddings",
+            "skip_recursions",
+        ):
+            check(field, is_count, "an integer of at least 1")
+        for field in ("dropout", "attention_dropout", "activation_dropout"):
+            check(field, lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
+        check("skip_scale", lambda value: is_number(value) and abs(value) < float("inf"), "a finite number")
+        check("layer_norm_eps", lambda value: is_number(value) and value > 0, "a positive number")
+        check("activation_function", lambda value: str(value) in ACT2FN, "a name of `transformers.activations.ACT2FN`")
+        for field, table in (
+            ("skip_type", SKIP_CONNECTIONS),
+            ("skip_norm", NORMS),
+            ("skip_norm_affine", AFFINES),
+        ):
+            check(
+                field,
+                lambda value, table=table: isinstance(value, str) and value in table,
+                f"one of {', '.join(table)}",
+            )
+        for field in ("pad_token_id", "decoder_start_token_id"):
+            check(
+                field,
+                lambda value: value == 0 or (is_count(value) and value < self.decoder_vocab_size),
+                f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}",
+            )
+        if self.skip_norm == "none" and SKIP_CONNECTIONS[self.skip_type].requires_norm:
+            raise ValueError(f"`skip_norm` must be a norm, not 'none', with `skip_type` {self.skip_type!r}")
+        for field in ("encoder_attention_heads", "decoder_attention_heads"):
+            if self.d_model % getattr(self, field):
+                raise ValueError(
+                    f"`d_model` must be a multiple of `{field}`, but {self.d_model} is not a multiple of "
+                    f"{getattr(self, field)}"
+                )
+        if self.share_encoder_decoder_embeddings and self.decoder_vocab_size != self.vocab_size:
+            raise ValueError(
+                f"`decoder_vocab_size` must equal `vocab_size` with `share_encoder_decoder_embeddings`, but "
+                f"{self.decoder_vocab_size} is not {self.vocab_size}"
+            )
+
+
+__all__ = ["RSkipConfig"]

@@ -1,0 +1,580 @@
+"""An encoder-decoder Transformer whose sublayers use a chosen skip connection."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_rskip import RSkipConfig
+from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
+
+
+def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+    """The decoder's input for `labels` `(batch, length)`: start token first, last token off, -100 read as padding."""
+    shifted = labels.new_full(labels.shape, decoder_start_token_id)
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class RSkipSinusoidalPositionalEmbedding(nn.Module):
+    """Sinusoidal positions (Vaswani et al., 2017): sines in the first half of the features, cosines in the second."""
+
+    def __init__(self, num_positions: int, embedding_dim: int):
+        super().__init__()
+        self.num_positions, self.embedding_dim = num_positions, embedding_dim
+        self.weight = nn.Buffer(torch.empty(num_positions, embedding_dim), persistent=False)
+
+    def create_weight(self) -> torch.Tensor:
+        """The table, `(num_positions, embedding_dim)`, computed in float64."""
+        sines = math.ceil(self.embedding_dim / 2)
+        exponent = 2 * torch.arange(sines, dtype=torch.float64) / self.embedding_dim
+        angle = torch.arange(self.num_positions, dtype=torch.float64)[:, None] / 10000**exponent
+        return torch.cat([angle.sin(), angle[:, : self.embedding_dim // 2].cos()], dim=1).float()
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(position_ids, self.weight)
+
+
+class RSkipAttention(nn.Module):
+    """Multi-head attention, over the layer's own input or, with `key_value_states`, over the encoder's output."""
+
+    def __init__(self, config: RSkipConfig, num_heads: int, layer_idx: int, is_causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.d_model // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _keys_and_values(self, states, cache, is_cross_attention):
+        """Keys and values of shape `(batch, heads, length, head_dim)`, through the cache where there is one."""
+        layer_cache = cache
+        if isinstance(cache, EncoderDecoderCache):
+            layer_cache = cache.cross_attention_cache if is_cross_attention else cache.self_attention_cache
+            if is_cross_attention and cache.is_updated.get(self.layer_idx):
+                return layer_cache.layers[self.layer_idx].keys, layer_cache.layers[self.layer_idx].values
+        keys = self._split_heads(self.k_proj(states))
+        values = self._split_heads(self.v_proj(states))
+        if layer_cache is not None:
+            keys, values = layer_cache.update(keys, values, self.layer_idx)
+            if is_cross_attention and isinstance(cache, EncoderDecoderCache):
+                cache.is_updated[self.layer_idx] = True
+        return keys, values
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[FlashAttentionKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        is_cross_attention = key_value_states is not None
+        query = self._split_heads(self.q_proj(hidden_states))
+        keys, values = self._keys_and_values(
+            key_value_states if is_cross_attention else hidden_states, past_key_values, is_cross_attention
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(hidden_states.shape).contiguous()), weights
+
+
+class RSkipMLP(nn.Module):
+    """Position-wise feed-forward network."""
+
+    def __init__(self, config: RSkipConfig, ffn_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.activation_fn = ACT2FN[config.activation_function]
+        self.activation_dropout = config.activation_dropout
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.activation_fn(self.fc1(hidden_states))
+        hidden_states = nn.functional.dropout(hidden_states, p=self.activation_dropout, training=self.training)
+        return self.fc2(hidden_states)
+
+
+def _skip_connection(config: RSkipConfig, stack: str, layer: int, sublayer: int) -> SkipConnection:
+    position = SublayerPosition(stack, layer, sublayer)
+    return SKIP_CONNECTIONS[config.skip_type].from_config(config, config.d_model, position)
+
+
+class RSkipEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RSkipConfig, layer_idx: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_attn = RSkipAttention(config, config.encoder_attention_heads, layer_idx)
+        self.self_attn_skip = _skip_connection(config, "encoder", layer_idx, 0)
+        self.mlp = RSkipMLP(config, config.encoder_ffn_dim)
+        self.mlp_skip = _skip_connection(config, "encoder", layer_idx, 1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        branch, _ = self.self_attn(self.self_attn_skip.before(hidden_states, token_mask), attention_mask, **kwargs)
+        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
+        hidden_states = self.self_attn_skip(hidden_states, branch, token_mask)
+
+        branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
+        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
+        return self.mlp_skip(hidden_states, branch, token_mask)
+
+
+class RSkipDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RSkipConfig, layer_idx: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx, is_causal=True)
+        self.self_attn_skip = _skip_connection(config, "decoder", layer_idx, 0)
+        self.encoder_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx)
+        self.encoder_attn_skip = _skip_connection(config, "decoder", layer_idx, 1)
+        self.mlp = RSkipMLP(config, config.decoder_ffn_dim)
+        self.mlp_skip = _skip_connection(config, "decoder", layer_idx, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        branch, _ = self.self_attn(
+            self.self_attn_skip.before(hidden_states, token_mask),
+            attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
+        hidden_states = self.self_attn_skip(hidden_states, branch, token_mask)
+
+        branch, _ = self.encoder_attn(
+            self.encoder_attn_skip.before(hidden_states, token_mask),
+            encoder_attention_mask,
+            key_value_states=encoder_hidden_states,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
+        hidden_states = self.encoder_attn_skip(hidden_states, branch, token_mask)
+
+        branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
+        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
+        return self.mlp_skip(hidden_states, branch, token_mask)
+
+
+class RSkipPreTrainedModel(PreTrainedModel):
+    config_class = RSkipConfig
+    config: RSkipConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RSkipEncoderLayer", "RSkipDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+
+    def _initialize_weights(self, module: nn.Module, *args, **kwargs) -> None:
+        # Transformers passes over modules of custom code that have no parameters of their own, and with them over the
+        # layers, lest custom code overwrites loaded weights. `transformers.initialization` leaves those alone anyway.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier-uniform projections, zero biases, embeddings of variance 1 / d_model, then each skip connection's."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.d_model**-0.5)
+            # The flag of a loaded weight does not survive the slicing, so it is asked for here.
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, RSkipSinusoidalPositionalEmbedding):
+            init.copy_(module.weight, module.create_weight())
+        elif isinstance(module, (RSkipEncoderLayer, RSkipDecoderLayer)):
+            for name, child in module.named_children():
+                if isinstance(child, SkipConnection):
+                    child.init_weights(branch=getattr(module, name.removesuffix("_skip")))
+        else:
+            super()._init_weights(module)
+
+
+class RSkipStack(RSkipPreTrainedModel):
+    """What encoder and decoder share: embeddings with positions, and the norm that ends some stacks."""
+
+    def __init__(self, config: RSkipConfig, vocab_size: int):
+        super().__init__(config)
+        self.dropout = config.dropout
+        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        self.embed_tokens = nn.Embedding(vocab_size, config.d_model, config.pad_token_id)
+        self.embed_positions = RSkipSinusoidalPositionalEmbedding(config.max_position_embeddings, config.d_model)
+        self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(config, config.d_model)
+        self.gradient_checkpointing = False
+
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Scaled embeddings `(batch, length, d_model)` of the tokens, or the given ones, scaled."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds must be given")
+        return (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * self.embed_scale
+
+    def add_positions(self, inputs_embeds: torch.Tensor, offset: int | torch.Tensor = 0) -> torch.Tensor:
+        """Adds positions `offset`, `offset + 1`, ... to embeddings `(batch, length, d_model)`, with dropout."""
+        length = inputs_embeds.shape[1]
+        # A static cache counts in a tensor, whose value is not worth a synchronisation.
+        end = length if isinstance(offset, torch.Tensor) else length + offset
+        if end > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The sequence has {end} tokens, more than the {self.config.max_position_embeddings} of "
+                "`max_position_embeddings`"
+            )
+        position_ids = torch.arange(length, device=inputs_embeds.device) + offset
+        hidden_states = inputs_embeds + self.embed_positions(position_ids).to(inputs_embeds)
+        return nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+
+
+class RSkipEncoder(RSkipStack):
+    """Transformer encoder."""
+
+    _can_record_outputs = {"hidden_states": RSkipEncoderLayer, "attentions": RSkipAttention}
+
+    def __init__(self, config: RSkipConfig):
+        super().__init__(config, config.vocab_size)
+        self.layers = nn.ModuleList(RSkipEncoderLayer(config, index) for index in range(config.encoder_layers))
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
+        token_mask = attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        hidden_states = self.add_positions(inputs_embeds)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, token_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states, token_mask))
+
+
+class RSkipDecoder(RSkipStack):
+    """Transformer decoder."""
+
+    _can_record_outputs = {
+        "hidden_states": RSkipDecoderLayer,
+        "attentions": OutputRecorder(RSkipAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(RSkipAttention, index=1, layer_name="encoder_attn"),
+    }
+
+    def __init__(self, config: RSkipConfig):
+        super().__init__(config, config.decoder_vocab_size)
+        self.layers = nn.ModuleList(RSkipDecoderLayer(config, index) for index in range(config.decoder_layers))
+        self.post_init()
+
+    def _token_mask(self, input_ids, attention_mask, length):
+        """True at real tokens `(batch, length)`: by the mask if one was given, else by the tokens."""
+        if attention_mask is not None:
+            return attention_mask[:, -length:].bool() if attention_mask.dim() == 2 else None
+        if input_ids is None:
+            return None
+        # The end token is an input only where a longer sentence of the batch goes on.
+        eos = self.config.eos_token_id
+        token_mask = input_ids != self.config.pad_token_id
+        for end in eos if isinstance(eos, list) else [eos]:
+            token_mask = token_mask & (input_ids != end)
+        # Where one of them is the start token, the first column is real all the same.
+        return torch.cat([torch.ones_like(token_mask[:, :1]), token_mask[:, 1:]], dim=1)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        self_attention_cache = (
+            past_key_values.self_attention_cache
+            if isinstance(past_key_values, EncoderDecoderCache)
+            else past_key_values
+        )
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        token_mask = self._token_mask(input_ids, attention_mask, inputs_embeds.shape[1])
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=self_attention_cache,
+        )
+        encoder_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        hidden_states = self.add_positions(inputs_embeds, past_length)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                causal_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                token_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.final_norm(hidden_states, token_mask), past_key_values=past_key_values
+        )
+
+
+class RSkipModel(RSkipPreTrainedModel):
+    """The encoder-decoder without a head; see [`RSkipForConditionalGeneration`] for the arguments of `forward`."""
+
+    def __init__(self, config: RSkipConfig):
+        super().__init__(config)
+        if config.share_encoder_decoder_embeddings:
+            self._tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
+        self.encoder = RSkipEncoder(config)
+        self.decoder = RSkipDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.encoder.embed_tokens = value
+        if self.config.share_encoder_decoder_embeddings:
+            self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: tuple[torch.Tensor] | BaseModelOutput | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqModelOutput:
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class RSkipForConditionalGeneration(RSkipPreTrainedModel, GenerationMixin):
+    """The encoder-decoder with a language-modelling head: translation and other sequence-to-sequence tasks."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+
+    def __init__(self, config: RSkipConfig):
+        super().__init__(config)
+        if config.share_encoder_decoder_embeddings:
+            self._tied_weights_keys = {
+                "lm_head.weight": "model.encoder.embed_tokens.weight",
+                "model.decoder.embed_tokens.weight": "model.encoder.embed_tokens.weight",
+            }
+        # By the class's name Transformers would choose the causal loss, which shifts the labels a second time.
+        self.loss_type = "ForMaskedLM"
+        self.model = RSkipModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=False)
+        self.post_init()
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs) -> nn.Embedding:
+        """Resizes the shared vocabulary; see `PreTrainedModel.resize_token_embeddings`.
+
+        Raises:
+            `ValueError`: if source and target have embeddings of their own.
+        """
+        if not (self.config.share_encoder_decoder_embeddings and self.config.tie_word_embeddings):
+            raise ValueError(
+                "`resize_token_embeddings` needs `share_encoder_decoder_embeddings` and `tie_word_embeddings`"
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.decoder_vocab_size = self.config.vocab_size
+        return embeddings
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """The decoder's input for `labels`; see [`shift_tokens_right`]."""
+        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: tuple[torch.Tensor] | BaseModelOutput | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`(batch, source_length)`):
+                Source tokens, and 1 at the real ones.
+            decoder_input_ids, decoder_attention_mask (`(batch, target_length)`, *optional*):
+                Target tokens, shifted right; made from `labels` unless given.
+            encoder_outputs (*optional*):
+                What an earlier call of the encoder returned, in place of the source.
+            past_key_values (*optional*):
+                Keys and values of past target tokens, of which `decoder_input_ids` is then the continuation.
+            inputs_embeds, decoder_inputs_embeds (`(batch, length, d_model)`, *optional*):
+                Token embeddings, before scaling, in place of tokens.
+            labels (`(batch, target_length)`, *optional*):
+                Tokens to predict, not shifted; -100 is ignored. Gives a mean cross-entropy, in nats a token, or with
+                `num_items_in_batch` the sum divided by that number.
+            use_cache (`bool`, *optional*):
+                Whether to return `past_key_values`; never with `labels`.
+            logits_to_keep (`int` or 1-D tensor, defaults to 0):
+                Only the last so many positions, or the positions of the tensor, get logits; 0 means all.
+
+        Returns:
+            A `Seq2SeqLMOutput` with `logits` of shape `(batch, target_length, decoder_vocab_size)`.
+        """
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.decoder_vocab_size, **kwargs)
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+__all__ = ["RSkipForConditionalGeneration", "RSkipModel", "RSkipPreTrainedModel"]

@@ -1,0 +1,287 @@
+"""Skip connections: how a residual block joins its input x to the output F of its branch.
+
+A skip connection has a step before the branch and a step after it, so that one object expresses every form:
+
+    x = skip(x, branch(skip.before(x)))
+
+| `skip_type` | class | formula |
+|---|---|---|
+| `rskip` | [`RSkip`] | y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K |
+| `xskip` | [`XSkip`] | LN(s * x + F), or s * x + F without a norm |
+| `pre_norm` | [`PreNorm`] | x + F(LN(x)), one more LN at the end of the stack |
+
+F is the branch, K the number of recursions, s the scale; LN may be any norm of [`NORMS`]. Post-LN is `rskip` with K = 1
+and `xskip` with s = 1. To add a kind, subclass [`SkipConnection`] and enter the class in [`SKIP_CONNECTIONS`].
+
+Source: Liu, Ren, Zhang, Sun and Zou, "Rethinking Skip Connection with Layer Normalization in Transformers and ResNets",
+COLING 2020 (https://arxiv.org/abs/2105.07205); pre-norm: Wang et al., ACL 2019 (https://arxiv.org/abs/1906.01787).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the last dimension; the mask is accepted and not needed."""
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return F.layer_norm(hidden, self.normalized_shape, weight, bias, self.eps)
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation over the last dimension: no centring and no bias."""
+
+    bias = None
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of each feature over all tokens, in the manner of `nn.BatchNorm1d` but with features last.
+
+    In training the statistics are those of the tokens that `mask` keeps, so that padding never enters them; in
+    evaluation they are the running ones. Statistics are computed in float32 at least. In a causal decoder the training
+    statistics span the whole sentence, future tokens included: that is inherent to batch normalisation.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(size, eps=eps, affine=elementwise_affine)
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        if self.training:
+            mean, variance = self._batch_statistics(hidden, mask)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        rstd = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + self.eps)
+        normalized = ((hidden - mean) * rstd).to(hidden.dtype)
+        return normalized if weight is None else normalized * weight + bias
+
+    def _batch_statistics(self, hidden, mask):
+        tokens = hidden.reshape(-1, self.num_features).to(torch.promote_types(hidden.dtype, torch.float32))
+        if mask is None:
+            keep = tokens.new_ones(len(tokens), 1)
+        else:
+            keep = mask.expand(hidden.shape[:-1]).reshape(-1, 1).bool()
+            tokens = tokens.masked_fill(~keep, 0)  # a product would turn overflow into NaN
+        kept = keep.sum()
+        count = kept.clamp(min=1)
+        mean = tokens.sum(0) / count
+        variance = ((tokens - mean).square() * keep).sum(0) / count
+        with torch.no_grad():
+            # As in torch: the running variance is the unbiased one, the variance that normalises is not.
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            momentum = (self.momentum * (kept > 0)).to(self.running_mean.dtype)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+            self.num_batches_tracked.add_(1)
+        return mean, variance
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class NoNorm(nn.Module):
+    """The identity, where a formula is used without a norm."""
+
+    weight = bias = None
+
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__()
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return hidden
+
+    def forward(self, hidden, mask=None):
+        return hidden
+
+
+NORMS: dict[str, type[nn.Module]] = {
+    "layer_norm": LayerNorm,
+    "rms_norm": RMSNorm,
+    "batch_norm": BatchNorm,
+    "none": NoNorm,
+}
+"""Every norm by its configuration name (`skip_norm`). Called as `norm(hidden, mask)`."""
+
+
+def make_norm(name: str, size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
+    """The norm called `name` in [`NORMS`]; a `ValueError` where there is none."""
+    if name not in NORMS:
+        raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, not {name!r}")
+    return NORMS[name](size, eps=eps, elementwise_affine=elementwise_affine)
+
+
+AFFINES = ("per_step", "shared", "last")
+"""Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
+
+
+@dataclass(frozen=True)
+class SublayerPosition:
+    """Where a skip connection stands, for kinds whose constants depend on the depth."""
+
+    stack: str
+    """`"encoder"` or `"decoder"`."""
+    layer: int
+    """Index of the layer in its stack, from 0."""
+    sublayer: int
+    """Index of the sublayer in its layer, from 0."""
+
+
+class SkipConnection(nn.Module):
+    """Base class: joins the input x of a residual block to the output of its branch.
+
+    Subclasses define `forward` (the step after the branch) and, where they differ from the defaults here, the other
+    methods. `x` and `branch` have shape `(..., size)`; `mask` has shape `(...)` and is true at real tokens, or is
+    `None` when all tokens are real. Only norms with statistics over tokens look at it.
+    """
+
+    requires_norm = False
+    """Whether `skip_norm="none"` would leave a formula that is not of this kind."""
+
+    @classmethod
+    def from_config(cls, config, size: int, position: SublayerPosition) -> "SkipConnection":
+        """Builds the skip connection of the sublayer at `position`, for tensors of shape `(..., size)`."""
+        return cls(size, norm=config.skip_norm, eps=config.layer_norm_eps)
+
+    @classmethod
+    def final_norm(cls, config, size: int) -> nn.Module:
+        """The norm that ends a stack of blocks of this kind, called as `norm(hidden, mask)`: none by default."""
+        return NoNorm(size)
+
+    def init_weights(self, branch: nn.Module) -> None:
+        """This kind's part of the initialisation, after the model's own; `branch` is the module that computes F: an
+        attention with `q_proj`, `k_proj`, `v_proj` and `out_proj`, or an MLP with `fc1` and `fc2`.
+
+        Parameters are to be filled with the functions of `transformers.initialization`, which leave loaded weights
+        alone.
+        """
+
+    def before(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The input of the branch: x itself by default."""
+        return x
+
+
+class RSkip(SkipConnection):
+    """Recursive skip connection with layer normalisation, rSkip+LN.
+
+    y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K. With K = 1 it is post-LN. Without a norm it is K * x + F.
+
+    Args:
+        size: number of features, the last dimension of x.
+        recursions: K, at least 1.
+        norm: a name of [`NORMS`].
+        affine: `"per_step"` (own gain and bias for each of the K norms), `"shared"` (one gain and bias for all) or
+            `"last"` (gain and bias only at step K; the steps before it just normalise). Batch statistics belong to a
+            step in every case.
+        eps: added to the variance.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_rskip import RSkip
+
+    >>> feed_forward = torch.nn.Linear(16, 16)
+    >>> skip = RSkip(16, recursions=2)
+    >>> x = torch.randn(4, 10, 16)
+    >>> y = skip(x, feed_forward(skip.before(x)))
+    >>> y.shape
+    torch.Size([4, 10, 16])
+
+    ```
+    """
+
+    def __init__(
+        self, size: int, recursions: int = 2, norm: str = "layer_norm", affine: str = "per_step", eps: float = 1e-5
+    ):
+        super().__init__()
+        if not isinstance(recursions, int) or isinstance(recursions, bool) or recursions < 1:
+            raise ValueError(f"`recursions` must be an integer of at least 1, not {recursions!r}")
+        if affine not in AFFINES:
+            raise ValueError(f"`affine` must be one of {', '.join(AFFINES)}, not {affine!r}")
+        has_affine = {
+            "per_step": [True] * recursions,
+            "shared": [True] + [False] * (recursions - 1),
+            "last": [False] * (recursions - 1) + [True],
+        }[affine]
+        self.norm = nn.ModuleList(make_norm(norm, size, eps, elementwise_affine=flag) for flag in has_affine)
+        self.affine = affine
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        return cls(size, config.skip_recursions, config.skip_norm, config.skip_norm_affine, config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = branch
+        for norm in self.norm:
+            affine = self.norm[0] if self.affine == "shared" else norm
+            y = norm.normalize(x + y, affine.weight, affine.bias, mask)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"recursions={len(self.norm)}, affine={self.affine}"
+
+
+class XSkip(SkipConnection):
+    """Expanded skip connection with a fixed scale: xSkip+LN, LN(s * x + F), or xSkip, s * x + F, with `norm="none"`.
+
+    With s = 1 and layer normalisation it is post-LN. The scale is not learned.
+    """
+
+    def __init__(self, size: int, scale: float = 1.0, norm: str = "layer_norm", eps: float = 1e-5):
+        super().__init__()
+        if not math.isfinite(scale):
+            raise ValueError(f"`scale` must be a finite number, not {scale!r}")
+        self.scale = scale
+        self.norm = make_norm(norm, size, eps)
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        return cls(size, config.skip_scale, config.skip_norm, config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.norm(torch.add(branch, x, alpha=self.scale), mask)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class PreNorm(SkipConnection):
+    """Pre-norm residual: x + F(LN(x)), with one final norm at the end of the stack."""
+
+    requires_norm = True
+
+    def __init__(self, size: int, norm: str = "layer_norm", eps: float = 1e-5):
+        super().__init__()
+        if norm == "none":
+            raise ValueError("`norm` must be a norm, not 'none'")
+        self.norm = make_norm(norm, size, eps)
+
+    @classmethod
+    def final_norm(cls, config, size):
+        return make_norm(config.skip_norm, size, config.layer_norm_eps)
+
+    def before(self, x, mask=None):
+        return self.norm(x, mask)
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return x + branch
+
+
+SKIP_CONNECTIONS: dict[str, type[SkipConnection]] = {
+    "rskip": RSkip,
+    "xskip": XSkip,
+    "pre_norm": PreNorm,
+}
+"""Every kind of skip connection by its configuration name (`skip_type`)."""

@@ -1,0 +1,191 @@
+"""What all tests share: caches in a folder of their own, no network, a tiny corpus, and a model trained on it."""
+
+import atexit
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+# Before datasets, transformers or torch are imported, here and in every subprocess.
+_CACHE = tempfile.mkdtemp(prefix="hf-rskip-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ |= {
+    "HF_HOME": _CACHE,
+    "HF_DATASETS_CACHE": f"{_CACHE}/datasets",
+    "HF_HUB_CACHE": f"{_CACHE}/hub",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "COLUMNS": "120",
+}
+
+import pytest  # noqa: E402
+import yaml  # noqa: E402
+
+WORDS = {
+    "the": "die",
+    "a": "eine",
+    "cat": "Katze",
+    "mouse": "Maus",
+    "woman": "Frau",
+    "street": "Straße",
+    "sees": "sieht",
+    "likes": "mag",
+    "small": "kleine",
+    "old": "alte",
+    "red": "rote",
+    "and": "und",
+    "hears": "hört",
+}
+ARTICLES, NOUNS, VERBS, ADJECTIVES = (
+    ["the", "a"],
+    ["cat", "mouse", "woman", "street"],
+    ["sees", "likes", "hears"],
+    ["small", "old", "red"],
+)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def sentence_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Different sentences of 4 to 14 words and their translations, word by word."""
+    rng = random.Random(seed)
+
+    def noun_phrase():
+        return [rng.choice(ARTICLES), *rng.sample(ADJECTIVES, rng.randrange(3)), rng.choice(NOUNS)]
+
+    sources = {}
+    while len(sources) < count:
+        words = [*noun_phrase(), rng.choice(VERBS), *noun_phrase()]
+        if rng.random() < 0.3:
+            words += ["and", rng.choice(VERBS), *noun_phrase()]
+        sources[" ".join(words)] = " ".join(WORDS[word] for word in words)
+    return [{"en": f"{source} .", "de": f"{target} ."} for source, target in sources.items()]
+
+
+@pytest.fixture(scope="session")
+def pairs() -> dict[str, list[dict[str, str]]]:
+    """The sentence pairs of the tiny corpus, by split."""
+    everything = sentence_pairs(380)
+    return {"train": everything[:320], "validation": everything[320:350], "test": everything[350:]}
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(pairs, tmp_path_factory) -> str:
+    """The tiny corpus as a folder that `datasets.load_dataset` loads."""
+    from datasets import Dataset, Features, Translation
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, rows in pairs.items():
+        features = Features({"translation": Translation(["en", "de"])})
+        Dataset.from_dict({"translation": rows}, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def recipe(corpus_folder) -> dict:
+    """A recipe of a tiny model: dropout on, 4 epochs of about 11 steps, evaluated and saved every 4 steps."""
+    return {
+        "dataset_name": corpus_folder,
+        "source_lang": "en",
+        "target_lang": "de",
+        "max_source_length": 32,
+        "max_target_length": 32,
+        "vocab_size": 320,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 64,
+        "dropout": 0.1,
+        "per_device_train_batch_tokens": 512,
+        "learning_rate": "1e-2",
+        "warmup_steps": 10,
+        "num_train_epochs": 4,
+        "logging_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "early_stopping_patience": 6,
+        "num_beams": 2,
+        "max_new_tokens": 24,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 3,
+    }
+
+
+@pytest.fixture(scope="session")
+def write_recipe(recipe, tmp_path_factory):
+    """Writes the recipe with changes (`None` leaves a key out), with an `output_dir` of its own, to a YAML file."""
+
+    def write(**changes) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        values = {"output_dir": str(folder / "output"), **recipe, **changes}
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def start_cli():
+    """Starts the console script as a user does; standard streams are pipes of bytes."""
+    script = Path(sysconfig.get_path("scripts"), "hf-rskip")
+
+    def start(*words, python_options=(), **kwargs) -> subprocess.Popen:
+        command = [sys.executable, *python_options, script, *words]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
+        return subprocess.Popen([str(word) for word in command], env=environment, **{**pipes, **kwargs})
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_cli(start_cli):
+    """Runs the console script to its end; returns `code`, `out` and `err` (decoded), and `raw`, the output's bytes."""
+
+    def run(*words, stdin: bytes = b"", **kwargs) -> SimpleNamespace:
+        process = start_cli(*words, **kwargs)
+        out, err = process.communicate(stdin, timeout=300)
+        return SimpleNamespace(code=process.returncode, out=out.decode(), err=err.decode(), raw=out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(run_cli, write_recipe) -> SimpleNamespace:
+    """The tiny model, trained by `hf-rskip train`: its `recipe` (path), `folder`, and what the command printed."""
+    path = write_recipe()
+    result = run_cli("train", path)
+    assert result.code == 0, result.err
+    return SimpleNamespace(recipe=path, folder=path.parent / "output", out=result.out, err=result.err)
+
+
+@pytest.fixture(scope="session")
+def model_and_tokenizer(trained):
+    """The tiny model and its tokenizer, on the CPU."""
+    from hf_rskip.decoding.loading import load_model
+
+    model, tokenizer = load_model(str(trained.folder))
+    return model.cpu(), tokenizer

@@ -1,0 +1,111 @@
+"""Configuration: defaults, round trips, and the one sentence that a wrong value raises."""
+
+import math
+
+import pytest
+from transformers import AutoConfig
+
+from hf_rskip import NORMS, SKIP_CONNECTIONS, RSkipConfig
+
+
+def test_defaults():
+    config = RSkipConfig()
+    assert (config.skip_type, config.skip_recursions, config.skip_norm) == ("rskip", 2, "layer_norm")
+    assert (config.skip_norm_affine, config.skip_scale, config.layer_norm_eps) == ("per_step", 1.0, 1e-5)
+    assert config.decoder_vocab_size == config.vocab_size
+    assert config.is_encoder_decoder
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (512, 8, 6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"skip_type": "xskip", "skip_scale": 2.414, "skip_norm": "rms_norm", "layer_norm_eps": 1e-6},
+        {"skip_recursions": 3, "skip_norm": "batch_norm", "skip_norm_affine": "last"},
+        {"share_encoder_decoder_embeddings": False, "vocab_size": 10, "decoder_vocab_size": 12, "d_model": 64},
+        {"source_lang": "en", "target_lang": "de", "dropout": 0, "eos_token_id": [2, 3], "use_cache": False},
+    ],
+)
+def test_round_trip(values, tmp_path):
+    config = RSkipConfig(**values)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is RSkipConfig
+    assert loaded.to_json_string() == config.to_json_string()
+    assert {name: getattr(loaded, name) for name in values} == values
+
+
+COUNT = "an integer of at least 1"
+COUNTS = (
+    "vocab_size",
+    "decoder_vocab_size",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "max_position_embeddings",
+    "skip_recursions",
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        *((field, 0, COUNT) for field in COUNTS),
+        *(("skip_recursions", value, COUNT) for value in (-1, 1.5, True, "2", None)),
+        *(
+            (field, value, "a number from 0 to below 1")
+            for field in ("dropout", "attention_dropout", "activation_dropout")
+            for value in (1.0, -0.1, math.nan, "0.1")
+        ),
+        *(("skip_scale", value, "a finite number") for value in (math.nan, math.inf, -math.inf, "1", None, True)),
+        *(("layer_norm_eps", value, "a positive number") for value in (0.0, -1e-5, math.nan, "1e-5")),
+        *(("skip_type", value, f"one of {', '.join(SKIP_CONNECTIONS)}") for value in ("r_skip", "", None)),
+        *(("skip_norm", value, f"one of {', '.join(NORMS)}") for value in ("layernorm", None)),
+        ("skip_norm_affine", "first", "one of per_step, shared, last"),
+        ("activation_function", "rleu", "a name of `transformers.activations.ACT2FN`"),
+    ],
+)
+def test_a_wrong_value_names_the_field_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError) as error:
+        RSkipConfig(**{field: value})
+    assert str(error.value) == f"`{field}` must be {allowed}, not {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"skip_type": "pre_norm", "skip_norm": "none"},
+            "`skip_norm` must be a norm, not 'none', with `skip_type` 'pre_norm'",
+        ),
+        (
+            {"d_model": 20, "encoder_attention_heads": 8, "decoder_attention_heads": 4},
+            "`d_model` must be a multiple of `encoder_attention_heads`, but 20 is not a multiple of 8",
+        ),
+        (
+            {"d_model": 20, "encoder_attention_heads": 4, "decoder_attention_heads": 3},
+            "`d_model` must be a multiple of `decoder_attention_heads`, but 20 is not a multiple of 3",
+        ),
+        (
+            {"vocab_size": 10, "decoder_vocab_size": 12},
+            "`decoder_vocab_size` must equal `vocab_size` with `share_encoder_decoder_embeddings`, but 12 is not 10",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together(values, message):
+    with pytest.raises(ValueError) as error:
+        RSkipConfig(**values)
+    assert str(error.value) == message
+
+
+def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
+    RSkipConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"skip_recursions": 2', '"skip_recursions": 0'))
+    with pytest.raises(ValueError, match="`skip_recursions` must be an integer of at least 1, not 0"):
+        AutoConfig.from_pretrained(tmp_path)

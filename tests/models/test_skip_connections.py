@@ -1,0 +1,377 @@
+"""Skip connections against their formulas, in float64 and with a random upstream gradient."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_rskip import NORMS, SKIP_CONNECTIONS, PreNorm, RSkip, SublayerPosition, XSkip
+
+EPS = 1e-5
+SIZE = 6
+AFFINES = ("per_step", "shared", "last")
+RECURSIONS = (1, 2, 3, 4)
+
+
+def layer_norm(x):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPS)
+
+
+def rms_norm(x):
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS)
+
+
+def batch_norm(x):
+    tokens = tuple(range(x.dim() - 1))
+    centred = x - x.mean(tokens)
+    return centred / torch.sqrt((centred * centred).mean(tokens) + EPS)
+
+
+FORMULAS = {"layer_norm": layer_norm, "rms_norm": rms_norm, "batch_norm": batch_norm}
+
+
+def rskip(x, branch, norm, gains, biases):
+    y = branch
+    for gain, bias in zip(gains, biases, strict=True):
+        y = norm(x + y) * gain + bias
+    return y
+
+
+def gains_and_biases(norms, affine):
+    """The K pairs that the K steps are meant to use, as two lists."""
+    used = {"per_step": norms, "shared": [norms[0]] * len(norms), "last": [None] * (len(norms) - 1) + [norms[-1]]}
+    gains = [1.0 if norm is None else norm.weight for norm in used[affine]]
+    return gains, [0.0 if norm is None or norm.bias is None else norm.bias for norm in used[affine]]
+
+
+def randomized(module):
+    """The module in float64, with gains and biases that are neither 1 nor 0."""
+    module = module.double()
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    return module
+
+
+def random_inputs(*shape):
+    torch.manual_seed(0)
+    x, branch = torch.randn(2, *shape, dtype=torch.float64)
+    return x.requires_grad_(), (0.3 + 2 * branch).requires_grad_()
+
+
+def assert_same_function(actual, expected, leaves):
+    """Equal values, and equal gradients of `leaves` under a random upstream gradient."""
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, leaves, upstream, retain_graph=True) for y in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+
+
+def centred(x):
+    return x - x.mean(-1, keepdim=True)
+
+
+def angle(x, y):
+    return torch.acos(nn.functional.cosine_similarity(centred(x), centred(y), dim=-1).clamp(-1, 1))
+
+
+def standardized(x):
+    return centred(x) / x.std(-1, correction=0, keepdim=True)
+
+
+# Formulas
+
+
+@pytest.mark.parametrize("recursions", RECURSIONS)
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("norm", FORMULAS)
+def test_rskip_is_its_formula(norm, affine, recursions):
+    x, branch = random_inputs(3, 5, SIZE)
+    skip = randomized(RSkip(SIZE, recursions, norm, affine, EPS))
+    expected = rskip(x, branch, FORMULAS[norm], *gains_and_biases(skip.norm, affine))
+    assert_same_function(skip(x, branch), expected, [x, branch, *skip.parameters()])
+    vectors = 1 if norm == "rms_norm" else 2
+    assert len(list(skip.parameters())) == vectors * (recursions if affine == "per_step" else 1)
+
+
+@pytest.mark.parametrize("recursions", [1, 3])
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("norm", FORMULAS)
+def test_rskip_passes_gradcheck(norm, affine, recursions):
+    inputs = random_inputs(2, 3, 4)
+    skip = randomized(RSkip(4, recursions, norm, affine))
+    assert torch.autograd.gradcheck(lambda x, branch, *_: skip(x, branch), (*inputs, *skip.parameters()))
+
+
+@pytest.mark.parametrize("recursions", RECURSIONS)
+def test_closed_form_of_the_last_affine(recursions):
+    x, branch = random_inputs(4, SIZE)
+    skip = randomized(RSkip(SIZE, recursions, affine="last", eps=EPS))
+    xc, fc = centred(x), centred(branch)
+    vx, vf, c_xf = ((u * v).mean(-1, keepdim=True) for u, v in ((xc, xc), (fc, fc), (xc, fc)))
+    a, c = torch.ones_like(vx), torch.ones_like(vx)
+    for step in range(recursions):
+        s = torch.sqrt(a**2 * vx + c**2 * vf + 2 * a * c * c_xf + EPS)
+        a, c = a / s + (step < recursions - 1), c / s
+    expected = (a * xc + c * fc) * skip.norm[-1].weight + skip.norm[-1].bias
+    assert_same_function(skip(x, branch), expected, [x, branch, *skip.parameters()])
+
+
+@pytest.mark.parametrize("norm", FORMULAS)
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.414])
+def test_xskip_is_its_formula(scale, norm):
+    x, branch = random_inputs(3, 5, SIZE)
+    skip = randomized(XSkip(SIZE, scale, norm, EPS))
+    bias = 0.0 if skip.norm.bias is None else skip.norm.bias
+    expected = FORMULAS[norm](scale * x + branch) * skip.norm.weight + bias
+    assert_same_function(skip(x, branch), expected, [x, branch, *skip.parameters()])
+    assert torch.autograd.gradcheck(lambda x, branch, *_: skip(x, branch), (x, branch, *skip.parameters()))
+
+
+@pytest.mark.parametrize("norm", FORMULAS)
+def test_pre_norm_is_its_formula(norm):
+    x, _ = random_inputs(3, 5, SIZE)
+    config = SimpleNamespace(skip_norm=norm, layer_norm_eps=EPS)
+    blocks = [randomized(PreNorm(SIZE, norm, EPS)) for _ in range(2)]
+    final_norm = randomized(PreNorm.final_norm(config, SIZE))
+    branch = nn.Linear(SIZE, SIZE).double()
+
+    def reference_norm(module, x):
+        return FORMULAS[norm](x) * module.weight + (0.0 if module.bias is None else module.bias)
+
+    actual = expected = x
+    for skip in blocks:
+        actual = skip(actual, branch(skip.before(actual)))
+        expected = expected + branch(reference_norm(skip.norm, expected))
+    parameters = [p for module in (*blocks, final_norm, branch) for p in module.parameters()]
+    assert_same_function(final_norm(actual), reference_norm(final_norm, expected), [x, *parameters])
+
+
+def test_post_ln_is_rskip_and_xskip():
+    x, branch = random_inputs(3, 5, SIZE)
+    norm = randomized(nn.LayerNorm(SIZE))
+    for skip in (RSkip(SIZE, 1), RSkip(SIZE, 1, affine="shared"), RSkip(SIZE, 1, affine="last"), XSkip(SIZE, 1.0)):
+        for parameter, value in zip(skip.double().parameters(), norm.parameters(), strict=True):
+            parameter.data.copy_(value)
+        torch.testing.assert_close(skip(x, branch), norm(x + branch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recursions", RECURSIONS)
+def test_without_a_norm_rskip_is_xskip(recursions):
+    x, branch = random_inputs(3, SIZE)
+    for skip in (RSkip(SIZE, recursions, "none"), XSkip(SIZE, recursions, "none")):
+        assert not list(skip.parameters())
+        assert_same_function(skip(x, branch), recursions * x + branch, [x, branch])
+
+
+@pytest.mark.parametrize("recursions", RECURSIONS)
+@pytest.mark.parametrize("norm", FORMULAS)
+def test_affines_are_one_function_at_initialisation(norm, recursions):
+    x, branch = random_inputs(3, 5, SIZE)
+    expected = rskip(x, branch, FORMULAS[norm], [1.0] * recursions, [0.0] * recursions)
+    for affine in AFFINES:
+        assert_same_function(RSkip(SIZE, recursions, norm, affine).double()(x, branch), expected, [x, branch])
+
+
+# Facts that follow from the formulas (unit gains)
+
+
+def test_output_is_parallel_to_an_effective_scale():
+    x, branch = random_inputs(20, 32)
+    r = torch.ones(20, 1, dtype=torch.float64)
+    for recursions in range(1, 6):
+        y = RSkip(32, recursions, eps=0).double()(x, branch)
+        torch.testing.assert_close(y, standardized(r * x + branch))
+        r = r + (r * x + branch).std(-1, correction=0, keepdim=True)
+
+
+@pytest.mark.parametrize("branch_scale", [0.1, 1.0, 30.0])
+def test_each_step_halves_the_angle(branch_scale):
+    x, branch = random_inputs(20, 32)
+    x, branch = standardized(x), branch_scale * branch
+    first = angle(x, RSkip(32, 1, eps=0).double()(x, branch))
+    for recursions in range(2, 6):
+        y = RSkip(32, recursions, eps=0).double()(x, branch)
+        torch.testing.assert_close(angle(x, y), first / 2 ** (recursions - 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("recursions", "weight"), [(1, 1.0), (2, 2.414), (3, 5.027), (4, 10.153), (5, 20.355)])
+@pytest.mark.parametrize("branch_std", [0.3, 1.0, 4.0])
+def test_effective_scale_of_an_orthogonal_branch(recursions, weight, branch_std):
+    x, branch = (standardized(tensor) for tensor in random_inputs(20, 32))
+    branch = branch_std * standardized(branch - (branch * x).mean(-1, keepdim=True) * x)
+    y = RSkip(32, recursions, eps=0).double()(x, branch)
+    r = (y * x).mean(-1) / ((y * branch).mean(-1) / branch_std**2)
+    expected = branch_std / math.tan(math.atan(branch_std) / 2 ** (recursions - 1))
+    torch.testing.assert_close(r, torch.full_like(r, expected))
+    if branch_std == 1.0:
+        assert expected == pytest.approx(weight, abs=6e-4)
+
+
+def test_two_recursions_rotate_by_less_than_a_right_angle():
+    x, branch = random_inputs(200, 8)
+    x, branch = standardized(x), 1e4 * branch
+    assert angle(x, XSkip(8, 2.0).double()(x, branch)).max() > math.radians(120)
+    assert angle(x, RSkip(8, 2).double()(x, branch)).max() < math.radians(90)
+
+
+# Batch normalisation against torch
+
+
+@pytest.mark.parametrize("padding", [None, 1e3, math.inf])
+def test_batch_norm_is_that_of_torch_on_the_kept_tokens(padding):
+    torch.manual_seed(0)
+    norm, peer = randomized(NORMS["batch_norm"](SIZE)), nn.BatchNorm1d(SIZE).double()
+    peer.load_state_dict(norm.state_dict())
+    for _ in range(3):
+        hidden = 2 + 3 * torch.randn(4, 7, SIZE, dtype=torch.float64)
+        mask = None if padding is None else torch.rand(4, 7) < 0.6
+        keep = torch.ones(4, 7, dtype=torch.bool) if mask is None else mask
+        kept = hidden[keep].requires_grad_()
+        if padding is not None:
+            hidden[~mask] = padding
+        hidden.requires_grad_()
+        actual, expected = norm(hidden, mask)[keep], peer(kept)
+        torch.testing.assert_close(actual, expected)
+        if padding == math.inf:  # the statistics are sound, but infinity times a gradient of zero is not
+            continue
+        upstream = torch.randn_like(expected)
+        actual = torch.autograd.grad(actual, [hidden, *norm.parameters()], upstream)
+        expected = torch.autograd.grad(expected, [kept, *peer.parameters()], upstream)
+        torch.testing.assert_close(actual[0][keep], expected[0])
+        torch.testing.assert_close(actual[1:], expected[1:])
+    torch.testing.assert_close(norm.state_dict(), peer.state_dict())
+    assert norm.num_batches_tracked == 3
+    hidden = torch.randn(4, 7, SIZE, dtype=torch.float64)
+    torch.testing.assert_close(norm.eval()(hidden, keep), peer.eval()(hidden.mT).mT)
+
+
+@pytest.mark.parametrize("affine", AFFINES)
+def test_rskip_with_batch_norm_has_statistics_of_its_own_for_each_step(affine):
+    skip = randomized(RSkip(SIZE, 3, "batch_norm", affine))
+    peers = [nn.BatchNorm1d(SIZE, affine=False).double() for _ in range(3)]
+    for training in (True, False):
+        skip.train(training)
+        x, branch = (tensor.detach() for tensor in random_inputs(50, SIZE))
+        y = branch
+        for peer, gain, bias in zip(peers, *gains_and_biases(skip.norm, affine), strict=True):
+            y = peer.train(training)(x + y) * gain + bias
+        torch.testing.assert_close(skip(x, branch), y)
+    for norm, peer in zip(skip.norm, peers, strict=True):
+        torch.testing.assert_close(dict(norm.named_buffers()), dict(peer.named_buffers()))
+
+
+# Every kind as a module of its own
+
+KINDS = [
+    pytest.param(kind, {"norm": norm, **options}, id="-".join([kind.__name__, norm, *map(str, options.values())]))
+    for kind, choices in {
+        RSkip: [{"recursions": 1}, {"recursions": 3}, {"affine": "shared"}, {"affine": "last"}],
+        XSkip: [{}, {"scale": 2.414}],
+        PreNorm: [{}],
+    }.items()
+    for options in choices
+    for norm in NORMS
+    if not (norm == "none" and kind.requires_norm)
+]
+
+
+class Block(nn.Module):
+    def __init__(self, skip):
+        super().__init__()
+        self.branch = nn.Linear(8, 8)
+        self.skip = skip
+
+    def forward(self, x, mask=None):
+        return self.skip(x, self.branch(self.skip.before(x, mask)), mask)
+
+
+def test_every_kind_of_the_table_is_tested_here():
+    assert {param.values[0] for param in KINDS} == set(SKIP_CONNECTIONS.values())
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_every_kind_trains_in_a_module_of_ones_own(kind, options):
+    torch.manual_seed(0)
+    block = Block(kind(8, **options))
+    x, target = torch.randn(2, 4, 5, 8)
+    mask = torch.rand(4, 5) < 0.7
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.05)
+    losses = []
+    for _ in range(2):
+        y = block(x, mask)
+        assert y.shape == x.shape
+        loss = (y - target)[mask].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in block.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_every_kind_keeps_bfloat16(kind, options):
+    block = Block(kind(8, **options)).bfloat16()
+    x = torch.randn(4, 5, 8)
+    for training in (True, False):
+        y = block.train(training)(x.bfloat16())
+        assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    torch.testing.assert_close(y.float(), block.float()(x.bfloat16().float()), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", SKIP_CONNECTIONS)
+def test_from_config_is_the_constructor(kind):
+    config = SimpleNamespace(
+        skip_norm="rms_norm", skip_recursions=3, skip_scale=0.5, skip_norm_affine="shared", layer_norm_eps=1e-3
+    )
+    direct = {
+        "rskip": lambda: RSkip(8, recursions=3, norm="rms_norm", affine="shared", eps=1e-3),
+        "xskip": lambda: XSkip(8, scale=0.5, norm="rms_norm", eps=1e-3),
+        "pre_norm": lambda: PreNorm(8, norm="rms_norm", eps=1e-3),
+    }[kind]()
+    assert str(SKIP_CONNECTIONS[kind].from_config(config, 8, SublayerPosition("encoder", 0, 0))) == str(direct)
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    shape=st.lists(st.integers(0, 3), max_size=3),
+    size=st.integers(1, 5),
+    recursions=st.integers(1, 3),
+    contiguous=st.booleans(),
+)
+def test_any_leading_shape(shape, size, recursions, contiguous):
+    x, branch = (tensor.detach() for tensor in random_inputs(*shape, size))
+    if not contiguous:
+        x, branch = x.repeat_interleave(2, -1)[..., ::2], branch.mT.contiguous().mT if shape else branch
+    skip = randomized(RSkip(size, recursions))
+    expected = rskip(x, branch, layer_norm, *gains_and_biases(skip.norm, "per_step"))
+    torch.testing.assert_close(skip(x, branch), expected)
+    expected = layer_norm(0.5 * x + branch)
+    torch.testing.assert_close(XSkip(size, 0.5).double()(x, branch), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (RSkip, {"recursions": 0}, "`recursions` must be an integer of at least 1, not 0"),
+        (RSkip, {"recursions": 1.5}, "`recursions` must be an integer of at least 1, not 1.5"),
+        (RSkip, {"recursions": True}, "`recursions` must be an integer of at least 1, not True"),
+        (RSkip, {"affine": "first"}, "`affine` must be one of per_step, shared, last, not 'first'"),
+        (XSkip, {"scale": math.nan}, "`scale` must be a finite number, not nan"),
+        (PreNorm, {"norm": "none"}, "`norm` must be a norm, not 'none'"),
+        *(
+            (kind, {"norm": "group_norm"}, f"`norm` must be one of {', '.join(NORMS)}, not 'group_norm'")
+            for kind in (RSkip, XSkip, PreNorm)
+        ),
+    ],
+)
+def test_wrong_values_are_one_sentence(kind, options, message):
+    with pytest.raises(ValueError) as error:
+        kind(8, **options)
+    assert str(error.value) == message
