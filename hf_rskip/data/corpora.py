@@ -1,0 +1,175 @@
+"""Parallel corpora from the Hub, local folders, CLDR or text files, in one shape and checked before training."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, NamedSplit, Translation, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.fingerprint import Hasher
+
+from ..errors import UserError
+from .arguments import DataArguments
+
+_SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+
+
+def load_translation_dataset(
+    args: DataArguments, splits: Iterable[str] = ("train", "validation", "test")
+) -> DatasetDict:
+    """Loads the corpus that `args` names.
+
+    Args:
+        args: The corpus, its languages, and how many of the first pairs of each split to use.
+        splits: The splits that are needed, out of "train", "validation" and "test".
+
+    Returns:
+        A dataset for each of `splits`, under these names whatever the corpus calls them, with the one column
+        `translation`: a dictionary from each of the two language codes to a string. No split is empty.
+
+    Raises:
+        UserError: if something is missing, misaligned, empty or not text; the message names the file and line, or the
+            dataset, split and row.
+    """
+    corpus = None if args.dataset_name is None else _load_corpus(args)
+    loaded = DatasetDict()
+    for split in splits:
+        dataset = _load_text_files(args, split) if corpus is None else _select_split(corpus, args, split)
+        limit = getattr(args, _SAMPLE_LIMITS[split])
+        if limit is not None:
+            dataset = dataset.select(range(min(limit, len(dataset))))
+        loaded[split] = dataset if corpus is None else _select_languages(dataset, args, split)
+    return loaded
+
+
+def _load_corpus(args: DataArguments) -> DatasetDict:
+    name = args.dataset_name
+    if name == "cldr":
+        from .cldr import build_cldr_corpus
+
+        return build_cldr_corpus(args.source_lang, args.target_lang)
+    try:
+        return load_dataset(name, args.dataset_config_name)
+    # An unknown id or offline Hub, an unknown configuration or empty split, a loading script, an unreadable file.
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        reason = str(cause).strip().split("\n")[0].rstrip(".!")
+        if isinstance(error, OSError) and not Path(name).exists():
+            reason += ", and there is no such folder"
+        raise UserError(f"Dataset {name!r} cannot be loaded: {reason}.") from error
+
+
+def _select_split(corpus: DatasetDict, args: DataArguments, split: str) -> Dataset:
+    name = getattr(args, f"{split}_split")
+    if name not in corpus:
+        raise UserError(
+            f"Dataset {args.dataset_name!r} has no split {name!r}, only {', '.join(corpus)}: set {split}_split to one "
+            "of these."
+        )
+    return corpus[name]
+
+
+def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
+    """Reduces a dataset to its column `translation` with the two languages, every side of every row a string."""
+    where = f"Dataset {args.dataset_name!r}, split {getattr(args, f'{split}_split')!r},"
+    if "translation" not in dataset.features:
+        raise UserError(f"{where} has no column 'translation', only {', '.join(dataset.features)}.")
+    feature = dataset.features["translation"]
+    if isinstance(feature, Translation):
+        found = dict.fromkeys(feature.languages, "string")
+    elif isinstance(feature, dict):
+        found = {language: getattr(value, "dtype", "nested") for language, value in feature.items()}
+    else:
+        raise UserError(f"{where} has a column 'translation' that is not a dictionary from language to sentence.")
+
+    dataset = dataset.select_columns("translation")
+    languages = {"source_lang": args.source_lang, "target_lang": args.target_lang}
+    for field, language in languages.items():
+        if language not in found:
+            close = difflib.get_close_matches(language, found, n=1, cutoff=0.6)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UserError(
+                f"{where} has no language {language!r}, only {', '.join(found)}: set {field} to one of these{hint}."
+            )
+        if found[language] not in ("string", "large_string", "null"):
+            raise UserError(f"{where} has {found[language]} values instead of strings for language {language!r}.")
+
+    batch_size = 10_000
+    for batch, table in enumerate(dataset.with_format("arrow").iter(batch_size)):
+        for language in languages.values():
+            missing = pc.is_null(pc.struct_field(table["translation"], language))
+            row = pc.index(missing, True).as_py()
+            if row >= 0:
+                row += batch * batch_size
+                raise UserError(f"{where} row {row} (counted from 0) has no text for language {language!r}.")
+
+    pair = list(languages.values())
+    if found.keys() == set(pair):
+        return dataset
+    return dataset.map(
+        lambda row: {"translation": {language: row["translation"][language] for language in pair}},
+        features=Features({"translation": Translation(pair)}),
+    )
+
+
+def _load_text_files(args: DataArguments, split: str) -> Dataset:
+    field = f"{split}_files"
+    if getattr(args, field) is None:
+        raise UserError(f"{field} is not set, but the {split} split is needed: give its source and target file.")
+    paths = [Path(file).absolute() for file in getattr(args, field)]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{field} names a file that does not exist: {path}.")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty.")
+    languages = [args.source_lang, args.target_lang]
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    try:
+        return Dataset.from_generator(
+            _read_pairs,
+            features=Features({"translation": Translation(languages)}),
+            gen_kwargs={"source": paths[0], "target": paths[1], "languages": tuple(languages)},
+            split=NamedSplit(split),
+            fingerprint=Hasher.hash((state, languages, split)),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def _read_pairs(source: Path, target: Path, languages: tuple[str, str]) -> Iterator[dict[str, dict[str, str]]]:
+    with source.open("rb") as source_lines, target.open("rb") as target_lines:
+        pairs = zip_longest(_decode_lines(source_lines, source), _decode_lines(target_lines, target))
+        for number, pair in enumerate(pairs):
+            if None in pair:
+                if pair[0] is None:
+                    shorter, longer, rest = source, target, target_lines
+                else:
+                    shorter, longer, rest = target, source, source_lines
+                total = number + 1 + sum(1 for _ in rest)
+                raise UserError(
+                    f"The files of a pair need equally many lines, but {longer} has {total:,} and {shorter} only "
+                    f"{number:,}."
+                )
+            yield {"translation": dict(zip(languages, pair, strict=True))}
+
+
+def _decode_lines(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+    # Binary files break lines at \n alone, where text mode and str.splitlines also break at \r, \x0b, U+2028 and the
+    # like: one of these inside a sentence would shift every later pair.
+    offset = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, line {number} is not UTF-8: byte 0x{line[error.start]:02x} at byte offset "
+                f"{offset + error.start:,} of the file."
+            ) from None
+        if number == 1:
+            text = text.removeprefix("\ufeff")
+        offset += len(line)
+        yield text.removesuffix("\n").rstrip("\r")

@@ -1,0 +1,89 @@
+"""The joint subword vocabulary of both languages."""
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import UserError
+
+PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, lowercase: bool = False, model_max_length: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer.
+
+    Any text can be tokenized without unknown tokens, and decoding gives it back exactly, up to Unicode NFC (and case,
+    if `lowercase`). `</s>` is appended to every sequence. The same texts in the same order give the same vocabulary.
+
+    Args:
+        texts: Sentences of both languages; read once.
+        vocab_size: Largest number of tokens, including 256 bytes and 4 special tokens. Texts with fewer different
+            subwords give a smaller vocabulary: `len(tokenizer)` is the actual size.
+        lowercase: Whether the tokenizer lower-cases all text.
+        model_max_length: Number of tokens beyond which `truncation=True` truncates, `None` for no limit.
+
+    Returns:
+        A tokenizer that `save_pretrained` writes so that plain `AutoTokenizer.from_pretrained` can load it.
+
+    Raises:
+        UserError: if `vocab_size` has no room for all bytes and the special tokens.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    minimum = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < minimum:
+        raise UserError(
+            f"vocab_size must be at least {minimum} ({len(alphabet)} bytes and {len(SPECIAL_TOKENS)} special tokens), "
+            f"not {vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    # The first word of a sentence gets the space that other words have, so that both are the same token. ByteLevel's
+    # own `add_prefix_space` adds none to text that starts with one, and decoding could not tell the two apart.
+    case = [normalizers.Lowercase()] if lowercase else []
+    tokenizer.normalizer = normalizers.Sequence([*case, normalizers.NFC(), normalizers.Prepend(" ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a subword that occurs once cannot be learned
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        padding_side="right",
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # "</s>" in a user's sentence is four characters, not the end of it
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads an existing tokenizer from a folder or the Hub.
+
+    Raises:
+        UserError: if there is none, or if it cannot serve translation: it needs a padding token, and an
+            end-of-sequence token that it puts into every sequence (without it a model never learns to stop).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"There is no tokenizer {name!r}, neither in such a folder nor on the Hub.") from error
+    for kind in ("pad_token", "eos_token"):
+        if getattr(tokenizer, kind) is None:
+            raise UserError(f"The tokenizer {name!r} has no {kind}, which translation needs.")
+    if tokenizer.eos_token_id not in tokenizer("").input_ids:
+        raise UserError(f"The tokenizer {name!r} does not end a sequence with its eos_token {tokenizer.eos_token!r}.")
+    return tokenizer

@@ -1,0 +1,169 @@
+"""The trained tokenizer: lossless, the same every time, deaf to control tokens in text, and free of this package."""
+
+import json
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from hf_rskip.data.tokenizer import load_tokenizer, train_tokenizer
+from hf_rskip.errors import UserError
+
+TEXTS = ["The dog sees the small house.", "Der Hund sieht das kleine Haus.", "A house, the house", "Größe über alles"]
+PAD, BOS, EOS, UNK = range(4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS * 2, 320)
+
+
+def test_special_tokens(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(range(4)) == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert tokenizer.pad_token_id == PAD and tokenizer.bos_token_id == BOS
+    assert tokenizer.eos_token_id == EOS and tokenizer.unk_token_id == UNK
+    assert tokenizer.padding_side == "right"
+    assert not tokenizer.clean_up_tokenization_spaces
+
+
+def test_every_sequence_ends_in_eos(tokenizer):
+    house = tokenizer.convert_tokens_to_ids("Ġhouse")
+    assert tokenizer("house").data == {"input_ids": [house, EOS], "attention_mask": [1, 1]}
+    assert tokenizer(text_target="house").input_ids == [house, EOS]
+    assert tokenizer("house", "house").input_ids == [house, EOS, house, EOS]
+    assert tokenizer("").input_ids == [EOS]
+    assert tokenizer(["house", ""], padding=True).input_ids == [[house, EOS], [EOS, PAD]]
+
+
+def test_first_word_is_the_token_it_is_elsewhere(tokenizer):
+    assert tokenizer("house the house").input_ids[0] == tokenizer("house the house").input_ids[-2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "house",
+        " house",
+        "   three  spaces   ",
+        "\ttab\t\ttab \t",
+        "line\nline\r\n",
+        "Größe, weiße Füße, Ärger",
+        "e\u0301 n\u0303",
+        "\u0301combining first",
+        "👩‍👩‍👧 🇩🇪 👍🏽",
+        "\u2028\u00a0\u3000\x00\x85",
+        "don't 's can't !? , .",
+        "đại học",
+        "ﬁ ½ Ⅷ",  # NFKC would change these
+    ],
+)
+def test_decoding_gives_the_text_back(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert UNK not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == unicodedata.normalize("NFC", text)
+    assert tokenizer.batch_decode([ids]) == [unicodedata.normalize("NFC", text) + "</s>"]
+
+
+def test_lowercase_is_in_the_normalizer():
+    tokenizer = train_tokenizer(TEXTS, 300, lowercase=True)
+    assert tokenizer("ÜBER Hund").input_ids == tokenizer("über hund").input_ids
+    assert tokenizer.decode(tokenizer("ÜBER Hund").input_ids, skip_special_tokens=True) == "über hund"
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "</s>", " <pad> <s><unk></s> "])
+def test_text_never_becomes_a_control_token(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert ids.index(EOS) == len(ids) - 1
+    assert not {PAD, BOS, UNK} & set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer(text_target=[text]).input_ids == [ids]
+
+
+def test_control_tokens_in_the_training_texts_make_no_subwords_of_that_name():
+    tokenizer = train_tokenizer(["a </s> b <pad> c</s>"] * 50, 300)
+    assert tokenizer("</s>").input_ids[:-1] and EOS not in tokenizer("</s>").input_ids[:-1]
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+
+
+@pytest.mark.parametrize("parallelism", ["false", "true"])
+def test_the_same_texts_give_the_same_vocabulary(tokenizer, monkeypatch, parallelism):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallelism)
+    again = train_tokenizer(iter(TEXTS * 2), 320)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_few_texts_give_a_smaller_vocabulary():
+    tokenizer = train_tokenizer(["ab ab"], 1000)
+    assert len(tokenizer) == 262  # 256 bytes, 4 special tokens, "ab" and " ab"
+
+
+def test_the_vocabulary_must_hold_every_byte():
+    assert len(train_tokenizer(TEXTS, 260)) == 260
+    assert len(train_tokenizer(TEXTS, 270)) == 270
+    with pytest.raises(UserError) as error:
+        train_tokenizer(TEXTS, 259)
+    assert str(error.value) == "vocab_size must be at least 260 (256 bytes and 4 special tokens), not 259."
+
+
+SCRIPT = """
+import json, sys
+sys.modules["hf_rskip"] = None  # importing it raises ImportError
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+texts = json.loads(sys.argv[2])
+ids = tokenizer(texts).input_ids
+print(json.dumps({
+    "ids": ids,
+    "decoded": tokenizer.batch_decode(ids, skip_special_tokens=True),
+    "specials": [tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token],
+    "settings": [tokenizer.padding_side, tokenizer.clean_up_tokenization_spaces, tokenizer.model_max_length],
+    "inputs": list(tokenizer(texts, padding=True)),
+}))
+"""
+
+
+def test_the_saved_tokenizer_loads_without_this_package(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, 300, model_max_length=512)
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    # As in the folder of a trained model, whose type a plain Transformers does not know.
+    (folder / "config.json").write_text(json.dumps({"model_type": "unknown"}))
+    texts = ["Der Hund", "", "  two  spaces", "Füße 👍🏽</s>x<pad>"]
+    command = [sys.executable, "-I", "-c", SCRIPT, str(folder), json.dumps(texts)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == {
+        "ids": tokenizer(texts).input_ids,
+        "decoded": texts,
+        "specials": ["<pad>", "<s>", "</s>", "<unk>"],
+        "settings": ["right", False, 512],
+        "inputs": ["input_ids", "attention_mask"],
+    }
+
+
+def test_load_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded("Der </s> Hund").input_ids == tokenizer("Der </s> Hund").input_ids
+
+
+def test_tokenizers_that_cannot_be_used(tokenizer, tmp_path):
+    for name in (str(tmp_path), str(tmp_path / "missing"), "nobody/nothing"):
+        with pytest.raises(UserError) as error:
+            load_tokenizer(name)
+        assert str(error.value) == (f"There is no tokenizer {name!r}, neither in such a folder nor on the Hub.")
+
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    for tokens, sentence in [
+        ({"eos_token": "</s>"}, "has no pad_token, which translation needs."),
+        ({"pad_token": "<pad>"}, "has no eos_token, which translation needs."),
+        ({"pad_token": "<pad>", "eos_token": "</s>"}, "does not end a sequence with its eos_token '</s>'."),
+    ]:
+        PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(tmp_path)
+        with pytest.raises(UserError) as error:
+            load_tokenizer(str(tmp_path))
+        assert str(error.value) == f"The tokenizer {str(tmp_path)!r} {sentence}"
