@@ -1,0 +1,58 @@
+"""Translates sentences in batches of similar length."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def translate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    max_batch_tokens: int = 4096,
+    **generate_kwargs,
+) -> list[str]:
+    """The translation of each sentence, in the order given; that of a blank sentence is the empty string.
+
+    Args:
+        model, tokenizer: as the Auto classes load them.
+        sentences: one source sentence each. What goes beyond the model's positions is cut off, with a warning.
+        max_batch_tokens: budget of a batch, in padded source tokens times beams.
+        generate_kwargs: of `model.generate`, over the model's own generation configuration.
+    """
+    if not sentences:
+        return []
+    limit = model.config.max_position_embeddings
+    sources = tokenizer(list(sentences), return_attention_mask=False, verbose=False)["input_ids"]
+    too_long = sum(len(source) > limit for source in sources)
+    if too_long:
+        logger.warning(f"{too_long} of {len(sources)} sentences were cut off at {limit} tokens")
+        sources = [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
+    translations = [""] * len(sources)
+    beams = generate_kwargs.get("num_beams") or model.generation_config.num_beams or 1
+    order = sorted(
+        (index for index, sentence in enumerate(sentences) if sentence.strip()),
+        key=lambda index: -len(sources[index]),
+    )
+    model.eval()
+    for batch in _batches(order, sources, max_batch_tokens // beams):
+        inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**inputs.to(model.device), **generate_kwargs)
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for index, text in zip(batch, texts, strict=True):
+            translations[index] = text
+    return translations
+
+
+def _batches(order: list[int], sources: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Cuts `order`, longest first, into batches of at most `max_tokens` padded tokens, or of one sentence."""
+    start = 0
+    while start < len(order):
+        rows = max(1, max_tokens // len(sources[order[start]]))
+        yield order[start : start + rows]
+        start += rows

@@ -1,0 +1,39 @@
+"""Translates a test set and scores it: the one way for validation, test and the command line."""
+
+from collections.abc import Sequence
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..decoding.translate import translate
+from .metric import TranslationMetric
+
+
+def evaluate_translation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    references: Sequence[str],
+    bleu_tokenize: str = "13a",
+    **translate_kwargs,
+) -> tuple[dict[str, float | str], list[str]]:
+    """Scores of a model's translations, and the translations; under several processes each translates a share.
+
+    Args:
+        model, tokenizer: as the Auto classes load them.
+        sources, references: a sentence each, in the same order.
+        bleu_tokenize: sacreBLEU's `tokenize`.
+        translate_kwargs: of [`~hf_rskip.decoding.translate.translate`].
+    """
+    with PartialState().split_between_processes(list(sources)) as share:
+        translations = gather_object(translate(model, tokenizer, share, **translate_kwargs))
+    scores = TranslationMetric().compute(predictions=translations, references=references, tokenize=bleu_tokenize)
+    return scores, translations
+
+
+def split_languages(dataset: Dataset, source_lang: str, target_lang: str) -> tuple[list[str], list[str]]:
+    """The sources and the references of a dataset with a `translation` column."""
+    pairs = dataset["translation"]
+    return [pair[source_lang] for pair in pairs], [pair[target_lang] for pair in pairs]

@@ -1,0 +1,1 @@
+"""What a finished model takes along to the Hub."""

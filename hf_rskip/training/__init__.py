@@ -1,0 +1,1 @@
+"""Training on the Seq2SeqTrainer of Transformers."""

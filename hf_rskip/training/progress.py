@@ -1,0 +1,49 @@
+"""What a user sees of a running training: a bar in a terminal, and one short line a log."""
+
+import time
+from datetime import timedelta
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerState
+
+_FORMS = {
+    "epoch": "epoch {:.2f}",
+    "loss": "loss {:.3f}",
+    "grad_norm": "gradient norm {:.2f}",
+    "learning_rate": "learning rate {:.2e}",
+    "target_tokens_per_second": "{:,} target tokens/s",
+    "eval_loss": "validation loss {:.3f}",
+    "eval_bleu": "BLEU {:.2f}",
+    "eval_chrf": "chrF {:.2f}",
+}
+
+
+def describe_log(state: TrainerState, logs: dict[str, float]) -> str | None:
+    """One line for what the Trainer logs, or `None` for its summary at the end."""
+    if "train_runtime" in logs:
+        return None
+    values = [form.format(logs[name]) for name, form in _FORMS.items() if name in logs]
+    return f"step {state.global_step:,} of {state.max_steps:,}: " + ", ".join(values)
+
+
+class TrainingBar(ProgressCallback):
+    """For a terminal: the bar of Transformers, which tells the time left, and short lines above it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = describe_log(state, logs)
+        if line and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+class TrainingLog(TrainerCallback):
+    """For a file: short lines only, with the time left at the pace so far."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._first_step = time.perf_counter(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = describe_log(state, logs)
+        if line and state.is_world_process_zero:
+            pace = (time.perf_counter() - self._start) / max(1, state.global_step - self._first_step)
+            left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
+            print(f"{line}, {left} left", flush=True)

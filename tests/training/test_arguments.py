@@ -1,0 +1,186 @@
+"""Recipes: what a YAML and a command line become, and the one sentence about each mistake."""
+
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from hf_rskip.data.arguments import DataArguments
+from hf_rskip.errors import UserError
+from hf_rskip.training.arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments, parse_recipe
+
+GROUPS = (ModelArguments, DataArguments, RSkipTrainingArguments, GenerationArguments)
+BASE = {"source_lang": "en", "target_lang": "de", "dataset_name": "data", "use_cpu": True, "report_to": "none"}
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(text="", words=(), **values):
+        path = tmp_path / "recipe.yaml"
+        keys = [line.split(":")[0] for line in text.splitlines()]
+        defaults = {"output_dir": str(tmp_path), **BASE, **values}
+        path.write_text(text + "\n" + yaml.safe_dump({key: defaults[key] for key in defaults if key not in keys}))
+        return parse_recipe(path, [str(word) for word in words])
+
+    return parse
+
+
+@pytest.fixture
+def refused(parse):
+    def refused(*args, **values):
+        with pytest.raises(UserError) as error:
+            parse(*args, **values)
+        message = str(error.value)
+        assert message and "\n" not in message
+        return message
+
+    return refused
+
+
+def test_a_key_belongs_to_one_group():
+    names = [group_field.name for group in GROUPS for group_field in fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_defaults_are_those_of_the_groups(parse):
+    recipe = parse()
+    assert recipe.model == ModelArguments()
+    assert recipe.generation == GenerationArguments()
+    assert recipe.data == DataArguments(source_lang="en", target_lang="de", dataset_name="data")
+    assert recipe.training.learning_rate == 5e-4 and recipe.training.lr_scheduler_type == "inverse_sqrt"
+
+
+def test_values_reach_their_group_and_the_command_line_wins(parse):
+    recipe = parse("skip_recursions: 3\nnum_beams: 4\nseed: 7", ["--skip_recursions", 4, "--max_source_length=9"])
+    assert (recipe.model.skip_recursions, recipe.generation.num_beams, recipe.training.seed) == (4, 4, 7)
+    assert recipe.data.max_source_length == 9
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("learning_rate: 5e-3", "learning_rate", 5e-3),  # a string in YAML 1.1
+        ("learning_rate: 5.0e-3", "learning_rate", 5e-3),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("skip_scale: -1.5", "skip_scale", -1.5),
+        ("skip_scale: -1e-3", "skip_scale", -1e-3),
+        ("num_train_epochs: 2.5", "num_train_epochs", 2.5),
+        ("eval_steps: 4_000", "eval_steps", 4000.0),
+        ("max_steps: 4_000", "max_steps", 4000),
+        ("lowercase: true", "lowercase", True),
+        ("lowercase: no", "lowercase", False),
+        ("predict_with_generate: false\nmetric_for_best_model: loss", "predict_with_generate", False),
+        ("source_lang: no", "source_lang", "no"),  # Norwegian, but a boolean in YAML 1.1
+        ("eval_strategy: no\nload_best_model_at_end: false", "eval_strategy", "no"),
+        ("early_stopping_patience: null", "early_stopping_patience", None),
+        ("save_total_limit: 3", "save_total_limit", 3),
+        ("run_name: 'with spaces = and --dashes'", "run_name", "with spaces = and --dashes"),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint", "True"),
+        ("optim_args: 'a=1,b=2'", "optim_args", "a=1,b=2"),
+        ("lr_scheduler_kwargs: {timescale: 100}", "lr_scheduler_kwargs", {"timescale": 100}),
+    ],
+)
+def test_values_have_the_type_of_their_field(parse, line, key, value):
+    (group,) = (group for group in parse(line) if hasattr(group, key))
+    assert getattr(group, key) == value and isinstance(getattr(group, key), type(value))
+
+
+@pytest.mark.parametrize(("words", "value"), [(["--lowercase"], True), (["--lowercase", "false"], False)])
+def test_flags_of_the_command_line(parse, words, value):
+    assert parse("lowercase: true", words).data.lowercase is value
+
+
+@pytest.mark.parametrize("text", ["train_files: [a b.en, a.de]", "train_files:\n- a b.en\n- a.de"])
+def test_lists(parse, text):
+    assert parse(text, dataset_name=None).data.train_files == ["a b.en", "a.de"]
+    words = ["--train_files", "c.en", "c.de"]
+    assert parse(text, words, dataset_name=None).data.train_files == ["c.en", "c.de"]
+
+
+def test_null_keeps_the_default(parse):
+    assert parse("save_total_limit: null").training.save_total_limit == 2
+    assert parse("max_length_ratio: null").data.max_length_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("skip_recursion", "'skip_recursions'"),
+        ("per_device_train_batch_token", "'per_device_train_batch_tokens'"),
+        ("source_language", "'source_lang'"),
+        ("decoder_vocab_size", "'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_neighbour(refused, key, hint):
+    in_file = refused(f"{key}: 1")
+    assert f"Unknown key {key!r} in " in in_file and "recipe.yaml" in in_file and hint in in_file
+    on_command_line = refused("", [f"--{key}", "1"])
+    assert (
+        f"Unknown key '--{key}' in the command line" in on_command_line
+        and hint.replace("'", "'--", 1) in on_command_line
+    )
+    assert refused("", [f"--{key}=1"]) == on_command_line
+
+
+def test_an_unknown_key_without_a_neighbour(refused):
+    assert "did you mean" not in refused("xyzzy: 1")
+    assert "1" in refused("1: 2")
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("learning_rate: fast", "learning_rate"),
+        ("d_model: 12.5", "d_model"),
+        ("d_model: [1, 2]", "d_model"),
+        ("seed: ''", "seed"),
+        ("lowercase: perhaps", "lowercase"),
+        ("eval_strategy: sometimes", "eval_strategy"),
+        ("num_beams: {a: 1}", "num_beams"),
+        ("per_device_train_batch_tokens: 0", "per_device_train_batch_tokens"),
+        ("early_stopping_patience: 0", "early_stopping_patience"),
+        ("max_source_length: -1", "max_source_length"),
+        ("source_lang: null", "source_lang"),
+        ("train_files: [a, b]", "train_files"),
+        ("optim: magic", "optim"),
+        ("metric_for_best_model: blue", "metric_for_best_model must be one of bleu, chrf, loss"),
+        ("predict_with_generate: false", "metric_for_best_model must be one of loss without predict_with_generate"),
+        ("lr_scheduler_type: magic", "lr_scheduler_type"),
+        ("save_strategy: 'no'", "load_best_model_at_end"),  # these do not fit each other
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(refused, line, key):
+    assert key in refused(line)
+
+
+def test_a_word_without_a_key(refused):
+    assert "'epochs'" in refused("", ["epochs", "3"])
+    assert "'4'" in refused("", ["--num_beams", "3", "4"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must be a mapping"),
+        ("- a\n- b", "must be a mapping"),
+        ("just words", "must be a mapping"),
+        ("a: [1, 2", "cannot be read"),
+        ("a: 1\n b: 2", "cannot be read"),
+    ],
+)
+def test_a_broken_file(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        parse_recipe(path, [])
+    assert "recipe.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path):
+    with pytest.raises(UserError, match="There is no recipe '.*missing.yaml'"):
+        parse_recipe(tmp_path / "missing.yaml", [])
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_recipe(tmp_path, [])
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe4")
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_recipe(tmp_path / "latin.yaml", [])
