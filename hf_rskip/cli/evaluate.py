@@ -1,0 +1,38 @@
+"""`hf-rskip evaluate`."""
+
+import argparse
+import json
+
+from ..data.arguments import DataArguments
+from ..data.corpora import load_translation_dataset
+from ..decoding.loading import load_model
+from ..evaluation.evaluate import evaluate_translation, split_languages
+from .translate import generation_kwargs, open_file, write_lines
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Prints the scores of a model on one split as JSON, with the signatures and what decoding used."""
+    model, tokenizer = load_model(args.model)
+    data = DataArguments(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        source_lang=args.source_lang or getattr(model.config, "source_lang", None),
+        target_lang=args.target_lang or getattr(model.config, "target_lang", None),
+        test_split=args.split,
+        max_predict_samples=args.max_samples,
+    )
+    dataset = load_translation_dataset(data, splits=("test",))["test"]
+    sources, references = split_languages(dataset, data.source_lang, data.target_lang)
+    scores, translations = evaluate_translation(
+        model,
+        tokenizer,
+        sources,
+        references,
+        args.bleu_tokenize,
+        max_batch_tokens=args.max_batch_tokens,
+        **generation_kwargs(args),
+    )
+    if args.output_file:
+        with open_file(args.output_file, "wb") as file:
+            write_lines(file, translations)
+    print(json.dumps({**scores, "sentences": len(sources)}, indent=2))

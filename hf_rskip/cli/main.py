@@ -1,0 +1,146 @@
+"""The parser of `hf-rskip`, and what a user sees of errors."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, list[str]], None]
+    """Takes the parsed arguments and the words that the parser does not know."""
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="flat YAML of training keys")
+    parser.usage = "hf-rskip train CONFIG.yaml [--key value ...]"
+    parser.epilog = (
+        "Keys are the fields of RSkipConfig, DataArguments, Seq2SeqTrainingArguments and GenerationArguments under "
+        "their own names; those on the command line override those of the file."
+    )
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    from ..training.arguments import parse_recipe
+    from ..training.translation import train
+
+    train(parse_recipe(args.config, rest))
+
+
+def _add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a trained model")
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation (default: the model's own)")
+    group.add_argument("--num_beams", type=int)
+    group.add_argument("--length_penalty", type=float)
+    group.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--max_batch_tokens", type=int, default=4096, help="padded source tokens times beams a batch")
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    parser.add_argument("--dataset_name", required=True, help="Hub id or folder with a `translation` column")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--source_lang", help="default: that of the model's training")
+    parser.add_argument("--target_lang", help="default: that of the model's training")
+    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--max_samples", type=int, help="only the first so many sentences")
+    parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
+    parser.add_argument("--output_file", help="write the translations here, a line each")
+    _add_generation_arguments(parser)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from .evaluate import evaluate
+
+    evaluate(args)
+
+
+def _add_translate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    parser.add_argument("--input_file", help="UTF-8 text, a sentence a line (default: standard input)")
+    parser.add_argument("--output_file", help="default: standard output")
+    _add_generation_arguments(parser)
+
+
+def _translate(args: argparse.Namespace, rest: list[str]) -> None:
+    from .translate import translate_lines
+
+    translate_lines(args)
+
+
+def _env(args: argparse.Namespace, rest: list[str]) -> None:
+    from .env import describe_environment
+
+    print(describe_environment())
+
+
+COMMANDS = {
+    "train": Command("train a translation model from a recipe", _add_train_arguments, _train),
+    "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
+    "translate": Command("translate lines of text", _add_translate_arguments, _translate),
+    "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
+}
+
+
+def _create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-rskip", description="Transformers with recursive skip connections: train, evaluate, translate."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-rskip {version('hf_rskip')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `hf-rskip`; returns its exit code: 0, or 2 after one sentence on standard error."""
+    parser = _create_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        _start()
+        COMMANDS[args.command].run(args, rest)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(f"hf-rskip: error: {_one_sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _start() -> None:
+    """What every command needs; not done at import, so that `--help` is quick."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    from .. import models  # noqa: F401  registers the Auto classes, which the package leaves to the console script
+
+    logging.disable_progress_bar()
+
+
+def _one_sentence(error: Exception) -> str:
+    from ..errors import UserError
+
+    message = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return message
+    return f"{type(error).__name__}: {message} (`--debug` shows where)"

@@ -1,0 +1,58 @@
+"""`hf-rskip translate`."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from ..decoding.loading import load_model
+from ..decoding.translate import translate
+from ..errors import UserError
+
+_LINES_AT_ONCE = 10_000
+
+
+def generation_kwargs(args: argparse.Namespace) -> dict:
+    """What the command line says of generation, for `model.generate`."""
+    given = {name: getattr(args, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def translate_lines(args: argparse.Namespace) -> None:
+    """Translates line by line: as many lines out as in, in their order, an empty one for an empty one."""
+    with contextlib.ExitStack() as files:
+        # Only \n ends a line, so that the numbers of lines agree whatever else a sentence contains.
+        source = files.enter_context(open_file(args.input_file, "rb")) if args.input_file else sys.stdin.buffer
+        model, tokenizer = load_model(args.model)
+        target = files.enter_context(open_file(args.output_file, "wb")) if args.output_file else sys.stdout.buffer
+        for lines in _read(source, args.input_file or "standard input"):
+            translations = translate(model, tokenizer, lines, args.max_batch_tokens, **generation_kwargs(args))
+            write_lines(target, translations)
+
+
+def write_lines(file: BinaryIO, sentences: list[str]) -> None:
+    """Writes a line each, whatever line breaks a sentence has inside."""
+    file.writelines(sentence.replace("\n", " ").encode() + b"\n" for sentence in sentences)
+    file.flush()
+
+
+def open_file(path: str, mode: str) -> BinaryIO:
+    """As `open`; raises a [`UserError`] where that fails."""
+    try:
+        return open(path, mode)
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be opened: {error.strerror}") from error
+
+
+def _read(source, name: str) -> Iterator[list[str]]:
+    lines = []
+    for number, line in enumerate(source, start=1):
+        try:
+            lines.append(line.rstrip(b"\r\n").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"Line {number} of {name} is not UTF-8") from error
+        if len(lines) == _LINES_AT_ONCE:
+            yield lines
+            lines = []
+    yield lines

@@ -1,0 +1,233 @@
+"""The command line as a user meets it: help at once, one sentence about a mistake, and clean output."""
+
+import json
+import re
+
+import pytest
+import sacrebleu
+
+from hf_rskip.cli.main import COMMANDS, main
+from hf_rskip.decoding.translate import translate
+
+
+@pytest.fixture
+def fail(capfd, caplog):
+    """Runs a command that fails in this process; returns the one line on standard error."""
+
+    def fail(*words):
+        assert main([str(word) for word in words]) == 2
+        captured = capfd.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith("hf-rskip: error: ") and "Traceback" not in line
+        assert not captured.out.strip()
+        return line
+
+    return fail
+
+
+# Help
+
+
+@pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(run_cli, words):
+    result = run_cli(*words, "--help", python_options=["-X", "importtime"])
+    assert result.code == 0 and result.out.startswith("usage: hf-rskip")
+    imported = set(re.findall(r"\| +(\w+)", result.err))
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "datasets", "numpy", "tokenizers", "accelerate", "sacrebleu"}
+
+
+def test_version(run_cli):
+    result = run_cli("--version")
+    assert result.code == 0 and re.fullmatch(r"hf-rskip \d+\.\d+\S*\n", result.out)
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [re.fullmatch(r"- (\w+): .+", line)[1] for line in lines]
+    assert {"platform", "python", "hf_rskip", "torch", "transformers", "datasets", "device"} <= set(names)
+
+
+# Mistakes
+
+
+@pytest.mark.slow
+def test_errors_in_a_process_of_their_own(run_cli, tmp_path, write_recipe):
+    for words in [("translate", tmp_path / "missing"), ("train", write_recipe(target_lang="missing"))]:
+        result = run_cli(*words)
+        assert (result.code, result.out) == (2, "")
+        (line,) = result.err.splitlines()
+        assert line.startswith("hf-rskip: error: ") and "missing" in line
+    debugged = run_cli("translate", tmp_path / "missing", "--debug")
+    assert debugged.code == 2 and "Traceback (most recent call last)" in debugged.err and "UserError" in debugged.err
+
+
+@pytest.mark.parametrize(
+    "words", [["frobnicate"], [], ["translate"], ["env", "--no_such_option"], ["evaluate", "model"]]
+)
+def test_a_wrong_command_line(capfd, words):
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    *_, last = capfd.readouterr().err.splitlines()
+    assert re.match(r"hf-rskip( \w+)?: error: ", last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": "/no/such/folder"}, "/no/such/folder"),
+        ({"dataset_name": None}, "dataset_name"),
+        ({"target_lang": "fr"}, "'fr'"),
+        ({"test_split": "devtest"}, "'devtest'"),
+        ({"d_model": 33}, "`d_model` must be a multiple of"),
+        ({"skip_type": "skip"}, "`skip_type` must be one of"),
+        ({"skip_recursions": 0}, "`skip_recursions` must be"),
+        ({"max_source_length": 100}, "`max_position_embeddings` must be at least 100"),
+        ({"vocab_size": 100}, "vocab_size must be at least 260"),
+        ({"per_device_train_batch_tokens": 5}, "budget of 5"),
+        ({"max_source_length": 2}, "No training pair is left"),
+        ({"skip_recusions": 2}, "'skip_recursions'"),
+        ({"metric_for_best_model": "blue"}, "blue"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_in_a_recipe(fail, write_recipe, changes, message):
+    recipe = write_recipe(**changes)
+    assert message in fail("train", recipe)
+    assert not list(recipe.parent.glob("output/*"))
+
+
+def test_misaligned_text_files(fail, write_recipe, tmp_path):
+    for language, text in {"en": "a\nb\n", "de": "a\n"}.items():
+        (tmp_path / f"train.{language}").write_text(text)
+    files = [str(tmp_path / f"train.{language}") for language in ("en", "de")]
+    line = fail("train", write_recipe(dataset_name=None, train_files=files, validation_files=files, test_files=files))
+    assert "train.en has 2 and " in line and "train.de only 1" in line
+
+
+def test_a_folder_with_checkpoints(fail, trained):
+    assert "resume_from_checkpoint" in fail("train", trained.recipe)
+
+
+def test_evaluate_mistakes(fail, trained, corpus_folder):
+    assert "/no/such" in fail("evaluate", "/no/such", "--dataset_name", corpus_folder)
+    assert "/no/such" in fail("evaluate", trained.folder, "--dataset_name", "/no/such")
+    assert "'fr'" in fail("evaluate", trained.folder, "--dataset_name", corpus_folder, "--target_lang", "fr")
+    assert "'dev'" in fail("evaluate", trained.folder, "--dataset_name", corpus_folder, "--split", "dev")
+
+
+def test_translate_mistakes(fail, trained, tmp_path):
+    assert "no.txt' cannot be opened: No such file" in fail(
+        "translate", trained.folder, "--input_file", tmp_path / "no.txt"
+    )
+    source = tmp_path / "source.txt"
+    source.write_bytes(b"fine\n\nbroken \xff\n")
+    assert f"Line 3 of {source} is not UTF-8" in fail("translate", trained.folder, "--input_file", source)
+    output = tmp_path / "no" / "output.txt"
+    assert "cannot be opened" in fail("translate", trained.folder, "--input_file", source, "--output_file", output)
+
+
+# Work
+
+
+def test_train_from_text_files(write_recipe, pairs, tmp_path, capfd):
+    files = {}
+    for split, rows in pairs.items():
+        files[f"{split}_files"] = []
+        for language in ("en", "de"):
+            path = tmp_path / f"{split}.{language}"
+            path.write_text("".join(f"{pair[language]}\n" for pair in rows), encoding="utf-8")
+            files[f"{split}_files"].append(str(path))
+    recipe = write_recipe(dataset_name=None, **files)
+    assert main(["train", str(recipe), "--max_steps", "4", "--num_beams", "1"]) == 0, capfd.readouterr().err
+    folder = recipe.parent / "output"
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
+    assert "test_bleu" in json.loads((folder / "all_results.json").read_text())
+
+
+def test_evaluate(trained, corpus_folder, pairs, tmp_path, capfd):
+    output = tmp_path / "translations.txt"
+    words = [
+        "evaluate",
+        trained.folder,
+        "--dataset_name",
+        corpus_folder,
+        "--output_file",
+        output,
+        "--max_samples",
+        "20",
+    ]
+    assert main([str(word) for word in words]) == 0
+    scores = json.loads(capfd.readouterr().out)
+    translations = output.read_text(encoding="utf-8").split("\n")[:-1]
+    references = [pair["de"] for pair in pairs["test"][:20]]
+    bleu, chrf = sacrebleu.metrics.BLEU(), sacrebleu.metrics.CHRF()
+    expected = {
+        "bleu": bleu.corpus_score(translations, [references]).score,
+        "chrf": chrf.corpus_score(translations, [references]).score,
+        "bleu_signature": str(bleu.get_signature()),
+        "chrf_signature": str(chrf.get_signature()),
+    }
+    assert scores == {**scores, **expected, "sentences": 20} and scores["bleu"] > 0
+
+
+def test_evaluate_gives_the_score_of_training(run_cli, trained, corpus_folder):
+    result = run_cli("evaluate", trained.folder, "--dataset_name", corpus_folder)
+    assert result.code == 0, result.err
+    results = json.loads((trained.folder / "all_results.json").read_text())
+    assert json.loads(result.out)["bleu"] == pytest.approx(results["test_bleu"], abs=1e-9)
+
+
+LINES = [
+    "the old cat sees a mouse .",
+    "",
+    "a woman likes the street .",
+    " \t ",
+    "the cat\u2028sees\x0b\x0c\x1c\x85 a mouse\rand hears",
+    "the </s> cat <pad> sees",
+    "\u3000",
+    "the red cat " * 60,
+    "🐱 Ünïcode",
+    "the mouse hears a street .",
+]
+
+
+@pytest.fixture(scope="module")
+def expected(model_and_tokenizer):
+    return [line.replace("\n", " ") for line in translate(*model_and_tokenizer, LINES)]
+
+
+def test_translate_standard_input(run_cli, trained, expected):
+    result = run_cli("translate", trained.folder, stdin="\n".join(LINES).encode())
+    assert result.code == 0, result.err
+    assert result.raw.decode().split("\n") == [*expected, ""]
+    assert [not line for line in expected] == [not line.strip() for line in LINES]
+    assert "1 of 10 sentences were cut off at 64 tokens" in result.err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False], ids=["ended", "not ended"])
+def test_translate_files(trained, expected, tmp_path, capfd, end, last):
+    source, target = tmp_path / "source.txt", tmp_path / "target.txt"
+    source.write_bytes((end.join(LINES) + (end if last else "")).encode())
+    assert main(["translate", str(trained.folder), "--input_file", str(source), "--output_file", str(target)]) == 0
+    assert target.read_bytes().decode() == "".join(f"{line}\n" for line in expected)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("content", "output"), [(b"", b""), (b"\n", b"\n"), (b"\n\n\r\n", b"\n\n\n")])
+def test_translate_next_to_nothing(trained, tmp_path, content, output):
+    source, target = tmp_path / "source.txt", tmp_path / "target.txt"
+    source.write_bytes(content)
+    assert main(["translate", str(trained.folder), "--input_file", str(source), "--output_file", str(target)]) == 0
+    assert target.read_bytes() == output
+
+
+def test_translate_options(trained, model_and_tokenizer, tmp_path):
+    source, target = tmp_path / "source.txt", tmp_path / "target.txt"
+    source.write_text(LINES[0])
+    words = ["--input_file", source, "--output_file", target, "--num_beams", "4", "--max_new_tokens", "3"]
+    assert main(["translate", str(trained.folder), *map(str, words)]) == 0
+    assert target.read_text().splitlines() == translate(*model_and_tokenizer, LINES[:1], num_beams=4, max_new_tokens=3)
