@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import MarianConfig, MarianMTModel
 
 RENAMES = {
@@ -68,6 +70,8 @@ def test_logits_loss_and_every_gradient(build, batch, post_ln, variant, attn_imp
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("post_ln", POST_LN)
 def test_generation_token_by_token(build, batch, post_ln, variant, num_beams):
+    if num_beams > 1 and Version(transformers.__version__) < Version("5.18") and "decoder_vocab_size" in variant:
+        pytest.skip("beam search of Transformers 5.17 takes the source vocabulary's size for the target's")
     model = build(**post_ln, **variant)
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
     # Without these a random model repeats one token and no row ever ends.
