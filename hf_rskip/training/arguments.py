@@ -71,6 +71,9 @@ class RSkipTrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
     )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
+    )
     bleu_tokenize: str = field(
         default="13a", metadata={"help": "sacreBLEU's `tokenize`; `none` for text that is tokenized already."}
     )

@@ -50,6 +50,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         validation_set = validation_set.select(np.argsort(validation_set["target_length"]))
     set_seed(training.seed)
     model = _create_model(recipe.model, recipe.generation, data, tokenizer)
+    model.set_attn_implementation(training.attn_implementation)
 
     def score(model: PreTrainedModel, split: str, **generate_kwargs) -> dict[str, float | str]:
         sentences = split_languages(corpus[split], data.source_lang, data.target_lang)

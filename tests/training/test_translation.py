@@ -170,3 +170,10 @@ def test_it_learns_to_reverse_digits(write_recipe, tmp_path):
     assert main(["train", str(recipe)]) == 0
     results = json.loads((recipe.parent / "output" / "all_results.json").read_text())
     assert results["test_bleu"] > 80  # 94 to 97 with three seeds
+
+
+def test_the_attention_backend_is_a_key(write_recipe, capfd):
+    quick = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    assert main(["train", str(write_recipe(attn_implementation="eager", **quick))]) == 0, capfd.readouterr().err
+    assert main(["train", str(write_recipe(attn_implementation="no_such", **quick))]) == 2
+    assert "no_such" in capfd.readouterr().err
