@@ -173,7 +173,13 @@ def test_it_learns_to_reverse_digits(write_recipe, tmp_path):
 
 
 def test_the_attention_backend_is_a_key(write_recipe, capfd):
-    quick = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    quick = {
+        "early_stopping_patience": None,
+        "max_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+    }
     assert main(["train", str(write_recipe(attn_implementation="eager", **quick))]) == 0, capfd.readouterr().err
     assert main(["train", str(write_recipe(attn_implementation="no_such", **quick))]) == 2
     assert "no_such" in capfd.readouterr().err
