@@ -22,8 +22,7 @@ __all__ = [
     "XSkip",
 ]
 
-# The console script imports this package before anything else, and `hf-rskip --help` is not to wait for torch.
-if TYPE_CHECKING or PurePath(sys.argv[0]).stem != "hf-rskip":
+if TYPE_CHECKING:
     from .models import (
         NORMS,
         SKIP_CONNECTIONS,
@@ -36,3 +35,16 @@ if TYPE_CHECKING or PurePath(sys.argv[0]).stem != "hf-rskip":
         SublayerPosition,
         XSkip,
     )
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        from . import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The console script imports this package before anything else, and `hf-rskip --help` is not to wait for torch.
+if PurePath(sys.argv[0]).stem != "hf-rskip":
+    from . import models  # noqa: F401

@@ -1,6 +1,7 @@
 """`hf-rskip evaluate`."""
 
 import argparse
+import contextlib
 import json
 
 from ..data.arguments import DataArguments
@@ -16,6 +17,7 @@ def evaluate(args: argparse.Namespace) -> None:
     data = DataArguments(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
+        test_files=args.test_files,
         source_lang=args.source_lang or getattr(model.config, "source_lang", None),
         target_lang=args.target_lang or getattr(model.config, "target_lang", None),
         test_split=args.split,
@@ -23,6 +25,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     dataset = load_translation_dataset(data, splits=("test",))["test"]
     sources, references = split_languages(dataset, data.source_lang, data.target_lang)
+    output = open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext()
     scores, translations = evaluate_translation(
         model,
         tokenizer,
@@ -32,7 +35,7 @@ def evaluate(args: argparse.Namespace) -> None:
         max_batch_tokens=args.max_batch_tokens,
         **generation_kwargs(args),
     )
-    if args.output_file:
-        with open_file(args.output_file, "wb") as file:
+    with output as file:
+        if file:
             write_lines(file, translations)
     print(json.dumps({**scores, "sentences": len(sources)}, indent=2))

@@ -1,6 +1,7 @@
 """The parser of `hf-rskip`, and what a user sees of errors."""
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
@@ -20,8 +21,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="flat YAML of training keys")
     parser.usage = "hf-rskip train CONFIG.yaml [--key value ...]"
     parser.epilog = (
-        "Keys are the fields of RSkipConfig, DataArguments, Seq2SeqTrainingArguments and GenerationArguments under "
-        "their own names; those on the command line override those of the file."
+        "Keys on the command line override those of the file. `hf-rskip keys` prints them all with their defaults."
     )
 
 
@@ -32,26 +32,36 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     train(parse_recipe(args.config, rest))
 
 
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {word!r}")
+    return int(word)
+
+
 def _add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a trained model")
 
 
 def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation (default: the model's own)")
-    group.add_argument("--num_beams", type=int)
+    group.add_argument("--num_beams", type=_count)
     group.add_argument("--length_penalty", type=float)
-    group.add_argument("--max_new_tokens", type=int)
-    parser.add_argument("--max_batch_tokens", type=int, default=4096, help="padded source tokens times beams a batch")
+    group.add_argument("--max_new_tokens", type=_count)
+    parser.add_argument(
+        "--max_batch_tokens", type=_count, default=4096, help="padded source tokens times beams a batch"
+    )
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_argument(parser)
-    parser.add_argument("--dataset_name", required=True, help="Hub id or folder with a `translation` column")
+    corpus = parser.add_mutually_exclusive_group(required=True)
+    corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column, or cldr")
+    corpus.add_argument("--test_files", nargs=2, metavar=("SOURCE", "TARGET"), help="two UTF-8 text files")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--source_lang", help="default: that of the model's training")
     parser.add_argument("--target_lang", help="default: that of the model's training")
     parser.add_argument("--split", default="test", help="default: test")
-    parser.add_argument("--max_samples", type=int, help="only the first so many sentences")
+    parser.add_argument("--max_samples", type=_count, help="only the first so many sentences")
     parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
     _add_generation_arguments(parser)
@@ -76,6 +86,12 @@ def _translate(args: argparse.Namespace, rest: list[str]) -> None:
     translate_lines(args)
 
 
+def _keys(args: argparse.Namespace, rest: list[str]) -> None:
+    from ..training.arguments import describe_keys
+
+    print(describe_keys())
+
+
 def _env(args: argparse.Namespace, rest: list[str]) -> None:
     from .env import describe_environment
 
@@ -86,6 +102,7 @@ COMMANDS = {
     "train": Command("train a translation model from a recipe", _add_train_arguments, _train),
     "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
+    "keys": Command("print the keys of a recipe with their defaults", lambda parser: None, _keys),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
 
@@ -99,6 +116,9 @@ def _create_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.add_argument(
+            "--import_module", action="append", default=[], help="import this first, for residual kinds of your own"
+        )
         command.add_arguments(subparser)
     return parser
 
@@ -110,9 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        _start()
+        _start(args.import_module)
         COMMANDS[args.command].run(args, rest)
     except KeyboardInterrupt:
+        print("hf-rskip: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -126,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _start() -> None:
+def _start(modules: list[str]) -> None:
     """What every command needs; not done at import, so that `--help` is quick."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -135,6 +156,9 @@ def _start() -> None:
     from .. import models  # noqa: F401  registers the Auto classes, which the package leaves to the console script
 
     logging.disable_progress_bar()
+    sys.path.insert(0, "")  # as `python -m` does, which a console script does not
+    for module in modules:
+        importlib.import_module(module)
 
 
 def _one_sentence(error: Exception) -> str:

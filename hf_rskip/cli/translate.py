@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from ..decoding.loading import load_model
@@ -21,6 +22,8 @@ def generation_kwargs(args: argparse.Namespace) -> dict:
 
 def translate_lines(args: argparse.Namespace) -> None:
     """Translates line by line: as many lines out as in, in their order, an empty one for an empty one."""
+    if args.input_file and args.output_file and Path(args.input_file).resolve() == Path(args.output_file).resolve():
+        raise UserError(f"{args.input_file!r} cannot be both input and output")
     with contextlib.ExitStack() as files:
         # Only \n ends a line, so that the numbers of lines agree whatever else a sentence contains.
         source = files.enter_context(open_file(args.input_file, "rb")) if args.input_file else sys.stdin.buffer
@@ -49,7 +52,7 @@ def _read(source, name: str) -> Iterator[list[str]]:
     lines = []
     for number, line in enumerate(source, start=1):
         try:
-            lines.append(line.rstrip(b"\r\n").decode("utf-8"))
+            lines.append(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"Line {number} of {name} is not UTF-8") from error
         if len(lines) == _LINES_AT_ONCE:

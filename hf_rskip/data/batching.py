@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from ..errors import UserError
+
 
 class TokenBatchSampler(BatchRebalanceSampler):
     """Yields the batches, as lists of sentence indices, of one process.
@@ -25,7 +27,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
         rank, world_size: this process, and how many there are.
 
     Raises:
-        `ValueError`: if a sentence is longer than the budget, or if there are fewer sentences than processes.
+        [`UserError`]: if a sentence is longer than the budget, or if there are fewer sentences than processes.
     """
 
     def __init__(
@@ -42,9 +44,9 @@ class TokenBatchSampler(BatchRebalanceSampler):
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
         self.lengths = np.maximum(self.source_lengths, self.target_lengths)
         if len(self.lengths) < world_size:
-            raise ValueError(f"{len(self.lengths)} sentences are too few for {world_size} processes")
+            raise UserError(f"{len(self.lengths)} sentences are too few for {world_size} processes")
         if self.lengths.max() > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"The longest sentence has {self.lengths.max()} tokens, more than the batch budget of {max_tokens}"
             )
         self.bounds = self._cut(self.lengths[self._sorted_indices(np.random.default_rng(0))], max_tokens)

@@ -1,5 +1,6 @@
 """Translates sentences in batches of similar length."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,7 +27,7 @@ def translate(
     """
     if not sentences:
         return []
-    limit = model.config.max_position_embeddings
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     sources = tokenizer(list(sentences), return_attention_mask=False, verbose=False)["input_ids"]
     too_long = sum(len(source) > limit for source in sources)
     if too_long:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
+from ..models import SKIP_CONNECTIONS
 from ..training.arguments import Recipe
 
 _VERSIONS = ("torch", "transformers", "datasets", "accelerate", "sacrebleu")
@@ -67,9 +68,7 @@ def write_model_card(
         encoder_layers=config.encoder_layers,
         decoder_layers=config.decoder_layers,
         d_model=config.d_model,
-        skip_connection=", ".join(
-            f"{field}: {value}" for field, value in config.to_dict().items() if field.startswith("skip_")
-        ),
+        skip_connection=SKIP_CONNECTIONS[config.skip_type].describe(config),
         bleu=f"{metrics['test_bleu']:.2f}",
         bleu_signature=metrics["test_bleu_signature"].replace("|", "\\|"),
         chrf=f"{metrics['test_chrf']:.2f}",

@@ -145,20 +145,29 @@ class RSkipConfig(PreTrainedConfig):
         check("skip_scale", lambda value: is_number(value) and abs(value) < float("inf"), "a finite number")
         check("layer_norm_eps", lambda value: is_number(value) and value > 0, "a positive number")
         check("activation_function", lambda value: str(value) in ACT2FN, "a name of `transformers.activations.ACT2FN`")
-        for field, table in (
-            ("skip_type", SKIP_CONNECTIONS),
-            ("skip_norm", NORMS),
-            ("skip_norm_affine", AFFINES),
+        for field, table, more in (
+            ("skip_type", SKIP_CONNECTIONS, ", or a kind whose module was imported"),
+            ("skip_norm", NORMS, ""),
+            ("skip_norm_affine", AFFINES, ""),
         ):
             check(
                 field,
                 lambda value, table=table: isinstance(value, str) and value in table,
-                f"one of {', '.join(table)}",
+                f"one of {', '.join(table)}{more}",
             )
         for field in ("pad_token_id", "decoder_start_token_id"):
             check(
                 field,
                 lambda value: value == 0 or (is_count(value) and value < self.decoder_vocab_size),
+                f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}",
+            )
+        for field in ("eos_token_id", "bos_token_id"):
+            check(
+                field,
+                lambda value: all(
+                    token is None or token == 0 or (is_count(token) and token < self.decoder_vocab_size)
+                    for token in (value if isinstance(value, list) else [value])
+                ),
                 f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}",
             )
         if self.skip_norm == "none" and SKIP_CONNECTIONS[self.skip_type].requires_norm:

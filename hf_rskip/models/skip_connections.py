@@ -148,11 +148,19 @@ class SkipConnection(nn.Module):
 
     requires_norm = False
     """Whether `skip_norm="none"` would leave a formula that is not of this kind."""
+    options: tuple[str, ...] = ()
+    """The fields of the configuration that this kind reads beside `skip_norm`."""
 
     @classmethod
     def from_config(cls, config, size: int, position: SublayerPosition) -> "SkipConnection":
         """Builds the skip connection of the sublayer at `position`, for tensors of shape `(..., size)`."""
         return cls(size, norm=config.skip_norm, eps=config.layer_norm_eps)
+
+    @classmethod
+    def describe(cls, config) -> str:
+        """The kind with its options, as a configuration says them."""
+        fields = ("skip_type", "skip_norm", *cls.options)
+        return ", ".join(f"{field}: {getattr(config, field)}" for field in fields)
 
     @classmethod
     def final_norm(cls, config, size: int) -> nn.Module:
@@ -202,6 +210,8 @@ class RSkip(SkipConnection):
     ```
     """
 
+    options = ("skip_recursions", "skip_norm_affine")
+
     def __init__(
         self, size: int, recursions: int = 2, norm: str = "layer_norm", affine: str = "per_step", eps: float = 1e-5
     ):
@@ -238,6 +248,8 @@ class XSkip(SkipConnection):
 
     With s = 1 and layer normalisation it is post-LN. The scale is not learned.
     """
+
+    options = ("skip_scale",)
 
     def __init__(self, size: int, scale: float = 1.0, norm: str = "layer_norm", eps: float = 1e-5):
         super().__init__()

@@ -2,15 +2,17 @@
 
 import difflib
 import json
+import math
 import re
 import sys
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
+from sacrebleu.metrics import BLEU
 from transformers import HfArgumentParser, SchedulerType, Seq2SeqTrainingArguments
 
 from ..data.arguments import DataArguments
@@ -59,6 +61,31 @@ class GenerationArguments:
         default=0, metadata={"help": "Longest n-gram that may occur once only; 0 is off."}
     )
 
+    def __post_init__(self):
+        _check_at_least("num_beams", self.num_beams, 1)
+        _check_at_least("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        _check_at_least("length_penalty", self.length_penalty, -math.inf)
+        if self.max_new_tokens is not None:
+            _check_at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+def _check_at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:  # a NaN is at least nothing
+        raise UserError(f"{key} must be {'a number' if least == -math.inf else f'at least {least}'}, not {value}.")
+
+
+_LEAST = {
+    "per_device_train_batch_tokens": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "generation_num_beams": 1,
+    "seed": 0,
+    "learning_rate": 0,
+    "label_smoothing_factor": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+}
+
 
 @dataclass
 class RSkipTrainingArguments(Seq2SeqTrainingArguments):
@@ -103,12 +130,18 @@ class RSkipTrainingArguments(Seq2SeqTrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()  # a file is no place for a bar
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
-        if self.per_device_train_batch_tokens < 1:
-            raise UserError(
-                f"per_device_train_batch_tokens must be at least 1, not {self.per_device_train_batch_tokens}."
-            )
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise UserError(f"early_stopping_patience must be at least 1, not {self.early_stopping_patience}.")
+        for key, least in _LEAST.items():
+            _check_at_least(key, getattr(self, key), least)
+        if not self.label_smoothing_factor < 1:
+            raise UserError(f"label_smoothing_factor must be below 1, not {self.label_smoothing_factor}.")
+        if self.early_stopping_patience is not None:
+            _check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
+            if self.eval_strategy == "no":
+                raise UserError("early_stopping_patience needs evaluations, but eval_strategy is no.")
+        try:
+            BLEU(tokenize=self.bleu_tokenize)
+        except (KeyError, RuntimeError, ImportError) as error:
+            raise UserError(f"bleu_tokenize {self.bleu_tokenize!r} is not to be had from sacreBLEU.") from error
         metrics = ("bleu", "chrf", "loss") if self.predict_with_generate else ("loss",)
         if self.metric_for_best_model is not None and self.metric_for_best_model.removeprefix("eval_") not in metrics:
             without = "" if self.predict_with_generate else " without predict_with_generate"
@@ -147,7 +180,17 @@ class _Parser(HfArgumentParser):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Takes `true` and `false` alone for booleans, as YAML 1.2: `no` is a language, and a value of `save_strategy`."""
+    """Takes `true` and `false` alone for booleans, as YAML 1.2: `no` is a language, and a value of `save_strategy`.
+
+    A key that stands twice is an error.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key).replace("-", "_") for key, _ in node.value if key.tag.endswith(":str")]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -194,7 +237,29 @@ def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
 
 
 def _plain(value):
-    return value.value if isinstance(value, Enum) else value
+    if isinstance(value, Enum):
+        return value.value
+    return value if isinstance(value, (int, float, str, list, dict, type(None))) else str(value)
+
+
+def describe_keys() -> str:
+    """All keys with their defaults, and the help of those that Transformers does not document."""
+    training = {part.name: part for part in fields(RSkipTrainingArguments)}
+    groups = {
+        "Model (see RSkipConfig)": fields(ModelArguments),
+        "Data": fields(DataArguments),
+        "Generation": fields(GenerationArguments),
+        "Training": [training.pop(name) for name in RSkipTrainingArguments.__annotations__],
+        "Training (see Seq2SeqTrainingArguments)": training.values(),
+    }
+    lines = []
+    for title, parts in groups.items():
+        lines += ["", title]
+        for part in parts:
+            about = "" if title.endswith("Seq2SeqTrainingArguments)") else part.metadata.get("help", "")
+            default = part.default if part.default_factory is MISSING else part.default_factory()
+            lines.append(f"  {part.name} ({_plain(default)}) {about}".rstrip())
+    return "\n".join(lines[1:])
 
 
 def _read_yaml(path: Path) -> dict:

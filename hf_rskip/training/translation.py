@@ -1,6 +1,7 @@
 """Trains a translation model from a recipe: data, tokenizer, model, Trainer, test."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -20,7 +21,7 @@ from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..hub.model_card import write_model_card
-from ..models import RSkipConfig, RSkipForConditionalGeneration, SkipConnection
+from ..models import SKIP_CONNECTIONS, RSkipConfig, RSkipForConditionalGeneration
 from .arguments import GenerationArguments, ModelArguments, Recipe
 from .checkpoints import find_checkpoint
 from .trainer import RSkipTrainer
@@ -44,12 +45,22 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         elif data.tokenizer_name:
             tokenizer = load_tokenizer(data.tokenizer_name)
         else:
-            tokenizer = train_tokenizer(_sentences(corpus["train"], data), recipe.model.vocab_size, data.lowercase)
+            tokenizer = train_tokenizer(
+                _sentences(corpus["train"], data),
+                recipe.model.vocab_size,
+                data.lowercase,
+                model_max_length=recipe.model.max_position_embeddings,
+            )
         train_set, dropped = filter_by_length(tokenize_corpus(corpus["train"], tokenizer, data), data)
         validation_set = tokenize_corpus(corpus["validation"], tokenizer, data)
-        validation_set = validation_set.select(np.argsort(validation_set["target_length"]))
+        # Sorted, for little padding; a sentence beyond the model's positions counts for BLEU only, where it is cut.
+        longest = np.maximum(validation_set["source_length"], validation_set["target_length"])
+        order = np.argsort(validation_set["target_length"], stable=True)
+        validation_set = validation_set.select(order[longest[order] <= recipe.model.max_position_embeddings])
     set_seed(training.seed)
     model = _create_model(recipe.model, recipe.generation, data, tokenizer)
+    if checkpoint:
+        _check_same_model(model.config, checkpoint)
     model.set_attn_implementation(training.attn_implementation)
 
     def score(model: PreTrainedModel, split: str, **generate_kwargs) -> dict[str, float | str]:
@@ -74,7 +85,9 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         callbacks=callbacks,
     )
     if trainer.is_world_process_zero():
-        _describe(trainer, describe_dropped(dropped, len(train_set), "train"))
+        _describe(trainer, recipe, describe_dropped(dropped, len(train_set), "train"))
+        if checkpoint:
+            print(f"resuming from {checkpoint}", flush=True)
 
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
@@ -120,27 +133,38 @@ def _create_model(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    longest = max(data.max_source_length, data.max_target_length)
+    generation = asdict(generation_args)
+    if generation["max_new_tokens"] is None:
+        generation["max_new_tokens"] = data.max_target_length
+    longest = max(data.max_source_length, data.max_target_length, generation["max_new_tokens"])
     if longest > config.max_position_embeddings:
         raise UserError(
-            f"`max_position_embeddings` must be at least {longest}, as max_source_length and max_target_length allow, "
-            f"not {config.max_position_embeddings}"
+            f"max_position_embeddings must be at least {longest}, as max_source_length, max_target_length and "
+            f"max_new_tokens allow, not {config.max_position_embeddings}"
         )
     model = RSkipForConditionalGeneration(config)
     # So that the Trainer, loading the best checkpoint, does not report the tied weights as missing.
     model._keys_to_ignore_on_save = list(model.all_tied_weights_keys)
-    generation = asdict(generation_args)
-    generation["max_new_tokens"] = generation["max_new_tokens"] or data.max_target_length
     model.generation_config = GenerationConfig(**generation, **special_tokens)
     return model
 
 
-def _describe(trainer: RSkipTrainer, kept: str) -> None:
-    sampler = trainer._get_train_sampler()
-    skip = next(module for module in trainer.model.modules() if isinstance(module, SkipConnection))
+def _check_same_model(config: RSkipConfig, checkpoint: Path) -> None:
+    """A run must not go on as another model than it began; where the weights fit all the same, nobody would notice."""
+    before = RSkipConfig.from_pretrained(checkpoint)
+    for field in [*asdict(ModelArguments()), "source_lang", "target_lang"]:
+        old, new = getattr(before, field), getattr(config, field)
+        if old != new:
+            raise UserError(f"{checkpoint} was trained with {field} {old!r} and cannot go on with {new!r}.")
+
+
+def _describe(trainer: RSkipTrainer, recipe: Recipe, kept: str) -> None:
+    """Prints what is about to be trained, and which keys have no effect."""
+    config, sampler = trainer.model.config, trainer._get_train_sampler()
+    kind, parameters = SKIP_CONNECTIONS[config.skip_type], trainer.model.num_parameters()
     print(kept)
-    print(
-        f"model: {type(skip).__name__}({skip.extra_repr()}), {trainer.model.num_parameters():,} parameters, "
-        f"vocabulary of {trainer.model.config.vocab_size:,}"
-    )
+    print(f"model: {kind.describe(config)}; {parameters:,} parameters, vocabulary of {config.vocab_size:,}")
+    for key in ("skip_recursions", "skip_norm_affine", "skip_scale"):
+        if key in recipe.keys and key not in kind.options:
+            print(f"note: {key} has no effect with skip_type {config.skip_type}")
     print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)

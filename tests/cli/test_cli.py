@@ -84,7 +84,7 @@ def test_a_wrong_command_line(capfd, words):
         ({"d_model": 33}, "`d_model` must be a multiple of"),
         ({"skip_type": "skip"}, "`skip_type` must be one of"),
         ({"skip_recursions": 0}, "`skip_recursions` must be"),
-        ({"max_source_length": 100}, "`max_position_embeddings` must be at least 100"),
+        ({"max_source_length": 100}, "max_position_embeddings must be at least 100"),
         ({"vocab_size": 100}, "vocab_size must be at least 260"),
         ({"per_device_train_batch_tokens": 5}, "budget of 5"),
         ({"max_source_length": 2}, "No training pair is left"),
@@ -231,3 +231,47 @@ def test_translate_options(trained, model_and_tokenizer, tmp_path):
     words = ["--input_file", source, "--output_file", target, "--num_beams", "4", "--max_new_tokens", "3"]
     assert main(["translate", str(trained.folder), *map(str, words)]) == 0
     assert target.read_text().splitlines() == translate(*model_and_tokenizer, LINES[:1], num_beams=4, max_new_tokens=3)
+
+
+def test_a_residual_kind_of_ones_own(run_cli, write_recipe, tmp_path):
+    """A module that registers it is imported first, from the folder where one is."""
+    (tmp_path / "my_kinds.py").write_text(
+        "from hf_rskip import SKIP_CONNECTIONS, RSkip\n\n\nclass Mine(RSkip):\n    pass\n\n\n"
+        'SKIP_CONNECTIONS["mine"] = Mine\n'
+    )
+    recipe = write_recipe(skip_type="mine", max_steps=4)
+    assert "a kind whose module was imported" in run_cli("train", recipe, cwd=tmp_path).err
+    result = run_cli("train", recipe, "--import_module", "my_kinds", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "model: skip_type: mine, skip_norm: layer_norm, skip_recursions: 2" in result.out
+    folder = recipe.parent / "output"
+    translated = run_cli("translate", folder, "--import_module", "my_kinds", stdin=b"the cat .\n", cwd=tmp_path)
+    assert translated.code == 0 and len(translated.out.splitlines()) == 1
+
+
+def test_evaluate_takes_text_files(run_cli, trained, pairs, corpus_folder, tmp_path):
+    for language in ("en", "de"):
+        (tmp_path / f"test.{language}").write_text("".join(f"{pair[language]}\n" for pair in pairs["test"]))
+    files = run_cli("evaluate", trained.folder, "--test_files", tmp_path / "test.en", tmp_path / "test.de")
+    dataset = run_cli("evaluate", trained.folder, "--dataset_name", corpus_folder)
+    assert files.code == 0, files.err
+    assert files.out == dataset.out
+
+
+def test_translate_spares_its_input(run_cli, trained, tmp_path):
+    file = tmp_path / "file.txt"
+    file.write_text("the cat .\n")
+    result = run_cli("translate", trained.folder, "--input_file", file, "--output_file", file)
+    assert result.code == 2 and "cannot be both input and output" in result.err
+    assert file.read_text() == "the cat .\n"
+
+
+def test_keys_are_printed_with_their_defaults(run_cli):
+    out = run_cli("keys").out
+    for line in (
+        "skip_recursions (2)",
+        "train_files (None) Two UTF-8",
+        "num_beams (5)",
+        "lr_scheduler_type (inverse_sqrt)",
+    ):
+        assert f"\n  {line}" in out

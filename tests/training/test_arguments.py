@@ -184,3 +184,28 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe4")
     with pytest.raises(UserError, match="cannot be read"):
         parse_recipe(tmp_path / "latin.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_beams", 0),
+        ("max_new_tokens", 0),
+        ("length_penalty", "nan"),
+        ("generation_num_beams", 0),
+        ("per_device_eval_batch_size", 0),
+        ("label_smoothing_factor", 1),
+        ("learning_rate", "nan"),
+        ("bleu_tokenize", "no_such"),
+    ],
+)
+def test_values_that_would_fail_after_hours_fail_at_once(write_recipe, key, value):
+    with pytest.raises(UserError, match=key):
+        parse_recipe(write_recipe(), [f"--{key}", str(value)])
+
+
+def test_a_key_that_stands_twice_is_an_error(write_recipe):
+    recipe = write_recipe()
+    recipe.write_text(recipe.read_text() + "\nskip_recursions: 1\nskip-recursions: 3\n")
+    with pytest.raises(UserError, match="'skip_recursions' stands twice"):
+        parse_recipe(recipe, [])

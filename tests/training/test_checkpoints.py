@@ -12,7 +12,8 @@ def create(folder, **states):
     for name, state in states.items():
         checkpoint = folder / name.replace("_", "-")
         checkpoint.mkdir(parents=True)
-        (checkpoint / "model.safetensors").write_bytes(b"weights")
+        for file in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (checkpoint / file).write_bytes(b"content")
         if state is not None:
             (checkpoint / "trainer_state.json").write_text(state)
     return folder
@@ -62,3 +63,18 @@ def test_a_path(tmp_path):
         with pytest.raises(UserError, match=f"{name}' is not a complete checkpoint"):
             find_checkpoint(tmp_path, str(tmp_path / name))
     assert (tmp_path / "checkpoint-6").exists(), "what the user named is not ours to remove"
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "scheduler.pt", "rng_state.pth"])
+def test_one_that_lost_a_file_is_refused_and_kept(tmp_path, lost):
+    create(tmp_path, checkpoint_5=STATE, checkpoint_6=STATE)
+    (tmp_path / "checkpoint-6" / lost).unlink()
+    with pytest.raises(UserError, match=f"checkpoint-6' cannot be resumed from: it has no {lost.split('.')[0]}"):
+        find_checkpoint(tmp_path, "true")
+    assert (tmp_path / "checkpoint-6").exists()
+
+
+def test_a_fresh_start_beside_a_finished_model_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UserError, match="already holds a model"):
+        find_checkpoint(tmp_path, None)

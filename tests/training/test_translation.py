@@ -134,7 +134,7 @@ def test_a_new_residual_kind_is_one_row(monkeypatch, write_recipe, capfd):
     monkeypatch.setitem(SKIP_CONNECTIONS, "highway", Highway)
     recipe = write_recipe(skip_type="highway", skip_norm="none", max_steps=8, num_beams=1)
     assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
-    assert "model: Highway(" in capfd.readouterr().out
+    assert "model: skip_type: highway, " in capfd.readouterr().out
     model = AutoModelForSeq2SeqLM.from_pretrained(recipe.parent / "output")
     gates = [module.gate for module in model.modules() if isinstance(module, Highway)]
     assert len(gates) == 5 and all(gate.abs().max() > 0 for gate in gates)
@@ -183,3 +183,15 @@ def test_the_attention_backend_is_a_key(write_recipe, capfd):
     assert main(["train", str(write_recipe(attn_implementation="eager", **quick))]) == 0, capfd.readouterr().err
     assert main(["train", str(write_recipe(attn_implementation="no_such", **quick))]) == 2
     assert "no_such" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("skip_recursions", 3), ("dropout", 0.5), ("target_lang", "fr"), ("skip_type", "xskip")]
+)
+def test_a_run_cannot_go_on_as_another_model(key, value, trained, tmp_path, capfd):
+    output = tmp_path / "output"
+    shutil.copytree(trained.folder, output)
+    overrides = ["--output_dir", str(output), "--resume_from_checkpoint", "true", f"--{key}", str(value)]
+    assert main(["train", str(trained.recipe), *overrides]) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert key in message if key != "target_lang" else "'fr'" in message
