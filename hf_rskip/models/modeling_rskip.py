@@ -284,6 +284,7 @@ class RSkipStack(RSkipPreTrainedModel):
     """What encoder and decoder share: embeddings with positions, and the norm that ends some stacks."""
 
     _tp_plan = {
+        "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
