@@ -59,7 +59,7 @@ class RSkipSinusoidalPositionalEmbedding(nn.Module):
     def __init__(self, num_positions: int, embedding_dim: int):
         super().__init__()
         self.num_positions, self.embedding_dim = num_positions, embedding_dim
-        self.weight = nn.Buffer(torch.empty(num_positions, embedding_dim), persistent=False)
+        self.weight = nn.Buffer(self.create_weight(), persistent=False)
 
     def create_weight(self) -> torch.Tensor:
         """The table, `(num_positions, embedding_dim)`, computed in float64."""
@@ -132,7 +132,7 @@ class RSkipAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_proj(output.reshape(hidden_states.shape).contiguous()), weights
+        return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
 class RSkipMLP(nn.Module):
@@ -264,9 +264,34 @@ class RSkipPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resizes the vocabulary that source and target share; see `PreTrainedModel.resize_token_embeddings`.
+
+        Raises:
+            `ValueError`: if source and target have vocabularies of their own.
+        """
+        if not self.config.share_encoder_decoder_embeddings:
+            raise ValueError("`resize_token_embeddings` needs `share_encoder_decoder_embeddings`")
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if not self.config.tie_word_embeddings:
+            decoder = self.get_decoder()
+            decoder.embed_tokens = self._get_resized_embeddings(decoder.embed_tokens, self.config.vocab_size)
+        self.config.decoder_vocab_size = self.config.vocab_size
+        return embeddings
+
 
 class RSkipStack(RSkipPreTrainedModel):
     """What encoder and decoder share: embeddings with positions, and the norm that ends some stacks."""
+
+    _tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
 
     def __init__(self, config: RSkipConfig, vocab_size: int):
         super().__init__(config)
@@ -284,7 +309,10 @@ class RSkipStack(RSkipPreTrainedModel):
         return (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * self.embed_scale
 
     def add_positions(self, inputs_embeds: torch.Tensor, offset: int | torch.Tensor = 0) -> torch.Tensor:
-        """Adds positions `offset`, `offset + 1`, ... to embeddings `(batch, length, d_model)`, with dropout."""
+        """Adds positions `offset`, `offset + 1`, ... to embeddings `(batch, length, d_model)`, with dropout.
+
+        An offset of shape `(batch, 1)` gives each row its own start; positions below 0 count as 0.
+        """
         length = inputs_embeds.shape[1]
         # A static cache counts in a tensor, whose value is not worth a synchronisation.
         end = length if isinstance(offset, torch.Tensor) else length + offset
@@ -293,7 +321,7 @@ class RSkipStack(RSkipPreTrainedModel):
                 f"The sequence has {end} tokens, more than the {self.config.max_position_embeddings} of "
                 "`max_position_embeddings`"
             )
-        position_ids = torch.arange(length, device=inputs_embeds.device) + offset
+        position_ids = (torch.arange(length, device=inputs_embeds.device) + offset).clamp(min=0)
         hidden_states = inputs_embeds + self.embed_positions(position_ids).to(inputs_embeds)
         return nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
@@ -322,7 +350,9 @@ class RSkipEncoder(RSkipStack):
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
-        hidden_states = self.add_positions(inputs_embeds)
+        # The first real token stands at position 0, on whichever side the padding is.
+        offset = 0 if token_mask is None else -token_mask.int().argmax(dim=1, keepdim=True)
+        hidden_states = self.add_positions(inputs_embeds, offset)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, token_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states, token_mask))
@@ -331,6 +361,12 @@ class RSkipEncoder(RSkipStack):
 class RSkipDecoder(RSkipStack):
     """Transformer decoder."""
 
+    _tp_plan = RSkipStack._tp_plan | {
+        "layers.*.encoder_attn.q_proj": "colwise",
+        "layers.*.encoder_attn.k_proj": "colwise",
+        "layers.*.encoder_attn.v_proj": "colwise",
+        "layers.*.encoder_attn.out_proj": "rowwise",
+    }
     _can_record_outputs = {
         "hidden_states": RSkipDecoderLayer,
         "attentions": OutputRecorder(RSkipAttention, index=1, layer_name="self_attn"),
@@ -423,7 +459,7 @@ class RSkipModel(RSkipPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.encoder.embed_tokens = value
-        if self.config.share_encoder_decoder_embeddings:
+        if self.config.share_encoder_decoder_embeddings and self.config.tie_word_embeddings:
             self.decoder.embed_tokens = value
 
     @can_return_tuple
@@ -472,6 +508,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, GenerationMixin):
     """The encoder-decoder with a language-modelling head: translation and other sequence-to-sequence tasks."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RSkipConfig):
         super().__init__(config)
@@ -485,20 +522,6 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, GenerationMixin):
         self.model = RSkipModel(config)
         self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=False)
         self.post_init()
-
-    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs) -> nn.Embedding:
-        """Resizes the shared vocabulary; see `PreTrainedModel.resize_token_embeddings`.
-
-        Raises:
-            `ValueError`: if source and target have embeddings of their own.
-        """
-        if not (self.config.share_encoder_decoder_embeddings and self.config.tie_word_embeddings):
-            raise ValueError(
-                "`resize_token_embeddings` needs `share_encoder_decoder_embeddings` and `tie_word_embeddings`"
-            )
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.decoder_vocab_size = self.config.vocab_size
-        return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's input for `labels`; see [`shift_tokens_right`]."""

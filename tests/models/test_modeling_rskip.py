@@ -311,25 +311,6 @@ def test_compiles_without_a_graph_break(build, batch, kind):
 # Vocabularies
 
 
-def test_resized_vocabulary(build, batch):
-    model = build()
-    old = model.get_input_embeddings().weight.detach().clone()
-    model.resize_token_embeddings(37)
-    assert (model.config.vocab_size, model.config.decoder_vocab_size) == (37, 37)
-    assert len(embedding_matrices(model)) == 1
-    assert torch.equal(model.get_input_embeddings().weight[:30], old)
-    outputs = model(**batch)
-    assert outputs.logits.shape == (3, 6, 37)
-    assert outputs.loss.isfinite()
-    assert model.generate(batch["input_ids"], max_new_tokens=4).shape[0] == 3
-
-
-@pytest.mark.parametrize(("embeddings", "matrices"), EMBEDDINGS[1:])
-def test_embeddings_of_their_own_cannot_be_resized(build, embeddings, matrices):
-    with pytest.raises(ValueError, match="`share_encoder_decoder_embeddings` and `tie_word_embeddings`"):
-        build(**embeddings).resize_token_embeddings(37)
-
-
 @pytest.mark.parametrize(("embeddings", "matrices"), EMBEDDINGS)
 def test_vocabularies_train_and_generate(build, batch, embeddings, matrices):
     model = build(**embeddings).train()
