@@ -76,6 +76,21 @@ def _translate(args: argparse.Namespace, rest: list[str]) -> None:
     translate_lines(args)
 
 
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("architecture", choices=["marian"], help="what SOURCE is")
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with its tokenizer")
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
+    parser.add_argument(
+        "--skip_recursions", type=int, default=1, help="K; more than 1 is for fine-tuning (default: 1, the same output)"
+    )
+
+
+def _convert(args: argparse.Namespace, rest: list[str]) -> None:
+    from .convert import convert
+
+    convert(args)
+
+
 def _env(args: argparse.Namespace, rest: list[str]) -> None:
     from .env import describe_environment
 
@@ -86,6 +101,7 @@ COMMANDS = {
     "train": Command("train a translation model from a recipe", _add_train_arguments, _train),
     "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
+    "convert": Command("turn a checkpoint of another architecture into one", _add_convert_arguments, _convert),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
 

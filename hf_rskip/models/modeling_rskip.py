@@ -483,7 +483,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, GenerationMixin):
         # By the class's name Transformers would choose the causal loss, which shifts the labels a second time.
         self.loss_type = "ForMaskedLM"
         self.model = RSkipModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs) -> nn.Embedding:
