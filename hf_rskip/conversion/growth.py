@@ -22,7 +22,7 @@ def grow_recursions(
     towards the part of x orthogonal to it, by an angle whose tangent is std(x_orthogonal) / (a + <x, n> / d): of order
     1/a, never 0, and the same for each further step. In other words, the weight of the skip goes from 1 to
     1 + std(x + F) / a. No finite gain keeps the function exactly, as no parameter of the recursion can switch x off;
-    and as the gradient that reaches a gain is of order 1/a^2, a large one keeps the function for good.
+    and the gradient that reaches a is of order 1/a^2, so that a large gain keeps the function for good.
 
     The idea is that of Net2Net (Chen et al., 2016, https://arxiv.org/abs/1511.05641), to start a larger model as the
     trained one, with 1/a in the role of the new path's small weight in ReZero (Bachlechner et al., 2020,
