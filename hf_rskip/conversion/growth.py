@@ -7,7 +7,8 @@ from ..errors import UserError
 from ..models import RSkipForConditionalGeneration
 
 GAIN = 10.0
-"""Gain of the added steps."""
+"""Gain of the added steps: the smallest measured that costs a trained model little (0.008 nats a token and 0.8 BLEU in
+`recipes/studies/grow_recursions.py`, where 3 costs 0.10 and 9.1, and 1 everything)."""
 
 _STEP = re.compile(r"(.*_skip\.norm\.)(\d+)(\..*)")
 
@@ -22,7 +23,9 @@ def grow_recursions(
     towards the part of x orthogonal to it, by an angle whose tangent is std(x_orthogonal) / (a + <x, n> / d): of order
     1/a, never 0, and the same for each further step. In other words, the weight of the skip goes from 1 to
     1 + std(x + F) / a. No finite gain keeps the function exactly, as no parameter of the recursion can switch x off;
-    and the gradient that reaches a is of order 1/a^2, so that a large gain keeps the function for good.
+    and the gradient that reaches a is of order 1/a^2. Adam moves a gain by at most about the learning rate a step
+    whatever its gradient, so that at the rates of fine-tuning a hardly changes: choose it, rather than leave it to
+    training. A larger one keeps more of the function, and makes less of the recursion.
 
     The idea is that of Net2Net (Chen et al., 2016, https://arxiv.org/abs/1511.05641), to start a larger model as the
     trained one, with 1/a in the role of the new path's small weight in ReZero (Bachlechner et al., 2020,
