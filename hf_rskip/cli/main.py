@@ -101,7 +101,7 @@ COMMANDS = {
     "train": Command("train a translation model from a recipe", _add_train_arguments, _train),
     "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
-    "convert": Command("turn a checkpoint of another architecture into one", _add_convert_arguments, _convert),
+    "convert": Command("turn a MarianMT checkpoint into a model of this package", _add_convert_arguments, _convert),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
 

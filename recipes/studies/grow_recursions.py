@@ -4,10 +4,11 @@
         --warmup_steps 300 --output_dir outputs/k1
     python recipes/studies/grow_recursions.py outputs/k1 --gains 1 3 10 30 100 --max_steps 60
 
-Prints a line for K = 1 as it is, and one for each gain a of `hf_rskip.conversion.growth.grow_recursions` (1 is what plain
-new norms would be): cross-entropy (nats a token) and greedy BLEU on the validation split; the gradient that reaches a
-before the first step (summed over the features of a sublayer, mean of the absolute values over the sublayers); loss and
-BLEU after fine-tuning, with the same steps and batches for all; mean and standard deviation of the added gains then.
+Prints a line for K = 1 as it is, and one for each gain a of `hf_rskip.conversion.growth.grow_recursions` (1 is what
+plain new norms would be): cross-entropy (nats a token) and greedy BLEU on the validation split; the gradient that
+reaches a before the first step (summed over the features of a sublayer, mean of the absolute values over the
+sublayers); loss and BLEU after fine-tuning, with the same steps and batches for all; mean and standard deviation of
+the added gains then.
 
 | start           | loss   | BLEU  | gradient | loss after | BLEU after | gain after      |
 |-----------------|--------|-------|----------|------------|------------|-----------------|
@@ -23,10 +24,10 @@ nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0; x86-64 CPU, one thre
 With seed 2 (of the fine-tuning) the last columns of K = 1 and gains 10 and 100 are 0.0928, 0.0925, 0.0914 and 98.75,
 98.49, 98.59: differences of 0.005 nats or 0.5 BLEU between rows are noise.
 
-What it shows: plain norms undo the training; from a gain of 10 on little is lost, and it is back after 60 steps. What it
-also shows: the gains did not move, so that these models stay close to K = 1, and the larger the gain the closer. What a
-second recursion is good for in fine-tuning, over longer runs or with a learning rate of its own for the gains, was not
-measured.
+What it shows: plain norms undo the training; from a gain of 10 on little is lost, and it is back after 60 steps. What
+it also shows: the gains did not move, so that these models stay close to K = 1, and the larger the gain the closer.
+What a second recursion is good for in fine-tuning, over longer runs or with a learning rate of its own for the gains,
+was not measured.
 """
 
 import argparse

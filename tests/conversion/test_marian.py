@@ -129,8 +129,8 @@ def test_no_bias_without_one(make_marian):
     assert not model.config.lm_head_bias
 
 
-def test_layer_drop_is_dropped_with_a_warning(make_marian, caplog):
-    logging.getLogger("transformers").propagate = True
+def test_layer_drop_is_dropped_with_a_warning(make_marian, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         convert_marian_model(make_marian(encoder_layerdrop=0.1))
     assert "`encoder_layerdrop` 0.1 is dropped" in caplog.text
