@@ -92,6 +92,21 @@ def _keys(args: argparse.Namespace, rest: list[str]) -> None:
     print(describe_keys())
 
 
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("architecture", choices=["marian"], help="what SOURCE is")
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with its tokenizer")
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
+    parser.add_argument(
+        "--skip_recursions", type=int, default=1, help="K; more than 1 is for fine-tuning (default: 1, the same output)"
+    )
+
+
+def _convert(args: argparse.Namespace, rest: list[str]) -> None:
+    from .convert import convert
+
+    convert(args)
+
+
 def _env(args: argparse.Namespace, rest: list[str]) -> None:
     from .env import describe_environment
 
@@ -103,6 +118,7 @@ COMMANDS = {
     "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
     "keys": Command("print the keys of a recipe with their defaults", lambda parser: None, _keys),
+    "convert": Command("turn a MarianMT checkpoint into a model of this package", _add_convert_arguments, _convert),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
 

@@ -36,6 +36,8 @@ class RSkipConfig(PreTrainedConfig):
             Whether source and target share one vocabulary and, with `tie_word_embeddings`, one embedding matrix.
         tie_word_embeddings (`bool`, defaults to `True`):
             Whether the output projection is the target embedding matrix. `False` separates all matrices.
+        lm_head_bias (`bool`, defaults to `False`):
+            Whether the output projection has a bias, one trained number a target token, as in Marian.
         skip_type (`str`, defaults to `"rskip"`):
             The kind of skip connection, a key of `SKIP_CONNECTIONS`: `"rskip"`, `"xskip"`, `"pre_norm"`.
         skip_recursions (`int`, defaults to 2):
@@ -94,6 +96,7 @@ class RSkipConfig(PreTrainedConfig):
     scale_embedding: bool = True
     share_encoder_decoder_embeddings: bool = True
     tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
     skip_type: str = "rskip"
     skip_recursions: int = 2
     skip_scale: float = 1.0

@@ -520,7 +520,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, GenerationMixin):
         # By the class's name Transformers would choose the causal loss, which shifts the labels a second time.
         self.loss_type = "ForMaskedLM"
         self.model = RSkipModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,167 @@
+"""MarianMT checkpoints as post-LN models of this package, which compute the same."""
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data.tokenizer import load_tokenizer
+from ..errors import UserError
+from ..models import RSkipConfig, RSkipForConditionalGeneration
+from .growth import grow_recursions
+
+logger = logging.get_logger(__name__)
+
+_SAME_FIELDS = (
+    "vocab_size",
+    "decoder_vocab_size",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "activation_function",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "max_position_embeddings",
+    "scale_embedding",
+    "share_encoder_decoder_embeddings",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+)
+_RENAMES = (
+    (r"attn_layer_norm\.", "attn_skip.norm.0."),
+    (r"\.final_layer_norm\.", ".mlp_skip.norm.0."),
+    (r"\.(fc[12])\.", r".mlp.\1."),
+)
+# The forward pass of Marian reads the embeddings of encoder and decoder, never this matrix itself.
+_UNUSED = {"model.shared.weight"}
+_BIAS = "final_logits_bias"
+_POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
+
+
+def convert_marian_config(config: MarianConfig, lm_head_bias: bool) -> RSkipConfig:
+    """The post-LN configuration (`rskip`, K = 1) of the same model.
+
+    `encoder_layerdrop` and `decoder_layerdrop`, which matter in training only, have no counterpart: a value above 0 is
+    dropped with a warning.
+
+    Raises:
+        [`UserError`]: if a field has a value that `RSkipConfig` does not allow.
+    """
+    for field in ("encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, field):
+            logger.warning(f"`{field}` {getattr(config, field)} is dropped: training will use every layer")
+    try:
+        return RSkipConfig(
+            **{field: getattr(config, field) for field in _SAME_FIELDS},
+            lm_head_bias=lm_head_bias,
+            skip_type="rskip",
+            skip_recursions=1,
+            skip_norm="layer_norm",
+            layer_norm_eps=1e-5,
+        )
+    except ValueError as error:
+        raise UserError(f"This Marian configuration cannot be converted: {error}") from error
+
+
+def convert_marian_model(marian: MarianMTModel) -> RSkipForConditionalGeneration:
+    """The same function as a `RSkipForConditionalGeneration` with K = 1, in evaluation mode.
+
+    Every weight is taken over under its new name, in its own dtype, and so is the generation configuration. A
+    `final_logits_bias` other than zero becomes the bias of the output projection, which is trained, as it is in the
+    C++ Marian (in Transformers it is a constant).
+
+    Raises:
+        [`UserError`]: if a weight has no counterpart, or positions are not the sinusoids of Vaswani et al. (2017).
+    """
+    weights = marian.state_dict()
+    bias = weights.pop(_BIAS).squeeze(0)
+    model = RSkipForConditionalGeneration(convert_marian_config(marian.config, bool(bias.any()))).to(marian.dtype)
+    for name, stack in zip(_POSITIONS, (model.model.encoder, model.model.decoder), strict=True):
+        # Half precision rounds the sinusoids that a checkpoint contains by up to 2^-9.
+        if not torch.allclose(weights.pop(name).float(), stack.embed_positions.create_weight(), atol=2**-8):
+            raise UserError(f"{name} is not a table of sinusoids, and other positions cannot be converted")
+    renamed = {_new_name(name): weight for name, weight in weights.items() if name not in _UNUSED}
+    if model.config.lm_head_bias:
+        renamed["lm_head.bias"] = bias
+    unmatched = renamed.keys() ^ model.state_dict().keys()
+    if unmatched:
+        raise UserError(f"Weights of one model have no counterpart in the other: {', '.join(sorted(unmatched))}")
+    model.load_state_dict(renamed)
+    model.generation_config = copy.deepcopy(marian.generation_config)
+    model.generation_config._from_model_config = False  # a configuration of its own, wherever it once came from
+    return model.eval()
+
+
+def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions: int = 1) -> None:
+    """Writes the MarianMT checkpoint `source` to `output` as a model of this package, with its tokenizer.
+
+    Args:
+        source: folder or Hub id of a `MarianMTModel` and its tokenizer.
+        output: a new or empty folder.
+        recursions: K. With 1 the function is the same; more are added by
+            [`~hf_rskip.conversion.growth.grow_recursions`], for fine-tuning.
+
+    Raises:
+        [`UserError`]: if `output` is not empty, if `source` is not a complete MarianMT checkpoint with a tokenizer, or
+            if the tokenizer needs a package that is not installed.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{str(output)!r} already exists and is not an empty folder")
+    if recursions < 1:
+        raise UserError(f"`skip_recursions` must be an integer of at least 1, not {recursions}")
+    marian = _load_marian(source)
+    tokenizer = _load_tokenizer(source)
+    model = convert_marian_model(marian)
+    model.config.source_lang = getattr(tokenizer, "source_lang", None)
+    model.config.target_lang = getattr(tokenizer, "target_lang", None)
+    if recursions > 1:
+        model = grow_recursions(model, recursions)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def _new_name(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _load_marian(source: str) -> MarianMTModel:
+    try:
+        model_type = AutoConfig.from_pretrained(source).model_type
+        if model_type != MarianConfig.model_type:
+            raise UserError(f"{source!r} is a model of type {model_type!r}, not a Marian checkpoint")
+        model, report = MarianMTModel.from_pretrained(source, output_loading_info=True)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model could be loaded from {source!r}: {str(error).strip().splitlines()[0]}") from error
+    unaccounted = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if unaccounted:
+        raise UserError(f"{source!r} lacks weights of a MarianMT model, or has others: {', '.join(unaccounted)}")
+    return model
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(source)
+    except ImportError as error:
+        raise UserError(
+            f"The tokenizer of {source!r} needs a package that is not installed (most often sentencepiece): "
+            "`pip install 'hf_rskip[marian]'`"
+        ) from error
+    except TypeError as error:  # what MarianTokenizer raises where a folder has none of its files
+        raise UserError(f"There is no tokenizer in {source!r}") from error
