@@ -76,6 +76,17 @@ def _translate(args: argparse.Namespace, rest: list[str]) -> None:
     translate_lines(args)
 
 
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    from .export import export
+
+    export(args)
+
+
 def _env(args: argparse.Namespace, rest: list[str]) -> None:
     from .env import describe_environment
 
@@ -86,6 +97,7 @@ COMMANDS = {
     "train": Command("train a translation model from a recipe", _add_train_arguments, _train),
     "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
+    "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
 
