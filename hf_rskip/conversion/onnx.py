@@ -101,10 +101,10 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         raise UserError(f"The output folder {os.fspath(folder)!r} is not empty")
     model.eval()
     exporter = _create_exporter()
-    # Any sizes would do that are different and above 1.
-    tokens = torch.full((2, 5), model.config.decoder_start_token_id, device=model.device)
+    # Sizes that the trace cannot take for constants or for one another: 3 sentences of 7 tokens, 5 new tokens after 4.
+    tokens = torch.full((3, 7), model.config.decoder_start_token_id, device=model.device)
     source = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    cache = model(**source, decoder_input_ids=tokens[:, :3], use_cache=True).past_key_values
+    cache = model(**source, decoder_input_ids=tokens[:, :4], use_cache=True).past_key_values
     past = _keys_and_values("decoder", cache.self_attention_cache)
     for layer, states in _keys_and_values("encoder", cache.cross_attention_cache).items():
         past[layer] |= states
@@ -113,7 +113,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         "decoder.onnx": (
             _Decoder(model),
             {
-                "decoder_input_ids": tokens[:, :2],
+                "decoder_input_ids": tokens[:, :5],
                 "encoder_attention_mask": source["attention_mask"],
                 "past_key_values": past,
             },
