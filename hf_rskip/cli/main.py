@@ -107,6 +107,17 @@ def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     convert(args)
 
 
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    from .export import export
+
+    export(args)
+
+
 def _env(args: argparse.Namespace, rest: list[str]) -> None:
     from .env import describe_environment
 
@@ -119,6 +130,7 @@ COMMANDS = {
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
     "keys": Command("print the keys of a recipe with their defaults", lambda parser: None, _keys),
     "convert": Command("turn a MarianMT checkpoint into a model of this package", _add_convert_arguments, _convert),
+    "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
 

@@ -1,1 +1,1 @@
-"""From trained models of other kinds to models of this package, and from K recursions to more."""
+"""From trained models of other kinds to models of this package, to more recursions, and to ONNX."""

@@ -1,0 +1,271 @@
+"""Exported graphs against the model in torch: every kind of skip connection, padding, first and later steps, greedy
+search; and what a user is told when something is missing."""
+
+import shutil
+import sys
+from functools import partial
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from hf_rskip import (
+    SKIP_CONNECTIONS,
+    PreNorm,
+    RSkip,
+    RSkipConfig,
+    RSkipForConditionalGeneration,
+    SkipConnection,
+    XSkip,
+)
+from hf_rskip.cli.main import main
+from hf_rskip.conversion.onnx import OnnxTranslationModel, export_onnx
+from hf_rskip.errors import UserError
+
+SOURCE_LENGTHS = [7, 4, 2]
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """The trained model, exported by the command."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert main(["export", str(trained.folder), str(folder)]) == 0
+    return folder
+
+
+def load(folder):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return OnnxTranslationModel(folder, options)
+
+
+@pytest.fixture(scope="module")
+def onnx_model(exported):
+    return load(exported)
+
+
+def random_batch(lengths, vocab_size):
+    rng = np.random.default_rng(0)
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    return rng.integers(4, vocab_size, mask.shape) * mask, mask
+
+
+def run(session, **inputs):
+    names = [spec.name for spec in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def decoder_logits(onnx_model, model, input_ids, attention_mask, pieces):
+    """Logits of the target `pieces`, each decoded after the ones before it, by nothing but the documented names."""
+    encoded = run(onnx_model.encoder, input_ids=input_ids, attention_mask=attention_mask)
+    config = model.config
+    past = {f"past_key_values.{name.removeprefix('present.')}": encoded[name] for name in encoded if "present" in name}
+    heads = config.decoder_attention_heads
+    for layer in range(config.decoder_layers):
+        for name in ("key", "value"):
+            past[f"past_key_values.{layer}.decoder.{name}"] = np.zeros(
+                (len(input_ids), heads, 0, config.d_model // heads), np.float32
+            )
+    logits = []
+    for piece in pieces:
+        outputs = run(onnx_model.decoder, decoder_input_ids=piece, encoder_attention_mask=attention_mask, **past)
+        logits.append(outputs.pop("logits"))
+        past |= {f"past_key_values.{name.removeprefix('present.')}": value for name, value in outputs.items()}
+    return encoded["last_hidden_state"], np.concatenate(logits, axis=1)
+
+
+def assert_equal_to_torch(onnx_model, model, lengths, cuts):
+    """Every prefix of the target is decoded at once or in pieces; logits at all positions, states at real ones."""
+    input_ids, attention_mask = random_batch(lengths, model.config.vocab_size)
+    target = np.random.default_rng(1).integers(4, model.config.vocab_size, (len(lengths), 9))
+    target[:, 0] = model.config.decoder_start_token_id
+    with torch.no_grad():
+        expected = model(*map(torch.from_numpy, (input_ids, attention_mask, target)))
+    states, logits = decoder_logits(onnx_model, model, input_ids, attention_mask, np.split(target, cuts, axis=1))
+    real = attention_mask.astype(bool)
+    np.testing.assert_allclose(states[real], expected.encoder_last_hidden_state.numpy()[real], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4, rtol=0)
+    assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize("lengths", [SOURCE_LENGTHS, [1], [64, 1], [3, 3, 3, 3]], ids=str)
+@pytest.mark.parametrize("cuts", [[], [1], [*range(1, 9)], [4, 6]], ids=["at once", "prefill", "steps", "pieces"])
+def test_graphs_equal_the_model(onnx_model, model_and_tokenizer, lengths, cuts):
+    assert_equal_to_torch(onnx_model, model_and_tokenizer[0], lengths, cuts)
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """A skip type whose every sublayer is of another kind: one export, which takes seconds, shows them all."""
+    kinds = {
+        "encoder": [
+            partial(RSkip, recursions=1),
+            partial(RSkip, recursions=2, norm="rms_norm"),
+            partial(XSkip, scale=1.7),
+            partial(PreNorm, norm="batch_norm"),
+        ],
+        "decoder": [
+            partial(RSkip, recursions=2, affine="last"),
+            partial(RSkip, recursions=3, affine="per_step", norm="batch_norm"),
+            partial(XSkip, scale=0.5, norm="none"),
+            partial(RSkip, recursions=3, affine="shared"),
+            partial(RSkip, recursions=3, affine="last", norm="rms_norm"),
+            partial(PreNorm),
+        ],
+    }
+
+    class Mixed(SkipConnection):
+        @classmethod
+        def from_config(cls, config, size, position):
+            return kinds[position.stack].pop(0)(size)
+
+        @classmethod
+        def final_norm(cls, config, size):
+            return PreNorm.final_norm(config, size)
+
+    monkeypatch.setitem(SKIP_CONNECTIONS, "mixed", Mixed)
+    yield
+    assert not any(kinds.values())
+
+
+@pytest.mark.slow
+def test_every_kind_of_skip_connection(mixed, model_and_tokenizer, tmp_path):
+    config = RSkipConfig(
+        vocab_size=30,
+        decoder_vocab_size=40,
+        share_encoder_decoder_embeddings=False,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=32,
+        max_position_embeddings=24,
+        skip_type="mixed",
+    )
+    torch.manual_seed(0)
+    model = RSkipForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    export_onnx(model, model_and_tokenizer[1], tmp_path)
+    assert_equal_to_torch(load(tmp_path), model, SOURCE_LENGTHS, [1, 2, 5])
+
+
+# Greedy search
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_greedy_search_gives_the_tokens_of_generate(onnx_model, exported, model_and_tokenizer, pairs, batch_size):
+    model, tokenizer = model_and_tokenizer
+    sources = [pair["en"] for pair in (pairs["test"] + pairs["validation"] + pairs["train"])[:100]]
+    exported_tokenizer = AutoTokenizer.from_pretrained(exported)
+    translations = set()
+    for start in range(0, 100, batch_size):
+        batch = sources[start : start + batch_size]
+        expected = model.generate(**tokenizer(batch, padding=True, return_tensors="pt"), num_beams=1)
+        tokens = onnx_model.generate(**exported_tokenizer(batch, padding=True, return_tensors="np"))
+        np.testing.assert_array_equal(tokens, expected.numpy())
+        translations |= set(exported_tokenizer.batch_decode(tokens, skip_special_tokens=True))
+    assert len(translations) > 20
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 3])
+def test_max_new_tokens(onnx_model, model_and_tokenizer, max_new_tokens):
+    model, tokenizer = model_and_tokenizer
+    inputs = tokenizer(["the old cat sees a mouse .", "a cat likes the cat ."], padding=True, return_tensors="pt")
+    expected = model.generate(**inputs, num_beams=1, max_new_tokens=max_new_tokens)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    np.testing.assert_array_equal(onnx_model.generate(**arrays, max_new_tokens=max_new_tokens), expected.numpy())
+
+
+def test_a_search_ends_at_the_last_position(onnx_model, monkeypatch):
+    monkeypatch.setattr(onnx_model.generation_config, "eos_token_id", [])
+    input_ids, attention_mask = random_batch([3], 300)
+    assert onnx_model.generate(input_ids, attention_mask, max_new_tokens=1000).shape == (1, 65)
+    with pytest.raises(ValueError, match="The sequence has 65 tokens, more than the 64 of"):
+        onnx_model.generate(*random_batch([65], 300))
+
+
+# Files and mistakes
+
+
+def test_the_folder(exported, trained):
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "encoder.onnx",
+        "decoder.onnx",
+    }
+    assert (exported / "tokenizer.json").read_bytes() == (trained.folder / "tokenizer.json").read_bytes()
+    for name in ("encoder.onnx", "decoder.onnx"):
+        assert b".py" not in (exported / name).read_bytes()  # stack traces with paths of this machine
+
+
+def error_of(capfd, *words):
+    assert main(["export", *map(str, words)]) == 2
+    captured = capfd.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("hf-rskip: error: ") and not captured.out
+    return line
+
+
+def test_mistakes(trained, tmp_path, capfd):
+    assert "/no/such/model" in error_of(capfd, "/no/such/model", tmp_path / "new")
+    (tmp_path / "file").write_text("kept")
+    for output in (tmp_path, tmp_path / "file"):
+        assert f"The output folder {str(output)!r} is not empty" in error_of(capfd, trained.folder, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_missing_packages(trained, tmp_path, capfd, monkeypatch):
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    monkeypatch.setattr(OnnxExporter, "required_packages", ["torch", "no_such_package"])
+    line = error_of(capfd, trained.folder, tmp_path / "new")
+    assert "`pip install 'hf_rskip[onnx]'`" in line and "no_such_package" in line
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'hf_rskip\[onnx\]'"):
+        OnnxTranslationModel(tmp_path)
+
+
+def test_a_folder_without_graphs(exported, tmp_path):
+    shutil.copy(exported / "encoder.onnx", tmp_path)
+    with pytest.raises(UserError, match="There is no decoder.onnx in"):
+        OnnxTranslationModel(tmp_path)
+
+
+# torch.export
+
+
+def forward_inputs(lengths, target_length, vocab_size):
+    input_ids, attention_mask = map(torch.from_numpy, random_batch(lengths, vocab_size))
+    target = torch.from_numpy(np.random.default_rng(1).integers(4, vocab_size, (len(lengths), target_length)))
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": target}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_torch_export_of_the_whole_model(model_and_tokenizer, tmp_path, dynamic):
+    model, _ = model_and_tokenizer
+    sample = forward_inputs(SOURCE_LENGTHS, 5, 300)
+    shapes = (
+        {name: dict.fromkeys((0, 1), torch.export.Dim.AUTO) for name in sample} | {"use_cache": None}
+        if dynamic
+        else None
+    )
+    with torch.no_grad():
+        program = torch.export.export(model, (), sample | {"use_cache": False}, dynamic_shapes=shapes, strict=False)
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        for lengths, target_length in [(SOURCE_LENGTHS, 5), *([([9, 4], 7), ([30] * 5, 12)] if dynamic else [])]:
+            inputs = forward_inputs(lengths, target_length, 300) | {"use_cache": False}
+            torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
