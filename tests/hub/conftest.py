@@ -1,8 +1,8 @@
 """A Hub on loopback: what the real `huggingface_hub` client needs of huggingface.co, in one process and in memory.
 
-Git is reduced to what the client can see: a branch is a list of commits, a commit is a table of files, and a file is its
-bytes, under the name that git (SHA-1 of a blob) or LFS (SHA-256) would give them. An endpoint that is not here answers
-501, so that a test notices.
+Git is reduced to what the client can see: a branch is a list of commits, a commit is a table of files, and a file is
+its bytes, under the name that git (SHA-1 of a blob) or LFS (SHA-256) would give them. An endpoint that is not here
+answers 501, so that a test notices.
 """
 
 import base64
