@@ -11,6 +11,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from ..errors import UserError
 from .remote_code import find_code
+from .training_curve import CURVE_NAME
 
 CARD_NAME = "README.md"
 
@@ -27,7 +28,7 @@ _TOKENIZER_FILES = (
     "*.spm",
     "*.model",
 )
-_RESULT_FILES = (CARD_NAME, "training_curve.png", "all_results.json", "trainer_state.json")
+_RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
 
 
 class Pushed(NamedTuple):
@@ -133,10 +134,13 @@ def upload(
         kept_card = (
             CARD_NAME in files and not overwrite_card and CARD_NAME in {file.rfilename for file in head.siblings}
         )
+        if kept_card:
+            files = {name: content for name, content in files.items() if name != CARD_NAME}
+        elif CARD_NAME in files:
+            files = {**files, CARD_NAME: _address_card(files[CARD_NAME], repo_id)}
         operations = {
             name: CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
-            if not (name == CARD_NAME and kept_card)
         }
         # One by one, to know which have arrived. They are kept by content, so that a repeated push sends the rest.
         for name in weights:
@@ -153,6 +157,12 @@ def upload(
             f"{unsent} was not, the repository has not changed, and the same push can be repeated"
         ) from error
     return Pushed(commit.commit_url, changed=commit.oid != head.sha, kept_card=kept_card)
+
+
+def _address_card(card: Path, repo_id: str) -> bytes:
+    """The card with its code, which loads the model by the name of its folder, loading it from the Hub."""
+    local = f'from_pretrained("{card.resolve().parent.name}"'
+    return card.read_text(encoding="utf-8").replace(local, f'from_pretrained("{repo_id}"').encode()
 
 
 def _read_json(path: Path) -> dict:

@@ -1,6 +1,7 @@
 """How a Trainer pushes: what `hf-rskip push` would send, and nothing else."""
 
 import shutil
+import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -52,10 +53,10 @@ class HubTrainerMixin:
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # From a copy, as the Trainer may remove the checkpoint before it has been sent.
+        # From links, as the Trainer may remove the checkpoint before it has been sent.
+        snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
         files = {
-            name: Path(shutil.copy(path, self.args.output_dir))
-            for name, path in collect_files(checkpoint_folder).items()
+            name: _link(path, Path(snapshot.name, name)) for name, path in collect_files(checkpoint_folder).items()
         }
         subfolder = {
             HubStrategy.CHECKPOINT: "last-checkpoint",
@@ -65,6 +66,7 @@ class HubTrainerMixin:
             files |= {f"{subfolder}/{name}": path for name, path in files.items()}
         job = self._upload(files, f"Training in progress, step {self.state.global_step}")
         job.add_done_callback(_warn_of_failure)
+        job.add_done_callback(lambda job: snapshot.cleanup())
         jobs = [] if self.push_in_progress is None else self.push_in_progress.jobs
         self.push_in_progress = PushInProgress([*(job for job in jobs if not job.done()), job])
 
@@ -79,6 +81,14 @@ class HubTrainerMixin:
             token=token or self.args.hub_token,
             commit_message=commit_message,
         )
+
+
+def _link(source: Path, target: Path) -> Path:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # of a file system without hard links
+        shutil.copy(source, target)
+    return target
 
 
 def _warn_of_failure(job: Future) -> None:

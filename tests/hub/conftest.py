@@ -105,6 +105,12 @@ class Hub(ThreadingHTTPServer):
         """Whether the connection breaks in the middle of an LFS upload."""
         self.lock = threading.RLock()
 
+    def clear(self) -> None:
+        with self.lock:
+            self.cut_uploads = False
+            for kept in (self.repositories, self.objects, self.requests):
+                kept.clear()
+
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The content of the files at a revision, by path."""
         return {path: file.content for path, file in self.repositories[repo_id].find(revision).files.items()}
@@ -417,9 +423,9 @@ def find_metadata_errors(data: dict) -> list[str]:
     return errors
 
 
-@pytest.fixture
-def hub():
-    """A new, empty [`Hub`]."""
+@pytest.fixture(scope="session")
+def server():
+    """The [`Hub`] of the session."""
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -430,29 +436,24 @@ def hub():
 
 
 @pytest.fixture
-def hub_environment(hub, tmp_path) -> dict[str, str]:
-    """The environment of a process whose Hub is `hub`, with a cache of its own."""
+def hub(server):
+    """The [`Hub`], empty."""
+    server.clear()
+    return server
+
+
+@pytest.fixture(scope="session")
+def hub_environment(server, tmp_path_factory) -> dict[str, str]:
+    """The environment of a process whose Hub is `server`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return environment | {
-        "HF_ENDPOINT": hub.url,
+        "HF_ENDPOINT": server.url,
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HOME": str(tmp_path / "hf-home"),
+        "HF_HOME": str(tmp_path_factory.mktemp("hf-home")),
     }
-
-
-@pytest.fixture
-def push(hub_environment, start_cli):
-    """Runs `hf-rskip` as a user of `hub`; returns `code`, `out` and `err`."""
-
-    def run(*words) -> SimpleNamespace:
-        process = start_cli(*words, environment=hub_environment)
-        out, err = process.communicate(timeout=300)
-        return SimpleNamespace(code=process.returncode, out=out.decode(), err=err.decode())
-
-    return run
 
 
 WITHOUT_PACKAGE = """
@@ -468,12 +469,12 @@ sys.meta_path.insert(0, Blocker())
 
 
 @pytest.fixture
-def run_python(hub_environment, tmp_path):
-    """Runs Python code as a user of `hub`, with the package or without; returns `code`, `out` and `err`."""
+def run_without_package(hub_environment, tmp_path):
+    """Runs Python code in a process that cannot import the package; returns `code`, `out` and `err`."""
 
-    def run(code: str, package: bool) -> SimpleNamespace:
+    def run(code: str) -> SimpleNamespace:
         result = subprocess.run(
-            [sys.executable, "-c", code if package else WITHOUT_PACKAGE + code],
+            [sys.executable, "-c", WITHOUT_PACKAGE + code],
             cwd=tmp_path,
             env=hub_environment,
             capture_output=True,
@@ -482,5 +483,55 @@ def run_python(hub_environment, tmp_path):
             timeout=300,
         )
         return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
+
+    return run
+
+
+WORKER = """
+import contextlib, io, json, sys, traceback
+
+for line in sys.stdin:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            exec(json.loads(line), {})
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_with_package(hub_environment, tmp_path_factory):
+    """Runs Python code in one process for all tests, as starting one takes seconds; returns `code`, `out`, `err`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        cwd=tmp_path_factory.mktemp("worker"),
+        env=hub_environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(code: str) -> SimpleNamespace:
+        process.stdin.write(json.dumps(code) + "\n")
+        process.stdin.flush()
+        return SimpleNamespace(**json.loads(process.stdout.readline()))
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def cli(hub, run_with_package):
+    """Runs `hf-rskip` as a user of `hub`; returns `code`, `out` and `err`."""
+
+    def run(*words) -> SimpleNamespace:
+        argv = [str(word) for word in words]
+        return run_with_package(f"import sys\nfrom hf_rskip.cli import main\nsys.exit(main({argv!r}))")
 
     return run

@@ -60,8 +60,8 @@ print("done")
 """
 
 
-def test_the_real_client_works_with_it(hub, run_python):
-    result = run_python(CLIENT, package=False)
+def test_the_real_client_works_with_it(hub, run_without_package):
+    result = run_without_package(CLIENT)
     assert result.out == "done\n", result.err
     assert hub.repositories["user/tiny"].private
     assert hub.commits("user/tiny", "feature/x")[:2] == ["initial commit", "first"]

@@ -10,7 +10,7 @@ import torch
 SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
 CODE = {"configuration_rskip.py", "modeling_rskip.py", "skip_connections.py"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-RESULTS = {"README.md", "all_results.json", "trainer_state.json"}
+RESULTS = {"README.md", "training_curve.png", "all_results.json", "trainer_state.json"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 # Runs in another process: the answers of the model `name` on the Hub, in text.
@@ -34,6 +34,15 @@ def answer(name, **kwargs):
     assert torch.equal(model.lm_head(hidden), logits)
     beams = tokenizer.batch_decode(model.generate(**inputs, num_beams=3), skip_special_tokens=True)
     return model, tokenizer, {{"logits": logits.tolist(), "beams": beams}}
+"""
+REFUSAL = """
+for auto in (AutoConfig, AutoModel, AutoModelForSeq2SeqLM):
+    try:
+        auto.from_pretrained("user/tiny", trust_remote_code=False)
+    except ValueError as error:
+        assert "user/tiny contains custom code" in str(error) and "`trust_remote_code=True`" in str(error)
+    else:
+        raise AssertionError(f"{auto} trusts")
 """
 SHOW = "import json\nmodel, tokenizer, result = answer({name!r}, **{kwargs!r})\n"
 SHOW += "print(json.dumps(result | {{'module': type(model).__module__}}))"
@@ -64,42 +73,29 @@ def without(result, *keys):
 # Loading
 
 
-def test_with_code_it_loads_without_the_package(hub, push, run_python, trained, expected):
-    result = push("push", trained.folder, "tiny", "--with-code")
-    assert result.code == 0, result.err
-    assert result.out.startswith(f"{hub.url}/user/tiny/commit/") and result.err == ""
+def test_with_code_it_loads_without_the_package(
+    hub, hub_environment, start_cli, run_without_package, run_with_package, trained, expected
+):
+    process = start_cli("push", trained.folder, "tiny", "--with-code", environment=hub_environment)
+    out, err = (text.decode() for text in process.communicate(timeout=300))
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith(f"{hub.url}/user/tiny/commit/")
     files = hub.files("user/tiny")
     assert files.keys() == {".gitattributes", *MODEL, *CODE, *RESULTS}
     assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
     assert files["model.safetensors"] == (trained.folder / "model.safetensors").read_bytes()
 
-    show = ANSWER + SHOW.format(name="user/tiny", kwargs={"trust_remote_code": True})
-    loaded = run_python(show, package=False)
+    show = ANSWER + REFUSAL + SHOW.format(name="user/tiny", kwargs={"trust_remote_code": True})
+    loaded = run_without_package(show)
     assert loaded.code == 0, loaded.err
     assert without(loaded, "module") == expected
     assert json.loads(loaded.out)["module"].startswith("transformers_modules.")
 
     # With the package, the package's own code runs, and nobody has to trust anyone.
-    loaded = run_python("import hf_rskip\n" + ANSWER + SHOW.format(name="user/tiny", kwargs={}), package=True)
+    loaded = run_with_package("import hf_rskip\n" + ANSWER + SHOW.format(name="user/tiny", kwargs={}))
     assert loaded.code == 0, loaded.err
     assert without(loaded, "module") == expected
     assert json.loads(loaded.out)["module"] == "hf_rskip.models.modeling_rskip"
-
-
-REFUSE = """
-from transformers import {auto}
-try:
-    {auto}.from_pretrained("user/tiny", trust_remote_code=False)
-except ValueError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("auto", ["AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM"])
-def test_without_trust_it_is_refused(push, run_python, trained, auto):
-    assert push("push", trained.folder, "tiny", "--with-code").code == 0
-    result = run_python(REFUSE.format(auto=auto), package=False)
-    assert "user/tiny contains custom code" in result.out and "`trust_remote_code=True`" in result.out, result.err
 
 
 SAVE_TRAIN_PUSH = """
@@ -129,9 +125,11 @@ print(json.dumps({"files": sorted(path.name for path in Path("copy").iterdir()),
 """
 
 
-def test_without_the_package_it_is_saved_trained_and_pushed_again(hub, push, run_python, trained):
-    assert push("push", trained.folder, "tiny", "--with-code").code == 0
-    result = run_python(ANSWER + SAVE_TRAIN_PUSH, package=False)
+def test_without_the_package_it_is_saved_trained_and_pushed_again(
+    hub, cli, run_without_package, run_with_package, trained
+):
+    assert cli("push", trained.folder, "tiny", "--with-code").code == 0
+    result = run_without_package(ANSWER + SAVE_TRAIN_PUSH)
     assert result.code == 0, result.err
     tuned = json.loads(result.out.splitlines()[-1])
     assert set(tuned.pop("files")) >= MODEL | CODE
@@ -144,17 +142,19 @@ def test_without_the_package_it_is_saved_trained_and_pushed_again(hub, push, run
     back = "import hf_rskip\n" + ANSWER
     back += SHOW.format(name="user/tuned", kwargs={}) + "\nmodel.save_pretrained('back')"
     back += "\nassert 'auto_map' not in json.load(open('back/config.json'))"
-    loaded = run_python(back, package=True)
+    loaded = run_with_package(back)
     assert loaded.code == 0, loaded.err
     assert without(loaded, "module") == tuned
 
 
-def test_without_code_there_is_no_mention_of_any(hub, push, run_python, trained, expected, tmp_path):
-    assert push("push", trained.folder, "tiny").code == 0
+def test_without_code_there_is_no_mention_of_any(
+    hub, cli, run_without_package, run_with_package, trained, expected, tmp_path
+):
+    assert cli("push", trained.folder, "tiny").code == 0
     files = hub.files("user/tiny")
     assert files.keys() == {".gitattributes", *MODEL, *RESULTS}
     assert b"auto_map" not in b"".join(content for name, content in files.items() if name.endswith(".json"))
-    loaded = run_python("import hf_rskip\n" + ANSWER + SHOW.format(name="user/tiny", kwargs={}), package=True)
+    loaded = run_with_package("import hf_rskip\n" + ANSWER + SHOW.format(name="user/tiny", kwargs={}))
     assert without(loaded, "module") == expected, loaded.err
 
     # Also where the folder came from a checkpoint with code.
@@ -163,7 +163,7 @@ def test_without_code_there_is_no_mention_of_any(hub, push, run_python, trained,
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_rskip.RSkipConfig"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert push("push", folder, "again").code == 0
+    assert cli("push", folder, "again").code == 0
     assert json.loads(hub.files("user/again")["config.json"]) == json.loads(files["config.json"])
 
 
@@ -171,37 +171,37 @@ def test_without_code_there_is_no_mention_of_any(hub, push, run_python, trained,
 
 
 @pytest.mark.parametrize("options", [[], ["--with-code"]], ids=["", "with code"])
-def test_nothing_is_sent_twice(hub, push, trained, options):
-    assert push("push", trained.folder, "tiny", *options).code == 0
+def test_nothing_is_sent_twice(hub, cli, trained, options):
+    assert cli("push", trained.folder, "tiny", *options).code == 0
     assert (len(blobs(hub)), len(commits_sent(hub))) == (1, 1)
-    again = push("push", trained.folder, "tiny", "--overwrite_card", *options)
+    again = cli("push", trained.folder, "tiny", "--overwrite_card", *options)
     assert again.code == 0 and again.out.startswith("Nothing has changed since "), again.err
     assert (len(blobs(hub)), len(commits_sent(hub))) == (1, 1)
     assert len(hub.commits("user/tiny")) == 2
 
 
-def test_a_card_on_the_hub_is_kept(hub, push, trained, tmp_path):
+def test_a_card_on_the_hub_is_kept(hub, cli, trained, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
     card = folder / "README.md"
     written = card.read_text().replace("# ", "# By hand: ", 1)
     card.write_text(written)
-    assert push("push", folder, "tiny").code == 0
+    assert cli("push", folder, "tiny").code == 0
     by_hand = hub.files("user/tiny")["README.md"]
     assert b"# By hand: " in by_hand
 
     card.write_text((trained.folder / "README.md").read_text())
-    kept = push("push", folder, "tiny")
+    kept = cli("push", folder, "tiny")
     assert kept.code == 0 and "README.md on the Hub was kept" in kept.out
     assert hub.files("user/tiny")["README.md"] == by_hand
-    replaced = push("push", folder, "tiny", "--overwrite_card")
+    replaced = cli("push", folder, "tiny", "--overwrite_card")
     assert replaced.code == 0 and "kept" not in replaced.out
     assert b"By hand" not in hub.files("user/tiny")["README.md"]
 
 
-def test_a_branch_of_its_own(hub, push, trained):
+def test_a_branch_of_its_own(hub, cli, trained):
     for _ in range(2):
-        assert push("push", trained.folder, "user/tiny", "--revision", "exp/k2", "--private").code == 0
+        assert cli("push", trained.folder, "user/tiny", "--revision", "exp/k2", "--private").code == 0
     assert hub.repositories["user/tiny"].private
     assert hub.commits("user/tiny") == ["initial commit"]
     assert hub.commits("user/tiny", "exp/k2") == ["initial commit", "Upload model"]
@@ -212,8 +212,8 @@ def test_a_branch_of_its_own(hub, push, trained):
 # Failures
 
 
-def fail(push, *words):
-    result = push("push", *words)
+def fail(cli, *words):
+    result = cli("push", *words)
     assert (result.code, result.out) == (2, "")
     (line,) = result.err.splitlines()
     assert line.startswith("hf-rskip: error: ") and "Traceback" not in line
@@ -221,77 +221,81 @@ def fail(push, *words):
 
 
 @pytest.mark.slow  # the client tries six times, for 23 seconds
-def test_a_connection_that_breaks(hub, push, trained):
+def test_a_connection_that_breaks(hub, cli, trained):
     hub.cut_uploads = True
-    line = fail(push, trained.folder, "tiny")
+    line = fail(cli, trained.folder, "tiny")
     assert "nothing was sent, model.safetensors was not, the repository has not changed" in line
     assert hub.commits("user/tiny") == ["initial commit"] and not hub.objects
     hub.cut_uploads = False
-    assert push("push", trained.folder, "tiny").code == 0
+    assert cli("push", trained.folder, "tiny").code == 0
     assert hub.files("user/tiny").keys() == {".gitattributes", *MODEL, *RESULTS}
 
 
-def test_a_refusal_after_the_weights(hub, push, trained, tmp_path):
+def test_a_refusal_after_the_weights(hub, cli, trained, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card.replace("language:\n", "language:\n- Klingonian language\n"))
-    line = fail(push, folder, "tiny")
-    assert "model.safetensors was sent, the other files was not" in line.replace("were", "was")
+    line = fail(cli, folder, "tiny")
+    assert "model.safetensors was sent, the other files was not" in line
     (folder / "README.md").write_text(card)
-    assert push("push", folder, "tiny").code == 0
+    assert cli("push", folder, "tiny").code == 0
     assert len(blobs(hub)) == 1, "the weights were there already"
     assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
 
 
-def test_folders_that_are_no_models(push, trained, tmp_path):
-    assert "no model folder" in fail(push, tmp_path / "none", "tiny")
+def test_folders_that_are_no_models(cli, trained, tmp_path):
+    assert "no model folder" in fail(cli, tmp_path / "none", "tiny")
     for name in ("model.safetensors", "tokenizer_config.json", "generation_config.json", "config.json"):
         folder = tmp_path / name
         shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*", name))
-        assert f"is not a complete model: it has no {name}" in fail(push, folder, "tiny")
+        assert f"is not a complete model: it has no {name}" in fail(cli, folder, "tiny")
 
 
-def test_a_public_repository_does_not_become_private(hub, push, trained):
-    assert push("push", trained.folder, "tiny").code == 0
-    assert "user/tiny exists and is public: nothing was sent" in fail(push, trained.folder, "tiny", "--private")
+def test_a_public_repository_does_not_become_private(hub, cli, trained):
+    assert cli("push", trained.folder, "tiny").code == 0
+    assert "user/tiny exists and is public: nothing was sent" in fail(cli, trained.folder, "tiny", "--private")
 
 
 # While training
 
 
-def loads(run_python, revision="main", subfolder=""):
-    code = "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\nimport hf_rskip\n"
-    kwargs = f"'user/run', revision={revision!r}, subfolder={subfolder!r}"
-    code += f"model, tokenizer = (auto.from_pretrained({kwargs}) for auto in (AutoModelForSeq2SeqLM, AutoTokenizer))\n"
-    code += "print(tokenizer.batch_decode(model.generate(**tokenizer(['the cat'], return_tensors='pt'))))"
-    result = run_python(code, package=True)
-    return result.code == 0 and "</s>" in result.out, result.err
+LOAD = """
+import hf_rskip
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model, tokenizer = (auto.from_pretrained("user/run", **{kwargs!r}) for auto in (AutoModelForSeq2SeqLM, AutoTokenizer))
+assert model.generate(**tokenizer(["the cat"], return_tensors="pt")).shape[1] > 1
+"""
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
-def test_a_recipe_that_pushes(hub, push, run_python, write_recipe, strategy):
+def test_a_recipe_that_pushes(hub, cli, run_with_package, write_recipe, strategy):
     recipe = write_recipe(
-        push_to_hub=True, hub_model_id="user/run", hub_strategy=strategy, hub_always_push=True, max_steps=12
+        push_to_hub=True, hub_model_id="user/run", hub_strategy=strategy, hub_always_push=True, max_steps=8
     )
-    result = push("train", recipe)
+    result = cli("train", recipe)
     assert result.code == 0, result.err
-    titles = hub.commits("user/run")
-    steps = [f"Training in progress, step {step}" for step in (4, 8, 12)]
-    assert titles == ["initial commit", *steps, "End of training"]
+    steps = [f"Training in progress, step {step}" for step in (4, 8)]
+    assert hub.commits("user/run") == ["initial commit", *steps, "End of training"]
     for commit in hub.repositories["user/run"].branches["main"]:
         assert not [name for name in commit.files if any(fnmatch(name, pattern) for pattern in PICKLES)]
     assert not [content for content in hub.objects.values() if content[:2] in (b"PK", b"\x80\x02")]
+    assert list(recipe.parent.glob("output/*.bin")) and list(recipe.parent.glob("output/*/*.pt")), "they stay at home"
     files = hub.files("user/run")
     output = recipe.parent / "output"
-    for name in MODEL | RESULTS:
+    assert not list(output.glob(".push-*"))
+    assert b'from_pretrained("user/run"' in files["README.md"]
+    for name in (MODEL | RESULTS) - {"README.md"}:
         assert files[name] == (output / name).read_bytes(), name
-    step_4 = hub.repositories["user/run"].branches["main"][1]
-    assert loads(run_python, revision=step_4.oid) == (True, "")
+
+    at_step_4 = hub.repositories["user/run"].branches["main"][1]
+    assert at_step_4.files["model.safetensors"].content == (output / "checkpoint-4/model.safetensors").read_bytes()
+    loaded = run_with_package(LOAD.format(kwargs={"revision": at_step_4.oid}))
+    assert loaded.code == 0, loaded.err
     if strategy == "all_checkpoints":
-        assert {name.partition("/")[0] for name in files if "/" in name} == {
-            f"checkpoint-{step}" for step in (4, 8, 12)
-        }
-        assert loads(run_python, subfolder="checkpoint-8")[0]
+        assert {name.partition("/")[0] for name in files if "/" in name} == {"checkpoint-4", "checkpoint-8"}
+        loaded = run_with_package(LOAD.format(kwargs={"subfolder": "checkpoint-4"}))
+        assert loaded.code == 0, loaded.err
     else:
         assert files.keys() == {".gitattributes", *MODEL, *RESULTS}
