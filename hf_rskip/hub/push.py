@@ -151,10 +151,10 @@ def upload(
         raise
     except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        unsent = ", ".join(name for name in weights if name not in sent) or "the other files"
+        unsent = [name for name in weights if name not in sent]
         raise UserError(
-            f"The push to {repo_id} failed ({reason[0].rstrip('.')}): {', '.join(sent) or 'nothing'} was sent, "
-            f"{unsent} was not, the repository has not changed, and the same push can be repeated"
+            f"The push to {repo_id} failed ({reason[0].rstrip('.')}); sent: {', '.join(sent) or 'nothing'}; not sent: "
+            f"{', '.join([*unsent, 'the other files'])}; no commit was confirmed, and the same push can be repeated"
         ) from error
     return Pushed(commit.commit_url, changed=commit.oid != head.sha, kept_card=kept_card)
 
