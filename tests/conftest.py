@@ -149,13 +149,14 @@ def write_recipe(recipe, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start_cli():
-    """Starts the console script as a user does; standard streams are pipes of bytes."""
+    """Starts the console script as a user does; standard streams are pipes of bytes, `environment` replaces ours."""
     script = Path(sysconfig.get_path("scripts"), "hf-rskip")
 
-    def start(*words, python_options=(), **kwargs) -> subprocess.Popen:
+    def start(*words, python_options=(), environment=None, **kwargs) -> subprocess.Popen:
         command = [sys.executable, *python_options, script, *words]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
+        if environment is None:
+            environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
         return subprocess.Popen([str(word) for word in command], env=environment, **{**pipes, **kwargs})
 
     return start

@@ -118,6 +118,21 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
     export(args)
 
 
+def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a trained model")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="`user/name`; created if there is none")
+    parser.add_argument("--with-code", action="store_true", help="so that it loads where hf_rskip is not installed")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: the main one)")
+    parser.add_argument("--overwrite_card", action="store_true", help="replace an existing README.md on the Hub")
+
+
+def _push(args: argparse.Namespace, rest: list[str]) -> None:
+    from .push import push
+
+    push(args)
+
+
 def _env(args: argparse.Namespace, rest: list[str]) -> None:
     from .env import describe_environment
 
@@ -131,13 +146,14 @@ COMMANDS = {
     "keys": Command("print the keys of a recipe with their defaults", lambda parser: None, _keys),
     "convert": Command("turn a MarianMT checkpoint into a model of this package", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
+    "push": Command("send a trained model to the Hugging Face Hub", _add_push_arguments, _push),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
 
 
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hf-rskip", description="Transformers with recursive skip connections: train, evaluate, translate."
+        prog="hf-rskip", description="Transformers with recursive skip connections: train, evaluate, translate, share."
     )
     parser.add_argument("--version", action="version", version=f"hf-rskip {version('hf_rskip')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

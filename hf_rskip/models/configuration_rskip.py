@@ -116,6 +116,8 @@ class RSkipConfig(PreTrainedConfig):
         if self.decoder_vocab_size is None:
             self.decoder_vocab_size = self.vocab_size
         self._check_values()
+        if not self.is_remote_code():
+            kwargs.pop("auto_map", None)  # of a checkpoint with code, which this class does not need or save
         super().__post_init__(**kwargs)
 
     def _check_values(self) -> None:

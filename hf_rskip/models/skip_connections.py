@@ -146,6 +146,9 @@ class SkipConnection(nn.Module):
     `None` when all tokens are real. Only norms with statistics over tokens look at it.
     """
 
+    formula: str | None = None
+    """For model cards, where the first line of the docstring does not say it."""
+
     requires_norm = False
     """Whether `skip_norm="none"` would leave a formula that is not of this kind."""
     options: tuple[str, ...] = ()
@@ -211,6 +214,7 @@ class RSkip(SkipConnection):
     """
 
     options = ("skip_recursions", "skip_norm_affine")
+    formula = "y_1 = LN(x + F(x)), y_k = LN(x + y_{k-1}), output y_K"
 
     def __init__(
         self, size: int, recursions: int = 2, norm: str = "layer_norm", affine: str = "per_step", eps: float = 1e-5

@@ -10,10 +10,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
+from ..hub.trainer import HubTrainerMixin
 from .progress import TrainingBar, TrainingLog
 
 
-class RSkipTrainer(Seq2SeqTrainer):
+class RSkipTrainer(HubTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` for datasets with `source_length` and `target_length` columns.
 
     Training batches are those of [`TokenBatchSampler`]. An evaluation adds the scores of translations to the loss. Logs

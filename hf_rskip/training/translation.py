@@ -90,7 +90,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
             print(f"resuming from {checkpoint}", flush=True)
 
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
     test_metrics = {f"test_{name}": value for name, value in score(trainer.model, "test").items()}
     trainer.log_metrics("test", test_metrics)
@@ -100,6 +100,8 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     if trainer.is_world_process_zero():
         example = corpus["test"][0]["translation"][data.source_lang]
         write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, example)
+    if training.push_to_hub:
+        trainer.push_to_hub()
     return metrics
 
 

@@ -1,0 +1,173 @@
+"""Sends a model folder to the Hub: in one commit, without pickles, and again only what has changed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..errors import UserError
+from .remote_code import find_code
+from .training_curve import CURVE_NAME
+
+CARD_NAME = "README.md"
+
+# What is not listed stays at home: training_args.bin, optimizer, scheduler and random states are pickles, and none of
+# the Hub's business.
+_MODEL_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.spm",
+    "*.model",
+)
+_RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
+
+
+class Pushed(NamedTuple):
+    """What a push has done."""
+
+    commit_url: str
+    changed: bool
+    """Whether there was anything to send."""
+    kept_card: bool
+    """Whether the card on the Hub was left as it is."""
+
+
+def collect_files(folder: str | Path) -> dict[str, Path]:
+    """The files of a complete model folder that belong on the Hub, by their name there.
+
+    Raises:
+        [`UserError`]: if the folder is no complete model: a configuration, safetensors weights with all their shards,
+            a tokenizer and a generation configuration.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no model folder {str(folder)!r}")
+    weights = {SAFE_WEIGHTS_NAME}
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        weights = set(_read_json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
+    required = {CONFIG_NAME, GENERATION_CONFIG_NAME, "tokenizer_config.json", *weights}
+    missing = sorted(name for name in required if not (folder / name).is_file())
+    if missing:
+        raise UserError(f"{str(folder)!r} is not a complete model: it has no {', '.join(missing)}")
+    patterns = (*_MODEL_FILES, *_TOKENIZER_FILES, *_RESULT_FILES)
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return {path.name: path for path in paths if path.suffix != ".safetensors" or path.name in weights}
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    with_code: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    overwrite_card: bool = False,
+    token: str | None = None,
+) -> Pushed:
+    """Pushes a model folder to a repository of the Hub, which is created if there is none.
+
+    Args:
+        folder: what `hf-rskip train` or `save_pretrained` of model and tokenizer left.
+        repo_id: `user/name`, or `name` for one's own.
+        with_code: whether the Python files of the model go along, so that it loads with `trust_remote_code=True` where
+            this package is not installed.
+        private: whether a new repository is private; an existing one must be.
+        revision: the branch, which is created if there is none; the main one unless given.
+        overwrite_card: whether an existing card on the Hub is replaced.
+        token: for the Hub; that of `hf auth login` or `HF_TOKEN` unless given.
+
+    Raises:
+        [`UserError`]: if the folder is no complete model, or if the upload fails; the message says what was sent.
+    """
+    files: dict[str, Path | bytes] = dict(collect_files(folder))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(folder)!r} is not a complete model: {str(error).splitlines()[0]}") from error
+    config_dict = _read_json(files[CONFIG_NAME])
+    auto_map, code = find_code(config) if with_code else (None, [])
+    if config_dict.get("auto_map") != auto_map:
+        config_dict.pop("auto_map", None)
+        config_dict |= {"auto_map": auto_map} if auto_map else {}
+        files[CONFIG_NAME] = (json.dumps(config_dict, indent=2, sort_keys=True) + "\n").encode()
+    files |= {path.name: path for path in code}
+    return upload(
+        files,
+        repo_id,
+        private=private,
+        revision=revision,
+        overwrite_card=overwrite_card,
+        token=token,
+        commit_message="Upload model",
+    )
+
+
+def upload(
+    files: Mapping[str, Path | bytes],
+    repo_id: str,
+    *,
+    private: bool | None,
+    revision: str | None,
+    overwrite_card: bool,
+    token: str | None,
+    commit_message: str,
+) -> Pushed:
+    """Sends files, by their path in the repository, in one commit; see [`push_folder`]."""
+    api, sent = HfApi(token=token), []
+    weights = [name for name in files if name.endswith(".safetensors")]
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=revision)
+        if private and not head.private:
+            raise UserError(f"{repo_id} exists and is public: nothing was sent")
+        kept_card = (
+            CARD_NAME in files and not overwrite_card and CARD_NAME in {file.rfilename for file in head.siblings}
+        )
+        if kept_card:
+            files = {name: content for name, content in files.items() if name != CARD_NAME}
+        elif CARD_NAME in files:
+            files = {**files, CARD_NAME: _address_card(files[CARD_NAME], repo_id)}
+        operations = {
+            name: CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in files.items()
+        }
+        # One by one, to know which have arrived. They are kept by content, so that a repeated push sends the rest.
+        for name in weights:
+            api.preupload_lfs_files(repo_id, [operations[name]], revision=revision, free_memory=False)
+            sent.append(name)
+        commit = api.create_commit(repo_id, operations.values(), commit_message=commit_message, revision=revision)
+    except UserError:
+        raise
+    except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        unsent = [name for name in weights if name not in sent]
+        raise UserError(
+            f"The push to {repo_id} failed ({reason[0].rstrip('.')}); sent: {', '.join(sent) or 'nothing'}; not sent: "
+            f"{', '.join([*unsent, 'the other files'])}; no commit was confirmed, and the same push can be repeated"
+        ) from error
+    return Pushed(commit.commit_url, changed=commit.oid != head.sha, kept_card=kept_card)
+
+
+def _address_card(card: Path, repo_id: str) -> bytes:
+    """The card with its code, which loads the model by the name of its folder, loading it from the Hub."""
+    local = f'from_pretrained("{card.resolve().parent.name}"'
+    return card.read_text(encoding="utf-8").replace(local, f'from_pretrained("{repo_id}"').encode()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}") from error

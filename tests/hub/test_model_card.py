@@ -1,0 +1,73 @@
+"""The card that training writes and `hf-rskip push` sends: valid metadata, code that runs, a table that renders."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_rskip.hub.training_curve import draw_training_curve
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def card(trained):
+    return ModelCard.load(trained.folder / "README.md")
+
+
+def test_the_metadata(card, trained):
+    results = json.loads((trained.folder / "all_results.json").read_text())
+    assert card.data.language == ["en", "de"] and card.data.pipeline_tag == "translation"
+    scores = {result.metric_type: result for result in card.data.eval_results}
+    assert scores.keys() == {"bleu", "chrf"}
+    for name, result in scores.items():
+        assert result.metric_value == round(results[f"test_{name}"], 2)
+        assert results[f"test_{name}_signature"] in result.metric_name
+    # Written and read again it is the same.
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_the_hub_accepts_it(hub, card, run_with_package, trained):
+    code = f"from huggingface_hub import ModelCard\nModelCard.load({str(trained.folder / 'README.md')!r}).validate()"
+    result = run_with_package(code)
+    assert result.code == 0, result.err
+    assert hub.requests == ["POST /api/validate-yaml"]
+
+
+def test_what_it_says(card, trained):
+    text = card.text
+    assert "y_1 = LN(x + F(x)), y_k = LN(x + y_{k-1}), output y_K" in text and "skip_recursions: 2" in text
+    assert "2105.07205" in text and "learning_rate: 0.01" in text and "torch 2." in text and "CPU" in text
+    assert "{{" not in text and "{%" not in text
+    assert (trained.folder / "training_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "(training_curve.png)" in text
+
+
+def test_the_signatures_do_not_break_the_table(card):
+    rows = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in rows), rows
+
+
+def test_its_code_runs(hub, cli, run_with_package, run_without_package, trained):
+    assert cli("push", trained.folder, "tiny", "--with-code").code == 0
+    text = hub.files("user/tiny")["README.md"].decode()
+    package, code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    first_door = run_with_package(package)
+    assert first_door.code == 0 and first_door.out.startswith("['"), first_door.err
+    second_door = run_without_package(code)
+    assert (second_door.code, second_door.out) == (0, first_door.out), second_door.err
+
+
+def test_a_picture_without_scores(tmp_path):
+    draw_training_curve([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_every_package_is_in_the_wheel():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("hf_rskip/**/__init__.py")}
+    assert set(packages) == found | {"hf_rskip.model_cards"}

@@ -1,0 +1,304 @@
+"""What `hf-rskip push` sends, and what others can do with it: the real client, a Hub on loopback, real processes."""
+
+import json
+import shutil
+from fnmatch import fnmatch
+
+import pytest
+import torch
+
+SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
+CODE = {"configuration_rskip.py", "modeling_rskip.py", "skip_connections.py"}
+MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+RESULTS = {"README.md", "training_curve.png", "all_results.json", "trainer_state.json"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+
+# Runs in another process: the answers of the model `name` on the Hub, in text.
+ANSWER = f"""
+import torch, transformers
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+def answer(name, **kwargs):
+    tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    model = AutoModelForSeq2SeqLM.from_pretrained(name, **kwargs).eval()
+    base = AutoModel.from_pretrained(name, **kwargs).eval()
+    assert AutoConfig.from_pretrained(name, **kwargs).skip_type == model.config.skip_type
+    inputs = tokenizer({SENTENCES!r}, return_tensors="pt", padding=True)
+    decoder_input_ids = inputs.input_ids[:, :4]
+    with torch.no_grad():
+        logits = model(**inputs, decoder_input_ids=decoder_input_ids).logits
+        hidden = base(**inputs, decoder_input_ids=decoder_input_ids).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), logits)
+    beams = tokenizer.batch_decode(model.generate(**inputs, num_beams=3), skip_special_tokens=True)
+    return model, tokenizer, {{"logits": logits.tolist(), "beams": beams}}
+"""
+REFUSAL = """
+for auto in (AutoConfig, AutoModel, AutoModelForSeq2SeqLM):
+    try:
+        auto.from_pretrained("user/tiny", trust_remote_code=False)
+    except ValueError as error:
+        assert "user/tiny contains custom code" in str(error) and "`trust_remote_code=True`" in str(error)
+    else:
+        raise AssertionError(f"{auto} trusts")
+"""
+SHOW = "import json\nmodel, tokenizer, result = answer({name!r}, **{kwargs!r})\n"
+SHOW += "print(json.dumps(result | {{'module': type(model).__module__}}))"
+
+
+@pytest.fixture(scope="module")
+def expected(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    inputs = tokenizer(SENTENCES, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**inputs, decoder_input_ids=inputs.input_ids[:, :4]).logits
+    beams = tokenizer.batch_decode(model.generate(**inputs, num_beams=3), skip_special_tokens=True)
+    return {"logits": logits.tolist(), "beams": beams}
+
+
+def blobs(hub):
+    return [request for request in hub.requests if request.startswith("PUT ")]
+
+
+def commits_sent(hub):
+    return [request for request in hub.requests if "/commit/" in request]
+
+
+def without(result, *keys):
+    return {key: value for key, value in json.loads(result.out).items() if key not in keys}
+
+
+# Loading
+
+
+def test_with_code_it_loads_without_the_package(
+    hub, hub_environment, start_cli, run_without_package, run_with_package, trained, expected
+):
+    process = start_cli("push", trained.folder, "tiny", "--with-code", environment=hub_environment)
+    out, err = (text.decode() for text in process.communicate(timeout=300))
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith(f"{hub.url}/user/tiny/commit/")
+    files = hub.files("user/tiny")
+    assert files.keys() == {".gitattributes", *MODEL, *CODE, *RESULTS}
+    assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
+    assert files["model.safetensors"] == (trained.folder / "model.safetensors").read_bytes()
+
+    show = ANSWER + REFUSAL + SHOW.format(name="user/tiny", kwargs={"trust_remote_code": True})
+    loaded = run_without_package(show)
+    assert loaded.code == 0, loaded.err
+    assert without(loaded, "module") == expected
+    assert json.loads(loaded.out)["module"].startswith("transformers_modules.")
+
+    # With the package, the package's own code runs, and nobody has to trust anyone.
+    loaded = run_with_package("import hf_rskip\n" + ANSWER + SHOW.format(name="user/tiny", kwargs={}))
+    assert loaded.code == 0, loaded.err
+    assert without(loaded, "module") == expected
+    assert json.loads(loaded.out)["module"] == "hf_rskip.models.modeling_rskip"
+
+
+SAVE_TRAIN_PUSH = """
+import json
+from pathlib import Path
+from transformers import Trainer, TrainingArguments
+
+model, tokenizer, first = answer("user/tiny", trust_remote_code=True)
+model.save_pretrained("copy")
+tokenizer.save_pretrained("copy")
+assert answer("./copy", trust_remote_code=True)[2] == first
+
+inputs = tokenizer(["the cat"], text_target=["die Katze"])
+rows = [{name: values[0] for name, values in inputs.items()}] * 2
+arguments = TrainingArguments(
+    "run", max_steps=1, learning_rate=1e-2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+)
+from transformers import DataCollatorForSeq2Seq
+trainer = Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer, model), train_dataset=rows)
+trainer.train()
+model.config.use_cache = True
+model.push_to_hub("tuned")
+tokenizer.push_to_hub("tuned")
+second = answer("user/tuned", trust_remote_code=True)[2]
+assert second["logits"] != first["logits"]
+print(json.dumps({"files": sorted(path.name for path in Path("copy").iterdir()), **second}))
+"""
+
+
+def test_without_the_package_it_is_saved_trained_and_pushed_again(
+    hub, cli, run_without_package, run_with_package, trained
+):
+    assert cli("push", trained.folder, "tiny", "--with-code").code == 0
+    result = run_without_package(ANSWER + SAVE_TRAIN_PUSH)
+    assert result.code == 0, result.err
+    tuned = json.loads(result.out.splitlines()[-1])
+    assert set(tuned.pop("files")) >= MODEL | CODE
+    files, source = hub.files("user/tuned"), hub.files("user/tiny")
+    assert files.keys() >= MODEL | CODE
+    assert all(files[name] == source[name] for name in CODE)
+    assert json.loads(files["config.json"])["auto_map"] == json.loads(source["config.json"])["auto_map"]
+
+    # From there it comes back to the package, whose copies mention no code that they do not have.
+    back = "import hf_rskip\n" + ANSWER
+    back += SHOW.format(name="user/tuned", kwargs={}) + "\nmodel.save_pretrained('back')"
+    back += "\nassert 'auto_map' not in json.load(open('back/config.json'))"
+    loaded = run_with_package(back)
+    assert loaded.code == 0, loaded.err
+    assert without(loaded, "module") == tuned
+
+
+def test_without_code_there_is_no_mention_of_any(
+    hub, cli, run_without_package, run_with_package, trained, expected, tmp_path
+):
+    assert cli("push", trained.folder, "tiny").code == 0
+    files = hub.files("user/tiny")
+    assert files.keys() == {".gitattributes", *MODEL, *RESULTS}
+    assert b"auto_map" not in b"".join(content for name, content in files.items() if name.endswith(".json"))
+    loaded = run_with_package("import hf_rskip\n" + ANSWER + SHOW.format(name="user/tiny", kwargs={}))
+    assert without(loaded, "module") == expected, loaded.err
+
+    # Also where the folder came from a checkpoint with code.
+    folder = tmp_path / "with_code"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_rskip.RSkipConfig"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli("push", folder, "again").code == 0
+    assert json.loads(hub.files("user/again")["config.json"]) == json.loads(files["config.json"])
+
+
+# Pushing again
+
+
+@pytest.mark.parametrize("options", [[], ["--with-code"]], ids=["", "with code"])
+def test_nothing_is_sent_twice(hub, cli, trained, options):
+    assert cli("push", trained.folder, "tiny", *options).code == 0
+    sent = blobs(hub), commits_sent(hub)
+    assert (len(sent[0]), len(sent[1])) == (2, 1), "the weights and the picture, and one commit"
+    again = cli("push", trained.folder, "tiny", "--overwrite_card", *options)
+    assert again.code == 0 and again.out.startswith("Nothing has changed since "), again.err
+    assert (blobs(hub), commits_sent(hub)) == sent
+    assert len(hub.commits("user/tiny")) == 2
+
+
+def test_a_card_on_the_hub_is_kept(hub, cli, trained, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    card = folder / "README.md"
+    written = card.read_text().replace("# ", "# By hand: ", 1)
+    card.write_text(written)
+    assert cli("push", folder, "tiny").code == 0
+    by_hand = hub.files("user/tiny")["README.md"]
+    assert b"# By hand: " in by_hand
+
+    card.write_text((trained.folder / "README.md").read_text())
+    kept = cli("push", folder, "tiny")
+    assert kept.code == 0 and "README.md on the Hub was kept" in kept.out
+    assert hub.files("user/tiny")["README.md"] == by_hand
+    replaced = cli("push", folder, "tiny", "--overwrite_card")
+    assert replaced.code == 0 and "kept" not in replaced.out
+    assert b"By hand" not in hub.files("user/tiny")["README.md"]
+
+
+def test_a_branch_of_its_own(hub, cli, trained):
+    for _ in range(2):
+        assert cli("push", trained.folder, "user/tiny", "--revision", "exp/k2", "--private").code == 0
+    assert hub.repositories["user/tiny"].private
+    assert hub.commits("user/tiny") == ["initial commit"]
+    assert hub.commits("user/tiny", "exp/k2") == ["initial commit", "Upload model"]
+    assert hub.files("user/tiny").keys() == {".gitattributes"}
+    assert hub.files("user/tiny", "exp/k2").keys() >= MODEL
+
+
+# Failures
+
+
+def fail(cli, *words):
+    result = cli("push", *words)
+    assert (result.code, result.out) == (2, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith("hf-rskip: error: ") and "Traceback" not in line
+    return line
+
+
+@pytest.mark.slow  # the client tries six times, for 23 seconds
+def test_a_connection_that_breaks(hub, cli, trained):
+    hub.cut_uploads = True
+    line = fail(cli, trained.folder, "tiny")
+    assert (
+        "; sent: nothing; not sent: model.safetensors, the other files; no commit was confirmed, and the same" in line
+    )
+    assert hub.commits("user/tiny") == ["initial commit"] and not hub.objects
+    hub.cut_uploads = False
+    assert cli("push", trained.folder, "tiny").code == 0
+    assert hub.files("user/tiny").keys() == {".gitattributes", *MODEL, *RESULTS}
+
+
+def test_a_refusal_after_the_weights(hub, cli, trained, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("language:\n", "language:\n- Klingonian language\n"))
+    line = fail(cli, folder, "tiny")
+    assert "; sent: model.safetensors; not sent: the other files; " in line
+    (folder / "README.md").write_text(card)
+    assert cli("push", folder, "tiny").code == 0
+    assert len(set(blobs(hub))) == len(blobs(hub)), "the weights were there already"
+    assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
+
+
+def test_folders_that_are_no_models(cli, trained, tmp_path):
+    assert "no model folder" in fail(cli, tmp_path / "none", "tiny")
+    for name in ("model.safetensors", "tokenizer_config.json", "generation_config.json", "config.json"):
+        folder = tmp_path / name
+        shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*", name))
+        assert f"is not a complete model: it has no {name}" in fail(cli, folder, "tiny")
+
+
+def test_a_public_repository_does_not_become_private(hub, cli, trained):
+    assert cli("push", trained.folder, "tiny").code == 0
+    assert "user/tiny exists and is public: nothing was sent" in fail(cli, trained.folder, "tiny", "--private")
+
+
+# While training
+
+
+LOAD = """
+import hf_rskip
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model, tokenizer = (auto.from_pretrained("user/run", **{kwargs!r}) for auto in (AutoModelForSeq2SeqLM, AutoTokenizer))
+assert model.generate(**tokenizer(["the cat"], return_tensors="pt")).shape[1] > 1
+"""
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
+def test_a_recipe_that_pushes(hub, cli, run_with_package, write_recipe, strategy):
+    recipe = write_recipe(
+        push_to_hub=True, hub_model_id="user/run", hub_strategy=strategy, hub_always_push=True, max_steps=8
+    )
+    result = cli("train", recipe)
+    assert result.code == 0, result.err
+    steps = [f"Training in progress, step {step}" for step in (4, 8)]
+    assert hub.commits("user/run") == ["initial commit", *steps, "End of training"]
+    for commit in hub.repositories["user/run"].branches["main"]:
+        assert not [name for name in commit.files if any(fnmatch(name, pattern) for pattern in PICKLES)]
+    assert not [content for content in hub.objects.values() if content[:2] in (b"PK", b"\x80\x02")]
+    assert list(recipe.parent.glob("output/*.bin")) and list(recipe.parent.glob("output/*/*.pt")), "they stay at home"
+    files = hub.files("user/run")
+    output = recipe.parent / "output"
+    assert not list(output.glob(".push-*"))
+    assert b'from_pretrained("user/run"' in files["README.md"]
+    for name in (MODEL | RESULTS) - {"README.md"}:
+        assert files[name] == (output / name).read_bytes(), name
+
+    at_step_4 = hub.repositories["user/run"].branches["main"][1]
+    assert at_step_4.files["model.safetensors"].content == (output / "checkpoint-4/model.safetensors").read_bytes()
+    loaded = run_with_package(LOAD.format(kwargs={"revision": at_step_4.oid}))
+    assert loaded.code == 0, loaded.err
+    if strategy == "all_checkpoints":
+        assert {name.partition("/")[0] for name in files if "/" in name} == {"checkpoint-4", "checkpoint-8"}
+        loaded = run_with_package(LOAD.format(kwargs={"subfolder": "checkpoint-4"}))
+        assert loaded.code == 0, loaded.err
+    else:
+        assert files.keys() == {".gitattributes", *MODEL, *RESULTS}
