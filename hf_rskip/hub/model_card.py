@@ -118,4 +118,4 @@ def _template():
 def _device_name() -> str:
     if torch.accelerator.is_available():
         return torch.get_device_module().get_device_name()
-    return f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"

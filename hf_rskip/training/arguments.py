@@ -98,6 +98,12 @@ class RSkipTrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
     )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from this model, with its tokenizer and configuration; model keys override the latter."
+        },
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
     )
@@ -239,6 +245,8 @@ def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
 def _plain(value):
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return value if isinstance(value, (int, float, str, list, dict, type(None))) else str(value)
 
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..hub.model_card import write_model_card
 from ..models import SKIP_CONNECTIONS, RSkipConfig, RSkipForConditionalGeneration
-from .arguments import GenerationArguments, ModelArguments, Recipe
+from .arguments import ModelArguments, Recipe
 from .checkpoints import find_checkpoint
 from .trainer import RSkipTrainer
 
@@ -42,8 +42,8 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         corpus = load_translation_dataset(data)
         if checkpoint:
             tokenizer = load_tokenizer(str(checkpoint))
-        elif data.tokenizer_name:
-            tokenizer = load_tokenizer(data.tokenizer_name)
+        elif data.tokenizer_name or training.model_name_or_path:
+            tokenizer = load_tokenizer(data.tokenizer_name or training.model_name_or_path)
         else:
             tokenizer = train_tokenizer(
                 _sentences(corpus["train"], data),
@@ -58,7 +58,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         order = np.argsort(validation_set["target_length"], stable=True)
         validation_set = validation_set.select(order[longest[order] <= recipe.model.max_position_embeddings])
     set_seed(training.seed)
-    model = _create_model(recipe.model, recipe.generation, data, tokenizer)
+    model = _create_model(recipe, tokenizer)
     if checkpoint:
         _check_same_model(model.config, checkpoint)
     model.set_attn_implementation(training.attn_implementation)
@@ -113,12 +113,9 @@ def _sentences(dataset: Dataset, data: DataArguments):
             yield pair[data.target_lang]
 
 
-def _create_model(
-    model_args: ModelArguments,
-    generation_args: GenerationArguments,
-    data: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-) -> RSkipForConditionalGeneration:
+def _create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipForConditionalGeneration:
+    """A new model of the recipe's configuration, or the one that it starts from."""
+    data, start = recipe.data, recipe.training.model_name_or_path
     special_tokens = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -126,16 +123,26 @@ def _create_model(
         # As in Marian, padding starts the decoder where there is no token for it.
         "decoder_start_token_id": tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
     }
+    languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
     try:
-        config = RSkipConfig(
-            **{**asdict(model_args), "vocab_size": len(tokenizer)},
-            **special_tokens,
-            source_lang=data.source_lang,
-            target_lang=data.target_lang,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    generation = asdict(generation_args)
+        if start:
+            said = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys}
+            said.pop("vocab_size", None)
+            model, info = RSkipForConditionalGeneration.from_pretrained(
+                start, **said, **languages, output_loading_info=True
+            )
+            special_tokens["decoder_start_token_id"] = model.config.decoder_start_token_id
+        else:
+            said = {**asdict(recipe.model), "vocab_size": len(tokenizer)}
+            model = RSkipForConditionalGeneration(RSkipConfig(**said, **special_tokens, **languages))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+    if start and info["missing_keys"]:
+        raise UserError(f"{start!r} has no weights for what the recipe asks, such as {min(info['missing_keys'])}")
+    config = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of {start!r}")
+    generation = asdict(recipe.generation)
     if generation["max_new_tokens"] is None:
         generation["max_new_tokens"] = data.max_target_length
     longest = max(data.max_source_length, data.max_target_length, generation["max_new_tokens"])
@@ -144,7 +151,6 @@ def _create_model(
             f"max_position_embeddings must be at least {longest}, as max_source_length, max_target_length and "
             f"max_new_tokens allow, not {config.max_position_embeddings}"
         )
-    model = RSkipForConditionalGeneration(config)
     # So that the Trainer, loading the best checkpoint, does not report the tied weights as missing.
     model._keys_to_ignore_on_save = list(model.all_tied_weights_keys)
     model.generation_config = GenerationConfig(**generation, **special_tokens)

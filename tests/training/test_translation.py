@@ -195,3 +195,15 @@ def test_a_run_cannot_go_on_as_another_model(key, value, trained, tmp_path, capf
     assert main(["train", str(trained.recipe), *overrides]) == 2
     message = capfd.readouterr().err.splitlines()[-1]
     assert key in message if key != "target_lang" else "'fr'" in message
+
+
+def test_fine_tuning_starts_from_the_model_it_names(trained, write_recipe, capfd):
+    start = {"model_name_or_path": str(trained.folder), "vocab_size": None, "learning_rate": 0, "max_steps": 1}
+    recipe = write_recipe(**start, dropout=0.3)
+    assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
+    output = recipe.parent / "output"
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained.folder, output))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert json.loads((output / "config.json").read_text())["dropout"] == 0.3
+    assert main(["train", str(write_recipe(**start, skip_recursions=3))]) == 2
+    assert "has no weights for what the recipe asks" in capfd.readouterr().err
