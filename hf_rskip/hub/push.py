@@ -26,8 +26,11 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "*.spm",
-    "*.model",
+    "source.spm",
+    "target.spm",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
 )
 _RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
 
@@ -57,6 +60,8 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
         weights = set(_read_json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
     required = {CONFIG_NAME, GENERATION_CONFIG_NAME, "tokenizer_config.json", *weights}
     missing = sorted(name for name in required if not (folder / name).is_file())
+    if any(not name.endswith(".safetensors") for name in weights):
+        raise UserError(f"{str(folder)!r} has weights that are not safetensors")
     if missing:
         raise UserError(f"{str(folder)!r} is not a complete model: it has no {', '.join(missing)}")
     patterns = (*_MODEL_FILES, *_TOKENIZER_FILES, *_RESULT_FILES)

@@ -230,6 +230,9 @@ def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
         )
     except ValueError as error:  # keys that do not fit each other, by TrainingArguments
         raise UserError(" ".join(str(error).split())) from error
+    training, data = parsed[2], parsed[1]
+    if training.model_name_or_path and data.tokenizer_name:
+        raise UserError("tokenizer_name cannot be set with model_name_or_path, which brings its own.")
     if rest:
         raise UserError(f"The command line has {rest[0]!r} where a --key was expected.")
     given = [*values, *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -53,12 +54,12 @@ def train(recipe: Recipe) -> dict[str, float | str]:
             )
         train_set, dropped = filter_by_length(tokenize_corpus(corpus["train"], tokenizer, data), data)
         validation_set = tokenize_corpus(corpus["validation"], tokenizer, data)
-        # Sorted, for little padding; a sentence beyond the model's positions counts for BLEU only, where it is cut.
-        longest = np.maximum(validation_set["source_length"], validation_set["target_length"])
-        order = np.argsort(validation_set["target_length"], stable=True)
-        validation_set = validation_set.select(order[longest[order] <= recipe.model.max_position_embeddings])
     set_seed(training.seed)
     model = _create_model(recipe, tokenizer)
+    # Sorted, for little padding; a sentence beyond the model's positions counts for BLEU only, where it is cut.
+    longest = np.maximum(validation_set["source_length"], validation_set["target_length"])
+    order = np.argsort(validation_set["target_length"], stable=True)
+    validation_set = validation_set.select(order[longest[order] <= model.config.max_position_embeddings])
     if checkpoint:
         _check_same_model(model.config, checkpoint)
     model.set_attn_implementation(training.attn_implementation)
@@ -129,7 +130,7 @@ def _create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFo
             said = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys}
             said.pop("vocab_size", None)
             model, info = RSkipForConditionalGeneration.from_pretrained(
-                start, **said, **languages, output_loading_info=True
+                start, **said, **languages, dtype=torch.float32, output_loading_info=True
             )
             special_tokens["decoder_start_token_id"] = model.config.decoder_start_token_id
         else:

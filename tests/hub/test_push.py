@@ -1,11 +1,15 @@
 """What `hf-rskip push` sends, and what others can do with it: the real client, a Hub on loopback, real processes."""
 
 import json
+import pickle
 import shutil
 from fnmatch import fnmatch
 
 import pytest
 import torch
+
+from hf_rskip.errors import UserError
+from hf_rskip.hub.push import collect_files
 
 SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
 CODE = {"configuration_rskip.py", "modeling_rskip.py", "skip_connections.py"}
@@ -100,6 +104,7 @@ def test_with_code_it_loads_without_the_package(
 
 SAVE_TRAIN_PUSH = """
 import json
+import pickle
 from pathlib import Path
 from transformers import Trainer, TrainingArguments
 
@@ -302,3 +307,14 @@ def test_a_recipe_that_pushes(hub, cli, run_with_package, write_recipe, strategy
         assert loaded.code == 0, loaded.err
     else:
         assert files.keys() == {".gitattributes", *MODEL, *RESULTS}
+
+
+def test_what_is_not_listed_stays_at_home(trained, tmp_path):
+    """A pickle under the name of a tokenizer's model is no tokenizer's model."""
+    folder = shutil.copytree(trained.folder, tmp_path / "model")
+    for name in ("extra.model", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps({}))
+    assert not {"extra.model", "training_args.bin", "optimizer.pt"} & collect_files(folder).keys()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "pytorch_model.bin"}}')
+    with pytest.raises(UserError, match=r"pytorch_model\.bin|not safetensors"):
+        collect_files(folder)

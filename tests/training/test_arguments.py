@@ -209,3 +209,8 @@ def test_a_key_that_stands_twice_is_an_error(write_recipe):
     recipe.write_text(recipe.read_text() + "\nskip_recursions: 1\nskip-recursions: 3\n")
     with pytest.raises(UserError, match="'skip_recursions' stands twice"):
         parse_recipe(recipe, [])
+
+
+def test_a_start_model_brings_its_tokenizer(write_recipe):
+    with pytest.raises(UserError, match="tokenizer_name cannot be set with model_name_or_path"):
+        parse_recipe(write_recipe(), ["--model_name_or_path", "a", "--tokenizer_name", "b"])
