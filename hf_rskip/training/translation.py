@@ -60,6 +60,8 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     longest = np.maximum(validation_set["source_length"], validation_set["target_length"])
     order = np.argsort(validation_set["target_length"], stable=True)
     validation_set = validation_set.select(order[longest[order] <= model.config.max_position_embeddings])
+    if len(validation_set) == 0:
+        raise UserError(f"No validation pair fits max_position_embeddings {model.config.max_position_embeddings}.")
     if checkpoint:
         _check_same_model(model.config, checkpoint)
     model.set_attn_implementation(training.attn_implementation)
