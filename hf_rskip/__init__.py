@@ -17,9 +17,14 @@ __all__ = [
     "RSkipConfig",
     "RSkipForConditionalGeneration",
     "RSkipModel",
+    "RSkipResNetBackbone",
+    "RSkipResNetConfig",
+    "RSkipResNetForImageClassification",
+    "RSkipResNetModel",
     "SkipConnection",
     "SublayerPosition",
     "XSkip",
+    "make_norm",
 ]
 
 if TYPE_CHECKING:
@@ -31,9 +36,14 @@ if TYPE_CHECKING:
         RSkipConfig,
         RSkipForConditionalGeneration,
         RSkipModel,
+        RSkipResNetBackbone,
+        RSkipResNetConfig,
+        RSkipResNetForImageClassification,
+        RSkipResNetModel,
         SkipConnection,
         SublayerPosition,
         XSkip,
+        make_norm,
     )
 
 

@@ -3,15 +3,37 @@
 Importing it registers the models with the Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+)
 
 from .configuration_rskip import RSkipConfig
+from .configuration_rskip_resnet import RSkipResNetConfig
 from .modeling_rskip import RSkipForConditionalGeneration, RSkipModel
-from .skip_connections import NORMS, SKIP_CONNECTIONS, PreNorm, RSkip, SkipConnection, SublayerPosition, XSkip
+from .modeling_rskip_resnet import RSkipResNetBackbone, RSkipResNetForImageClassification, RSkipResNetModel
+from .skip_connections import (
+    NORMS,
+    SKIP_CONNECTIONS,
+    PreNorm,
+    RSkip,
+    SkipConnection,
+    SublayerPosition,
+    XSkip,
+    make_norm,
+)
 
 AutoConfig.register(RSkipConfig.model_type, RSkipConfig)
 AutoModel.register(RSkipConfig, RSkipModel)
 AutoModelForSeq2SeqLM.register(RSkipConfig, RSkipForConditionalGeneration)
+
+AutoConfig.register(RSkipResNetConfig.model_type, RSkipResNetConfig)
+AutoModel.register(RSkipResNetConfig, RSkipResNetModel)
+AutoModelForImageClassification.register(RSkipResNetConfig, RSkipResNetForImageClassification)
+AutoBackbone.register(RSkipResNetConfig, RSkipResNetBackbone)
 
 __all__ = [
     "NORMS",
@@ -21,7 +43,12 @@ __all__ = [
     "RSkipConfig",
     "RSkipForConditionalGeneration",
     "RSkipModel",
+    "RSkipResNetBackbone",
+    "RSkipResNetConfig",
+    "RSkipResNetForImageClassification",
+    "RSkipResNetModel",
     "SkipConnection",
     "SublayerPosition",
     "XSkip",
+    "make_norm",
 ]

@@ -1,9 +1,8 @@
 """Configuration of the translation model."""
 
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
-from .skip_connections import AFFINES, NORMS, SKIP_CONNECTIONS
+from .configuration_checks import check, check_activation, check_counts, check_rates, check_skip_fields, is_count
 
 
 class RSkipConfig(PreTrainedConfig):
@@ -121,53 +120,34 @@ class RSkipConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_values(self) -> None:
-        def check(field, allowed, what):
-            if not allowed(getattr(self, field)):
-                raise ValueError(f"`{field}` must be {what}, not {getattr(self, field)!r}")
-
-        def is_number(value):
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        def is_count(value):
-            return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-        for field in (
-            "vocab_size",
-            "decoder_vocab_size",
-            "d_model",
-            "encoder_layers",
-            "encoder_attention_heads",
-            "encoder_ffn_dim",
-            "decoder_layers",
-            "decoder_attention_heads",
-            "decoder_ffn_dim",
-            "max_position_embeddings",
-            "skip_recursions",
-        ):
-            check(field, is_count, "an integer of at least 1")
-        for field in ("dropout", "attention_dropout", "activation_dropout"):
-            check(field, lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
-        check("skip_scale", lambda value: is_number(value) and abs(value) < float("inf"), "a finite number")
-        check("layer_norm_eps", lambda value: is_number(value) and value > 0, "a positive number")
-        check("activation_function", lambda value: str(value) in ACT2FN, "a name of `transformers.activations.ACT2FN`")
-        for field, table, more in (
-            ("skip_type", SKIP_CONNECTIONS, ", or a kind whose module was imported"),
-            ("skip_norm", NORMS, ""),
-            ("skip_norm_affine", AFFINES, ""),
-        ):
-            check(
-                field,
-                lambda value, table=table: isinstance(value, str) and value in table,
-                f"one of {', '.join(table)}{more}",
-            )
+        check_counts(
+            self,
+            [
+                "vocab_size",
+                "decoder_vocab_size",
+                "d_model",
+                "encoder_layers",
+                "encoder_attention_heads",
+                "encoder_ffn_dim",
+                "decoder_layers",
+                "decoder_attention_heads",
+                "decoder_ffn_dim",
+                "max_position_embeddings",
+            ],
+        )
+        check_rates(self, ["dropout", "attention_dropout", "activation_dropout"])
+        check_activation(self, "activation_function")
+        check_skip_fields(self)
         for field in ("pad_token_id", "decoder_start_token_id"):
             check(
+                self,
                 field,
                 lambda value: value == 0 or (is_count(value) and value < self.decoder_vocab_size),
                 f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}",
             )
         for field in ("eos_token_id", "bos_token_id"):
             check(
+                self,
                 field,
                 lambda value: all(
                     token is None or token == 0 or (is_count(token) and token < self.decoder_vocab_size)
@@ -175,8 +155,6 @@ class RSkipConfig(PreTrainedConfig):
                 ),
                 f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}",
             )
-        if self.skip_norm == "none" and SKIP_CONNECTIONS[self.skip_type].requires_norm:
-            raise ValueError(f"`skip_norm` must be a norm, not 'none', with `skip_type` {self.skip_type!r}")
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % getattr(self, field):
                 raise ValueError(

@@ -13,6 +13,9 @@ A skip connection has a step before the branch and a step after it, so that one 
 F is the branch, K the number of recursions, s the scale; LN may be any norm of [`NORMS`]. Post-LN is `rskip` with K = 1
 and `xskip` with s = 1. To add a kind, subclass [`SkipConnection`] and enter the class in [`SKIP_CONNECTIONS`].
 
+Features come last: tokens are `(batch, length, features)`, and feature maps, `(batch, channels, height, width)` in a
+convolution, are seen here as `(batch, height, width, channels)`, which is a view and costs nothing.
+
 Source: Liu, Ren, Zhang, Sun and Zou, "Rethinking Skip Connection with Layer Normalization in Transformers and ResNets",
 COLING 2020 (https://arxiv.org/abs/2105.07205); pre-norm: Wang et al., ACL 2019 (https://arxiv.org/abs/1906.01787).
 """
@@ -47,6 +50,31 @@ class RMSNorm(nn.RMSNorm):
         return self.normalize(hidden, self.weight, self.bias, mask)
 
 
+class SampleLayerNorm(nn.GroupNorm):
+    """Layer normalisation over all positions and features of a sample together, with gain and bias for each feature.
+
+    For feature maps, where it is group normalisation with one group. The norms of a text must not see its padding or,
+    in a decoder, its future: there it is of no use.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(1, size, eps=eps, affine=elementwise_affine)
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return F.group_norm(hidden.movedim(-1, 1), 1, weight, bias, self.eps).movedim(1, -1)
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class SampleRMSNorm(RMSNorm):
+    """Root-mean-square normalisation over all positions and features of a sample together; see [`SampleLayerNorm`]."""
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        normalized = F.rms_norm(hidden, hidden.shape[1:], eps=self.eps)
+        return normalized if weight is None else normalized * weight
+
+
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of each feature over all tokens, in the manner of `nn.BatchNorm1d` but with features last.
 
@@ -59,6 +87,8 @@ class BatchNorm(nn.BatchNorm1d):
         super().__init__(size, eps=eps, affine=elementwise_affine)
 
     def normalize(self, hidden, weight, bias, mask=None):
+        if mask is None and hidden.numel() > self.num_features:
+            return self._normalize_all(hidden, weight, bias)
         if self.training:
             mean, variance = self._batch_statistics(hidden, mask)
         else:
@@ -66,6 +96,20 @@ class BatchNorm(nn.BatchNorm1d):
         rstd = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + self.eps)
         normalized = ((hidden - mean) * rstd).to(hidden.dtype)
         return normalized if weight is None else normalized * weight + bias
+
+    def _normalize_all(self, hidden, weight, bias):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            hidden.movedim(-1, 1),
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        ).movedim(1, -1)
 
     def _batch_statistics(self, hidden, mask):
         tokens = hidden.reshape(-1, self.num_features).to(torch.promote_types(hidden.dtype, torch.float32))
@@ -114,12 +158,29 @@ NORMS: dict[str, type[nn.Module]] = {
 }
 """Every norm by its configuration name (`skip_norm`). Called as `norm(hidden, mask)`."""
 
+SAMPLE_NORMS: dict[str, type[nn.Module]] = NORMS | {"layer_norm": SampleLayerNorm, "rms_norm": SampleRMSNorm}
+"""The same names with statistics over a whole feature map. Batch statistics are those of a channel in either table."""
 
-def make_norm(name: str, size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
-    """The norm called `name` in [`NORMS`]; a `ValueError` where there is none."""
-    if name not in NORMS:
-        raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, not {name!r}")
-    return NORMS[name](size, eps=eps, elementwise_affine=elementwise_affine)
+NORM_AXES = {"channels": NORMS, "sample": SAMPLE_NORMS}
+"""What the norms of feature maps go over (`skip_norm_axes`): the channels of each position, or all of a sample."""
+
+
+def make_norm(norm: str | type[nn.Module], size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
+    """The norm of that name in [`NORMS`], or of that class, for `size` features.
+
+    Raises:
+        `ValueError`: if there is no norm of that name.
+    """
+    if isinstance(norm, str):
+        if norm not in NORMS:
+            raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, not {norm!r}")
+        norm = NORMS[norm]
+    return norm(size, eps=eps, elementwise_affine=elementwise_affine)
+
+
+def norm_of(config) -> type[nn.Module]:
+    """The class of norm that `config` asks for: its `skip_norm`, for images over its `skip_norm_axes`."""
+    return NORM_AXES[getattr(config, "skip_norm_axes", "channels")][config.skip_norm]
 
 
 AFFINES = ("per_step", "shared", "last")
@@ -131,11 +192,13 @@ class SublayerPosition:
     """Where a skip connection stands, for kinds whose constants depend on the depth."""
 
     stack: str
-    """`"encoder"` or `"decoder"`."""
+    """`"encoder"` (the only one of a ResNet) or `"decoder"`."""
     layer: int
     """Index of the layer in its stack, from 0."""
     sublayer: int
     """Index of the sublayer in its layer, from 0."""
+    branch_size: int | None = None
+    """Number of features that the branch takes, where a shortcut changes that of x; `None` where both are the same."""
 
 
 class SkipConnection(nn.Module):
@@ -157,13 +220,13 @@ class SkipConnection(nn.Module):
     @classmethod
     def from_config(cls, config, size: int, position: SublayerPosition) -> "SkipConnection":
         """Builds the skip connection of the sublayer at `position`, for tensors of shape `(..., size)`."""
-        return cls(size, norm=config.skip_norm, eps=config.layer_norm_eps)
+        return cls(size, norm=norm_of(config), eps=config.layer_norm_eps)
 
     @classmethod
     def describe(cls, config) -> str:
         """The kind with its options, as a configuration says them."""
-        fields = ("skip_type", "skip_norm", *cls.options)
-        return ", ".join(f"{field}: {getattr(config, field)}" for field in fields)
+        fields = ("skip_type", "skip_norm", "skip_norm_axes", *cls.options)
+        return ", ".join(f"{field}: {getattr(config, field)}" for field in fields if hasattr(config, field))
 
     @classmethod
     def final_norm(cls, config, size: int) -> nn.Module:
@@ -172,7 +235,8 @@ class SkipConnection(nn.Module):
 
     def init_weights(self, branch: nn.Module) -> None:
         """This kind's part of the initialisation, after the model's own; `branch` is the module that computes F: an
-        attention with `q_proj`, `k_proj`, `v_proj` and `out_proj`, or an MLP with `fc1` and `fc2`.
+        attention with `q_proj`, `k_proj`, `v_proj` and `out_proj`, an MLP with `fc1` and `fc2`, or the sequence of
+        convolutional layers of a ResNet block.
 
         Parameters are to be filled with the functions of `transformers.initialization`, which leave loaded weights
         alone.
@@ -191,7 +255,7 @@ class RSkip(SkipConnection):
     Args:
         size: number of features, the last dimension of x.
         recursions: K, at least 1.
-        norm: a name of [`NORMS`].
+        norm: a name of [`NORMS`], or a class such as [`SampleLayerNorm`].
         affine: `"per_step"` (own gain and bias for each of the K norms), `"shared"` (one gain and bias for all) or
             `"last"` (gain and bias only at step K; the steps before it just normalise). Batch statistics belong to a
             step in every case.
@@ -217,7 +281,12 @@ class RSkip(SkipConnection):
     formula = "y_1 = LN(x + F(x)), y_k = LN(x + y_{k-1}), output y_K"
 
     def __init__(
-        self, size: int, recursions: int = 2, norm: str = "layer_norm", affine: str = "per_step", eps: float = 1e-5
+        self,
+        size: int,
+        recursions: int = 2,
+        norm: str | type[nn.Module] = "layer_norm",
+        affine: str = "per_step",
+        eps: float = 1e-5,
     ):
         super().__init__()
         if not isinstance(recursions, int) or isinstance(recursions, bool) or recursions < 1:
@@ -234,7 +303,7 @@ class RSkip(SkipConnection):
 
     @classmethod
     def from_config(cls, config, size, position):
-        return cls(size, config.skip_recursions, config.skip_norm, config.skip_norm_affine, config.layer_norm_eps)
+        return cls(size, config.skip_recursions, norm_of(config), config.skip_norm_affine, config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         y = branch
@@ -257,7 +326,7 @@ class XSkip(SkipConnection):
 
     options = ("skip_scale",)
 
-    def __init__(self, size: int, scale: float = 1.0, norm: str = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, scale: float = 1.0, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
         super().__init__()
         if not math.isfinite(scale):
             raise ValueError(f"`scale` must be a finite number, not {scale!r}")
@@ -266,7 +335,7 @@ class XSkip(SkipConnection):
 
     @classmethod
     def from_config(cls, config, size, position):
-        return cls(size, config.skip_scale, config.skip_norm, config.layer_norm_eps)
+        return cls(size, config.skip_scale, norm_of(config), config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.norm(torch.add(branch, x, alpha=self.scale), mask)
@@ -280,15 +349,19 @@ class PreNorm(SkipConnection):
 
     requires_norm = True
 
-    def __init__(self, size: int, norm: str = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
         super().__init__()
-        if norm == "none":
+        if norm in ("none", NoNorm):
             raise ValueError("`norm` must be a norm, not 'none'")
         self.norm = make_norm(norm, size, eps)
 
     @classmethod
+    def from_config(cls, config, size, position):
+        return super().from_config(config, position.branch_size or size, position)
+
+    @classmethod
     def final_norm(cls, config, size):
-        return make_norm(config.skip_norm, size, config.layer_norm_eps)
+        return make_norm(norm_of(config), size, config.layer_norm_eps)
 
     def before(self, x, mask=None):
         return self.norm(x, mask)

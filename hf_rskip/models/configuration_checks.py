@@ -1,0 +1,58 @@
+"""What the configurations of all models check: a wrong value raises one sentence that names the field."""
+
+from collections.abc import Callable, Collection, Iterable
+
+from transformers.activations import ACT2FN
+
+from .skip_connections import AFFINES, NORM_AXES, NORMS, SKIP_CONNECTIONS
+
+
+def check(config, field: str, allowed: Callable[[object], bool], what: str) -> None:
+    """Raises a `ValueError` that says "`field` must be `what`" unless its value is `allowed`."""
+    if not allowed(getattr(config, field)):
+        raise ValueError(f"`{field}` must be {what}, not {getattr(config, field)!r}")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_counts(config, fields: Iterable[str]) -> None:
+    for field in fields:
+        check(config, field, is_count, "an integer of at least 1")
+
+
+def check_rates(config, fields: Iterable[str]) -> None:
+    for field in fields:
+        check(config, field, lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
+
+
+def check_name(config, field: str, names: Collection[str], more: str = "") -> None:
+    check(
+        config,
+        field,
+        lambda value: isinstance(value, str) and value in names,
+        f"one of {', '.join(names)}{more}",
+    )
+
+
+def check_activation(config, field: str) -> None:
+    check(config, field, lambda value: str(value) in ACT2FN, "a name of `transformers.activations.ACT2FN`")
+
+
+def check_skip_fields(config) -> None:
+    """Checks the `skip_*` fields and `layer_norm_eps`, which all configurations have."""
+    check_counts(config, ["skip_recursions"])
+    check(config, "skip_scale", lambda value: is_number(value) and abs(value) < float("inf"), "a finite number")
+    check(config, "layer_norm_eps", lambda value: is_number(value) and value > 0, "a positive number")
+    check_name(config, "skip_type", SKIP_CONNECTIONS, ", or a kind whose module was imported")
+    check_name(config, "skip_norm", NORMS)
+    check_name(config, "skip_norm_affine", AFFINES)
+    if hasattr(config, "skip_norm_axes"):
+        check_name(config, "skip_norm_axes", NORM_AXES)
+    if config.skip_norm == "none" and SKIP_CONNECTIONS[config.skip_type].requires_norm:
+        raise ValueError(f"`skip_norm` must be a norm, not 'none', with `skip_type` {config.skip_type!r}")

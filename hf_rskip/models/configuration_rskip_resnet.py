@@ -1,0 +1,224 @@
+"""Configuration of the ResNet, and the architectures of the literature by name."""
+
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+from .configuration_checks import (
+    check,
+    check_activation,
+    check_counts,
+    check_name,
+    check_rates,
+    check_skip_fields,
+    is_count,
+)
+
+
+def _cifar(depth: int, preactivation: bool = False, bottleneck: bool = False) -> dict:
+    """Section 4.2 of He et al. (2016): three stages of equally many blocks, 16, 32 and 64 channels wide.
+
+    Bottlenecks, four times as wide, are of He et al. (2016b), who project where the width changes.
+    """
+    return {
+        "embedding_size": 16,
+        "hidden_sizes": [64, 128, 256] if bottleneck else [16, 32, 64],
+        "depths": [(depth - 2) // (9 if bottleneck else 6)] * 3,
+        "layer_type": "bottleneck" if bottleneck else "basic",
+        "stem_type": "cifar",
+        "shortcut_type": "B" if bottleneck else "A",
+        "preactivation": preactivation,
+        "num_labels": 10,
+    }
+
+
+def _imagenet(depths: list[int], layer_type: str) -> dict:
+    """Table 1 of He et al. (2016)."""
+    expansion = {"basic": 1, "bottleneck": 4}[layer_type]
+    return {
+        "hidden_sizes": [width * expansion for width in (64, 128, 256, 512)],
+        "depths": depths,
+        "layer_type": layer_type,
+        "num_labels": 1000,
+    }
+
+
+ARCHITECTURES: dict[str, dict] = {
+    "resnet20_cifar": _cifar(20),
+    "resnet32_cifar": _cifar(32),
+    "resnet44_cifar": _cifar(44),
+    "resnet56_cifar": _cifar(56),
+    "resnet110_cifar": _cifar(110),
+    "preact_resnet20_cifar": _cifar(20, preactivation=True),
+    "preact_resnet56_cifar": _cifar(56, preactivation=True),
+    "preact_resnet110_cifar": _cifar(110, preactivation=True),
+    "preact_resnet164_cifar": _cifar(164, preactivation=True, bottleneck=True),
+    "resnet18": _imagenet([2, 2, 2, 2], "basic"),
+    "resnet34": _imagenet([3, 4, 6, 3], "basic"),
+    "resnet50": _imagenet([3, 4, 6, 3], "bottleneck"),
+    "resnet101": _imagenet([3, 4, 23, 3], "bottleneck"),
+}
+"""Fields of [`RSkipResNetConfig`] by the name of an architecture, for [`RSkipResNetConfig.from_name`]."""
+
+_LISTS = ("hidden_sizes", "depths")
+
+
+class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of an [`RSkipResNetModel`], a ResNet whose residual blocks use a chosen skip connection. Names are
+    those of `ResNetConfig`; the defaults are a ResNet-50 (He et al., 2016) with rSkip+LN, K = 2.
+
+    With `skip_type="xskip"` and `skip_norm="none"` it is the plain ResNet, as `ResNetConfig` describes it. The branches
+    have their batch normalisation whatever the skip connection.
+
+    Args:
+        num_channels (`int`, defaults to 3):
+            Number of channels of the images.
+        embedding_size (`int`, defaults to 64):
+            Number of channels behind the stem.
+        hidden_sizes (`list[int]`, defaults to `[256, 512, 1024, 2048]`):
+            Number of channels of each stage.
+        depths (`list[int]`, defaults to `[3, 4, 6, 3]`):
+            Number of blocks of each stage.
+        layer_type (`str`, defaults to `"bottleneck"`):
+            `"basic"`, two 3x3 convolutions, or `"bottleneck"`, 1x1, 3x3 and 1x1, the first two a quarter as wide.
+        hidden_act (`str`, defaults to `"relu"`):
+            Name of a function of `transformers.activations.ACT2FN`.
+        preactivation (`bool`, defaults to `False`):
+            Whether norm and activation come before each convolution (He et al., 2016b), rather than after it.
+        stem_type (`str`, defaults to `"imagenet"`):
+            `"imagenet"`, a 7x7 convolution and max pooling, which shrink an image fourfold, or `"cifar"`, a 3x3
+            convolution.
+        shortcut_type (`str`, defaults to `"B"`):
+            Where a block changes the shape of its input: `"A"`, subsampling and zero channels, without parameters, or
+            `"B"`, a 1x1 convolution (options A and B of He et al., 2016), with batch normalisation unless
+            `preactivation`.
+        downsample_in_first_stage (`bool`, defaults to `False`):
+            Whether the first stage halves height and width, as the others do.
+        downsample_in_bottleneck (`bool`, defaults to `False`):
+            Whether a bottleneck halves them in its first convolution rather than in its second.
+        zero_init_last_gain (`bool`, defaults to `False`):
+            Whether each branch starts at zero, by the gain of its last norm (with `preactivation`, by the weight of its
+            last convolution, behind which there is no norm).
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth: the rate at which the branch of the last block is dropped; those before it in proportion
+            to their depth (Huang et al., 2016).
+        skip_type (`str`, defaults to `"rskip"`):
+            The kind of skip connection, a key of `SKIP_CONNECTIONS`: `"rskip"`, `"xskip"`, `"pre_norm"`.
+        skip_recursions (`int`, defaults to 2):
+            K, the number of recursions of `"rskip"`, at least 1. Other kinds ignore it.
+        skip_scale (`float`, defaults to 1.0):
+            s, the fixed scale of `"xskip"`. Other kinds ignore it.
+        skip_norm (`str`, defaults to `"layer_norm"`):
+            `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
+        skip_norm_axes (`str`, defaults to `"sample"`):
+            What layer and RMS norms of a feature map go over: `"sample"`, channels and positions together, or
+            `"channels"`, those of each position. Gain and bias belong to a channel in both.
+        skip_norm_affine (`str`, defaults to `"per_step"`):
+            Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
+        layer_norm_eps (`float`, defaults to 1e-5):
+            Added to the variance in every norm of a skip connection.
+        out_features, out_indices (`list`, *optional*):
+            The stages of which a backbone returns the feature maps, by name (`"stem"`, `"stage1"`, ...) or index; the
+            last one unless given.
+
+    Raises:
+        `ValueError`: one sentence that names the field and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from hf_rskip import RSkipResNetConfig, RSkipResNetForImageClassification
+
+    >>> config = RSkipResNetConfig.from_name("preact_resnet110_cifar", skip_type="rskip", skip_recursions=2)
+    >>> model = RSkipResNetForImageClassification(config)
+
+    ```
+    """
+
+    model_type = "rskip_resnet"
+
+    num_channels: int = 3
+    embedding_size: int = 64
+    hidden_sizes: list[int] | tuple[int, ...] = (256, 512, 1024, 2048)
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    layer_type: str = "bottleneck"
+    hidden_act: str = "relu"
+    preactivation: bool = False
+    stem_type: str = "imagenet"
+    shortcut_type: str = "B"
+    downsample_in_first_stage: bool = False
+    downsample_in_bottleneck: bool = False
+    zero_init_last_gain: bool = False
+    drop_path_rate: float = 0.0
+    skip_type: str = "rskip"
+    skip_recursions: int = 2
+    skip_scale: float = 1.0
+    skip_norm: str = "layer_norm"
+    skip_norm_axes: str = "sample"
+    skip_norm_affine: str = "per_step"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        self._check_values()
+        self.hidden_sizes, self.depths = list(self.hidden_sizes), list(self.depths)
+        self.stage_names = ["stem", *(f"stage{index}" for index in range(1, len(self.depths) + 1))]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        if not self.is_remote_code():
+            kwargs.pop("auto_map", None)  # of a checkpoint with code, which this class does not need or save
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_name(cls, name: str, **kwargs) -> "RSkipResNetConfig":
+        """The configuration of an architecture of the literature, a key of [`ARCHITECTURES`].
+
+        Unless a `skip_type` is given it is the plain network: `skip_type="xskip"` with `skip_norm="none"`.
+
+        Args:
+            name: such as `"resnet50"` or `"preact_resnet110_cifar"`.
+            kwargs: fields that differ.
+
+        Raises:
+            `ValueError`: if there is no architecture of that name.
+        """
+        if name not in ARCHITECTURES:
+            raise ValueError(f"`name` must be one of {', '.join(ARCHITECTURES)}, not {name!r}")
+        fields = ARCHITECTURES[name] | kwargs
+        if "id2label" in kwargs or "label2id" in kwargs:
+            del fields["num_labels"]
+        if "skip_type" not in kwargs:
+            fields = {"skip_type": "xskip", "skip_norm": "none"} | fields
+        return cls(**fields)
+
+    def _check_values(self) -> None:
+        check_counts(self, ["num_channels", "embedding_size"])
+        for field in _LISTS:
+            check(
+                self,
+                field,
+                lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_count, value)),
+                "a list of integers of at least 1",
+            )
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ValueError(
+                f"`depths` must have a number for each of the {len(self.hidden_sizes)} `hidden_sizes`, not "
+                f"{list(self.depths)!r}"
+            )
+        check_name(self, "layer_type", ("basic", "bottleneck"))
+        check_name(self, "stem_type", ("imagenet", "cifar"))
+        check_name(self, "shortcut_type", ("A", "B"))
+        check_activation(self, "hidden_act")
+        check_rates(self, ["drop_path_rate"])
+        check_skip_fields(self)
+        if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
+            raise ValueError(f"`hidden_sizes` must be multiples of 4 with bottlenecks, not {list(self.hidden_sizes)!r}")
+        sizes = [self.embedding_size, *self.hidden_sizes]
+        if self.shortcut_type == "A" and sorted(sizes) != sizes:
+            raise ValueError(
+                f"`hidden_sizes` must not fall from stage to stage (the stem has {self.embedding_size}) with "
+                f"`shortcut_type` 'A', which can only add channels, but they are {list(self.hidden_sizes)!r}"
+            )
+
+
+__all__ = ["RSkipResNetConfig"]

@@ -1,0 +1,380 @@
+"""A ResNet whose residual blocks use a chosen skip connection.
+
+Modules and weights have the names of Transformers' ResNet, which the plain network equals.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithNoAttention,
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_rskip_resnet import RSkipResNetConfig
+from .skip_connections import SKIP_CONNECTIONS, SublayerPosition
+
+
+class RSkipResNetNormActivation(nn.Module):
+    """Batch normalisation and activation, where they come before a convolution."""
+
+    def __init__(self, channels: int, activation: str):
+        super().__init__()
+        self.normalization = nn.BatchNorm2d(channels)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.normalization(hidden_states))
+
+
+class RSkipResNetConvLayer(nn.Module):
+    """A convolution that keeps height and width up to its stride; then normalisation and activation, where wanted."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        normalize: bool = True,
+        activation: str | None = None,
+    ):
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+        )
+        self.normalization = nn.BatchNorm2d(out_channels) if normalize else nn.Identity()
+        self.activation = nn.Identity() if activation is None else ACT2FN[activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.normalization(self.convolution(hidden_states)))
+
+
+class RSkipResNetEmbeddings(nn.Module):
+    """The stem. Without activation where the first block begins with one."""
+
+    def __init__(self, config: RSkipResNetConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        kernel_size, stride = {"imagenet": (7, 2), "cifar": (3, 1)}[config.stem_type]
+        self.embedder = RSkipResNetConvLayer(
+            config.num_channels,
+            config.embedding_size,
+            kernel_size,
+            stride,
+            normalize=not config.preactivation,
+            activation=None if config.preactivation else config.hidden_act,
+        )
+        self.pooler = nn.MaxPool2d(3, stride=2, padding=1) if config.stem_type == "imagenet" else nn.Identity()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"`pixel_values` must be of shape (batch, {self.num_channels}, height, width), not "
+                f"{tuple(pixel_values.shape)}"
+            )
+        return self.pooler(self.embedder(pixel_values))
+
+
+class RSkipResNetPadding(nn.Module):
+    """Shortcut option A, without parameters: every `stride`-th position, and zeros for the channels that are added."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.added_channels, self.stride = out_channels - in_channels, stride
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states[:, :, :: self.stride, :: self.stride]
+        return nn.functional.pad(hidden_states, (0, 0, 0, 0, 0, self.added_channels))
+
+
+class RSkipResNetDropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): zeroes the branch of a random part of the samples, in training."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, 1, dtype=branch.dtype, device=branch.device) >= self.rate
+        return branch * kept / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class RSkipResNetLayer(nn.Module):
+    """A residual block: a basic or a bottleneck branch, and the skip connection that joins it to the block's input."""
+
+    def __init__(
+        self,
+        config: RSkipResNetConfig,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        layer_idx: int,
+        drop_path_rate: float,
+    ):
+        super().__init__()
+        preactivation, activation = config.preactivation, config.hidden_act
+        self.preactivation = RSkipResNetNormActivation(in_channels, activation) if preactivation else nn.Identity()
+        self.shortcut = nn.Identity()
+        self.reshapes = in_channels != out_channels or stride != 1
+        if self.reshapes and config.shortcut_type == "A":
+            self.shortcut = RSkipResNetPadding(in_channels, out_channels, stride)
+        elif self.reshapes:
+            self.shortcut = RSkipResNetConvLayer(in_channels, out_channels, 1, stride, normalize=not preactivation)
+        if config.layer_type == "basic":
+            convolutions = [(out_channels, 3, stride), (out_channels, 3, 1)]
+        else:
+            strides = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
+            width = out_channels // 4
+            convolutions = [(width, 1, strides[0]), (width, 3, strides[1]), (out_channels, 1, 1)]
+        self.layer = nn.Sequential()
+        channels = in_channels
+        for width, kernel_size, stride in convolutions[:-1]:
+            self.layer.append(RSkipResNetConvLayer(channels, width, kernel_size, stride, activation=activation))
+            channels = width
+        self.layer.append(RSkipResNetConvLayer(channels, *convolutions[-1], normalize=not preactivation))
+        self.drop_path = RSkipResNetDropPath(drop_path_rate)
+        position = SublayerPosition("encoder", layer_idx, 0, branch_size=in_channels)
+        self.skip = SKIP_CONNECTIONS[config.skip_type].from_config(config, out_channels, position)
+        self.activation = nn.Identity() if preactivation else ACT2FN[activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Skip connections have the features last; these are views.
+        branch = self.preactivation(self.skip.before(hidden_states.movedim(1, -1)).movedim(-1, 1))
+        # As in He et al. (2016b), a shortcut that changes the shape begins behind the activation, too.
+        residual = self.shortcut(branch if self.reshapes else hidden_states)
+        branch = self.drop_path(self.layer(branch))
+        hidden_states = self.skip(residual.movedim(1, -1), branch.movedim(1, -1)).movedim(-1, 1)
+        return self.activation(hidden_states)
+
+
+class RSkipResNetStage(nn.Module):
+    """Blocks of the same shape, of which the first changes that of its input."""
+
+    def __init__(
+        self,
+        config: RSkipResNetConfig,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        first_layer_idx: int,
+        drop_path_rates: list[float],
+    ):
+        super().__init__()
+        self.layers = nn.Sequential()
+        for index, rate in enumerate(drop_path_rates):
+            self.layers.append(
+                RSkipResNetLayer(
+                    config,
+                    out_channels if index else in_channels,
+                    out_channels,
+                    1 if index else stride,
+                    first_layer_idx + index,
+                    rate,
+                )
+            )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.layers(hidden_states)
+
+
+class RSkipResNetEncoder(nn.Module):
+    """All stages, and what ends a stack of blocks of their kind."""
+
+    def __init__(self, config: RSkipResNetConfig):
+        super().__init__()
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+        sizes = [config.embedding_size, *config.hidden_sizes]
+        self.stages = nn.ModuleList()
+        first = 0
+        for index, depth in enumerate(config.depths):
+            stride = 2 if index or config.downsample_in_first_stage else 1
+            stage_rates = rates[first : first + depth]
+            self.stages.append(RSkipResNetStage(config, sizes[index], sizes[index + 1], stride, first, stage_rates))
+            first += depth
+        self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(config, sizes[-1])
+        self.final_activation = (
+            RSkipResNetNormActivation(sizes[-1], config.hidden_act) if config.preactivation else nn.Identity()
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_hidden_states: bool = False
+    ) -> BaseModelOutputWithNoAttention:
+        all_hidden_states = (hidden_states,)
+        for index, stage in enumerate(self.stages):
+            hidden_states = stage(hidden_states)
+            if index + 1 == len(self.stages):
+                hidden_states = self.final_norm(hidden_states.movedim(1, -1)).movedim(-1, 1)
+                hidden_states = self.final_activation(hidden_states)
+            all_hidden_states += (hidden_states,)
+        return BaseModelOutputWithNoAttention(
+            last_hidden_state=hidden_states, hidden_states=all_hidden_states if output_hidden_states else None
+        )
+
+
+class RSkipResNetPreTrainedModel(PreTrainedModel):
+    config_class = RSkipResNetConfig
+    config: RSkipResNetConfig
+    base_model_prefix = "resnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["RSkipResNetLayer"]
+    _can_compile_fullgraph = True
+
+    def _initialize_weights(self, module: nn.Module, *args, **kwargs) -> None:
+        # Transformers passes over modules of custom code that have no parameters of their own, and with them over the
+        # blocks, lest custom code overwrites loaded weights. `transformers.initialization` leaves those alone anyway.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal convolutions with the variance of He et al. (2015), fan-out; then what the blocks ask for."""
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)  # that of torch, and of Transformers' ResNet
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, RSkipResNetLayer):
+            if self.config.zero_init_last_gain:
+                last = module.layer[-1]
+                init.zeros_(last.convolution.weight if self.config.preactivation else last.normalization.weight)
+            module.skip.init_weights(branch=module.layer)
+        else:
+            super()._init_weights(module)
+
+
+class RSkipResNetModel(RSkipResNetPreTrainedModel):
+    """Stem, stages and global average pooling, without a head."""
+
+    def __init__(self, config: RSkipResNetConfig):
+        super().__init__(config)
+        self.embedder = RSkipResNetEmbeddings(config)
+        self.encoder = RSkipResNetEncoder(config)
+        self.pooler = nn.AdaptiveAvgPool2d((1, 1))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """
+        Args:
+            pixel_values: images as the image processor makes them, `(batch, num_channels, height, width)`.
+            output_hidden_states: whether to return the feature maps behind the stem and behind each stage.
+
+        Returns:
+            `last_hidden_state` `(batch, hidden_sizes[-1], height / s, width / s)`, where s is the product of the
+            strides (32 with an `"imagenet"` stem and four stages), and its mean over positions, `pooler_output`
+            `(batch, hidden_sizes[-1], 1, 1)`.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.encoder(self.embedder(pixel_values), output_hidden_states)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.pooler(outputs.last_hidden_state),
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
+    """An [`RSkipResNetModel`] with a linear classifier on the pooled features."""
+
+    def __init__(self, config: RSkipResNetConfig):
+        super().__init__(config)
+        self.resnet = RSkipResNetModel(config)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(config.hidden_sizes[-1], config.num_labels))
+        # By the class's name Transformers would choose a loss that ignores `num_items_in_batch`, and gradient
+        # accumulation would multiply the gradient. This is cross-entropy, whatever it is called.
+        self.loss_type = "ForMaskedLM"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutputWithNoAttention:
+        """
+        Args:
+            pixel_values: images as the image processor makes them, `(batch, num_channels, height, width)`.
+            labels: the class of each image, `(batch,)`, from 0 to `num_labels - 1`.
+            output_hidden_states: whether to return the feature maps behind the stem and behind each stage.
+
+        Returns:
+            `logits` `(batch, num_labels)` and, with `labels`, the cross-entropy `loss` in nats: the mean over the
+            batch, or with `num_items_in_batch` the sum divided by it.
+        """
+        outputs = self.resnet(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.num_labels, **kwargs)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class RSkipResNetBackbone(BackboneMixin, RSkipResNetPreTrainedModel):
+    """Stem and stages, for models of Transformers that build on feature maps, such as DETR."""
+
+    has_attentions = False
+
+    def __init__(self, config: RSkipResNetConfig):
+        super().__init__(config)
+        self.num_features = [config.embedding_size, *config.hidden_sizes]
+        self.embedder = RSkipResNetEmbeddings(config)
+        self.encoder = RSkipResNetEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: images as the image processor makes them, `(batch, num_channels, height, width)`.
+            output_hidden_states: whether to return the feature maps of all stages beside those of `out_features`.
+
+        Returns:
+            `feature_maps`, a tensor `(batch, channels, height, width)` for each stage of `config.out_features`.
+        """
+        hidden_states = self.encoder(self.embedder(pixel_values), output_hidden_states=True).hidden_states
+        return BackboneOutput(
+            feature_maps=tuple(
+                feature_map
+                for stage, feature_map in zip(self.stage_names, hidden_states, strict=True)
+                if stage in self.out_features
+            ),
+            hidden_states=hidden_states,
+        )
+
+
+__all__ = [
+    "RSkipResNetBackbone",
+    "RSkipResNetForImageClassification",
+    "RSkipResNetModel",
+    "RSkipResNetPreTrainedModel",
+]
