@@ -4,15 +4,32 @@ import argparse
 import contextlib
 import json
 
+from transformers import AutoConfig
+
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
 from ..decoding.loading import load_model
+from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
+from ..models import RSkipResNetConfig
+from . import evaluate_images
 from .translate import generation_kwargs, open_file, write_lines
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Prints the scores of a model on one split as JSON, with the signatures and what decoding used."""
+    """Prints the scores of a model on one split as JSON."""
+    try:
+        model_type = AutoConfig.from_pretrained(args.model).model_type
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model could be loaded from {args.model!r}: {str(error).splitlines()[0]}") from error
+    if model_type == RSkipResNetConfig.model_type:
+        evaluate_images.evaluate(args)
+    else:
+        _evaluate_translation(args)
+
+
+def _evaluate_translation(args: argparse.Namespace) -> None:
+    """With the signatures and what decoding used."""
     model, tokenizer = load_model(args.model)
     data = DataArguments(
         dataset_name=args.dataset_name,

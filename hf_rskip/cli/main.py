@@ -21,15 +21,15 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="flat YAML of training keys")
     parser.usage = "hf-rskip train CONFIG.yaml [--key value ...]"
     parser.epilog = (
-        "Keys on the command line override those of the file. `hf-rskip keys` prints them all with their defaults."
+        "Keys on the command line override those of the file. `hf-rskip keys` prints them all with their defaults, "
+        "`hf-rskip keys image-classification` those of the other task."
     )
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
-    from ..training.arguments import parse_recipe
-    from ..training.translation import train
+    from .train import train
 
-    train(parse_recipe(args.config, rest))
+    train(args, rest)
 
 
 def _count(word: str) -> int:
@@ -55,13 +55,14 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_argument(parser)
     corpus = parser.add_mutually_exclusive_group(required=True)
-    corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column, or cldr")
+    corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column or images, or cldr")
     corpus.add_argument("--test_files", nargs=2, metavar=("SOURCE", "TARGET"), help="two UTF-8 text files")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--source_lang", help="default: that of the model's training")
     parser.add_argument("--target_lang", help="default: that of the model's training")
     parser.add_argument("--split", default="test", help="default: test")
-    parser.add_argument("--max_samples", type=_count, help="only the first so many sentences")
+    parser.add_argument("--max_samples", type=_count, help="only the first so many sentences or images")
+    parser.add_argument("--batch_size", type=_count, default=256, help="images at once (default: 256)")
     parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
     _add_generation_arguments(parser)
@@ -86,10 +87,14 @@ def _translate(args: argparse.Namespace, rest: list[str]) -> None:
     translate_lines(args)
 
 
-def _keys(args: argparse.Namespace, rest: list[str]) -> None:
-    from ..training.arguments import describe_keys
+def _add_keys_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", nargs="?", default="translation", choices=["translation", "image-classification"])
 
-    print(describe_keys())
+
+def _keys(args: argparse.Namespace, rest: list[str]) -> None:
+    from ..training.recipe import describe_keys
+
+    print(describe_keys(args.task))
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,10 +145,10 @@ def _env(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": Command("train a translation model from a recipe", _add_train_arguments, _train),
-    "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
+    "train": Command("train a model from a recipe", _add_train_arguments, _train),
+    "evaluate": Command("score a model on a dataset: sacreBLEU, or accuracy", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
-    "keys": Command("print the keys of a recipe with their defaults", lambda parser: None, _keys),
+    "keys": Command("print the keys of a recipe with their defaults", _add_keys_arguments, _keys),
     "convert": Command("turn a MarianMT checkpoint into a model of this package", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
     "push": Command("send a trained model to the Hugging Face Hub", _add_push_arguments, _push),

@@ -6,12 +6,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, NamedSplit, Translation, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets import Dataset, DatasetDict, Features, NamedSplit, Translation
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from ..errors import UserError
 from .arguments import DataArguments
+from .loading import load_named_dataset, select_split
 
 _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
@@ -36,7 +37,11 @@ def load_translation_dataset(
     corpus = None if args.dataset_name is None else _load_corpus(args)
     loaded = DatasetDict()
     for split in splits:
-        dataset = _load_text_files(args, split) if corpus is None else _select_split(corpus, args, split)
+        dataset = (
+            _load_text_files(args, split)
+            if corpus is None
+            else select_split(corpus, getattr(args, f"{split}_split"), args.dataset_name, f"{split}_split")
+        )
         limit = getattr(args, _SAMPLE_LIMITS[split])
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
@@ -50,25 +55,7 @@ def _load_corpus(args: DataArguments) -> DatasetDict:
         from .cldr import build_cldr_corpus
 
         return build_cldr_corpus(args.source_lang, args.target_lang)
-    try:
-        return load_dataset(name, args.dataset_config_name)
-    # An unknown id or offline Hub, an unknown configuration or empty split, a loading script, an unreadable file.
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        reason = str(cause).strip().split("\n")[0].rstrip(".!")
-        if isinstance(error, OSError) and not Path(name).exists():
-            reason += ", and there is no such folder"
-        raise UserError(f"Dataset {name!r} cannot be loaded: {reason}.") from error
-
-
-def _select_split(corpus: DatasetDict, args: DataArguments, split: str) -> Dataset:
-    name = getattr(args, f"{split}_split")
-    if name not in corpus:
-        raise UserError(
-            f"Dataset {args.dataset_name!r} has no split {name!r}, only {', '.join(corpus)}: set {split}_split to one "
-            "of these."
-        )
-    return corpus[name]
+    return load_named_dataset(name, args.dataset_config_name)
 
 
 def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Dataset:

@@ -1,4 +1,4 @@
-"""Loads a trained model with its tokenizer."""
+"""Loads trained models, complete or not at all."""
 
 import torch
 from safetensors import SafetensorError
@@ -8,17 +8,26 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a folder or Hub id, in evaluation mode, on the GPU if there is one.
+def load_complete(auto_class: type, name: str) -> PreTrainedModel:
+    """The model of a folder or Hub id, in evaluation mode, on the GPU if there is one.
+
+    Args:
+        auto_class: an Auto class of Transformers, for what the model is to do.
+        name: the folder or id.
 
     Raises:
-        [`UserError`]: if there is no such model, it is not one that translates, or weights are missing.
+        [`UserError`]: if there is no such model, it is of another kind, or weights are missing.
     """
     try:
-        model, info = AutoModelForSeq2SeqLM.from_pretrained(name, output_loading_info=True)
+        model, info = auto_class.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"No model could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:
         raise UserError(f"The model {name!r} lacks weights of its configuration, such as {min(info['missing_keys'])}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval(), load_tokenizer(name)
+    return model.to(device).eval()
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that translates and its tokenizer; see [`load_complete`]."""
+    return load_complete(AutoModelForSeq2SeqLM, name), load_tokenizer(name)

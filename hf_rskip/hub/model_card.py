@@ -1,8 +1,6 @@
-"""The model card of a trained translation model: data for the template in `model_cards/`."""
+"""What the model cards of all tasks have in common."""
 
-import json
 import platform
-import re
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -13,106 +11,76 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
-from ..models import SKIP_CONNECTIONS, SkipConnection
-from ..training.arguments import Recipe
-from .training_curve import CURVE_NAME, draw_training_curve
+from ..models import SKIP_CONNECTIONS
+from ..training.recipe import Recipe
 
-_VERSIONS = ("hf_rskip", "torch", "transformers", "datasets", "accelerate", "sacrebleu")
-_SCORES = {"bleu": "BLEU", "chrf": "chrF"}
-_LICENCES = {"cldr": "Made from Unicode CLDR ([Unicode License v3](https://www.unicode.org/license.txt))."}
+_VERSIONS = ("hf_rskip", "torch", "transformers", "datasets", "accelerate")
 
 
-def write_model_card(
+def save_card(
     folder: str | Path,
+    template: str,
     recipe: Recipe,
     model: PreTrainedModel,
     state: TrainerState,
-    metrics: dict[str, float | str],
-    example: str,
+    *,
+    dataset: str,
+    scores: list[EvalResult],
+    minutes: float,
+    language: list[str] | None = None,
+    packages: tuple[str, ...] = (),
+    **values,
 ) -> None:
-    """Writes `README.md` and the picture in it: what the model is, how to use it, its scores, and how it was made.
+    """Fills a template of `model_cards/` and writes it as `README.md`.
 
-    The code of the card loads the model by the name of its folder; [`push_folder`] puts its id on the Hub there.
+    The code of a card loads the model by the name of its folder; [`push_folder`] puts its id on the Hub there.
 
     Args:
         folder: where the model was saved.
+        template: name of the file.
         recipe, model, state: of the training.
-        metrics: `train_runtime` in seconds and the `test_` scores with their signatures.
-        example: a source sentence for the code to translate.
+        dataset: what the model was trained on; a path is shown by its last part.
+        scores: for the metadata.
+        minutes: of training.
+        language: codes of the languages, for the metadata.
+        packages: whose versions matter beside those of all tasks.
+        values: what else the template names.
     """
-    data, config, name = recipe.data, model.config, Path(folder).resolve().name
-    corpus = data.dataset_name or " and ".join(Path(file).name for file in data.train_files)
-    draw_training_curve(state.log_history, Path(folder) / CURVE_NAME)
+    config, name = model.config, Path(folder).resolve().name
+    skip = SKIP_CONNECTIONS[config.skip_type]
     card = ModelCard.from_template(
-        _metadata(recipe, config, name, corpus, metrics),
-        template_str=_template().read_text(encoding="utf-8"),
+        ModelCardData(
+            language=language,
+            library_name="transformers",
+            pipeline_tag=recipe.task,
+            tags=["hf_rskip", config.skip_type, "arxiv:2105.07205"],
+            metrics=list(dict.fromkeys(score.metric_type for score in scores)),
+            model_name=name,
+            eval_results=scores,
+        ),
+        template_str=_template(template).read_text(encoding="utf-8"),
         model_name=name,
         model_id=name,
-        # JSON writes a string as Python would.
-        example=json.dumps(example, ensure_ascii=False),
-        source_lang=data.source_lang,
-        target_lang=data.target_lang,
-        corpus=f"`{Path(corpus).name if Path(corpus).exists() else corpus}`",
-        licence=_LICENCES.get(corpus, "Its licence is that of its source."),
+        corpus=f"`{Path(dataset).name if Path(dataset).exists() else dataset}`",
         parameters=f"{model.num_parameters():,}",
-        encoder_layers=config.encoder_layers,
-        decoder_layers=config.decoder_layers,
-        d_model=config.d_model,
-        formula=_formula(SKIP_CONNECTIONS[config.skip_type]),
-        skip_connection=SKIP_CONNECTIONS[config.skip_type].describe(config),
-        results=[
-            {
-                "split": data.test_split,
-                "metric": title,
-                "score": f"{metrics[f'test_{key}']:.2f}",
-                "signature": metrics[f"test_{key}_signature"].replace("|", "\\|"),  # or it would end the cell
-            }
-            for key, title in _SCORES.items()
-        ],
+        formula=skip.formula or skip.__doc__.strip().splitlines()[0],
+        skip_connection=skip.describe(config),
         steps=f"{state.global_step:,}",
         epochs=f"{state.epoch:.1f}",
-        minutes=f"{metrics['train_runtime'] / 60:.1f}",
+        minutes=f"{minutes:.1f}",
         processes=recipe.training.world_size,
         device=_device_name(),
-        versions=", ".join(f"{package} {version(package)}" for package in _VERSIONS),
+        versions=", ".join(f"{package} {version(package)}" for package in (*_VERSIONS, *packages)),
         recipe=yaml.safe_dump(recipe.keys, allow_unicode=True, sort_keys=False).strip(),
+        **values,
     )
     card.save(Path(folder) / "README.md")
 
 
-def _metadata(recipe: Recipe, config, name: str, corpus: str, metrics: dict) -> ModelCardData:
-    data = recipe.data
-    return ModelCardData(
-        # The Hub refuses a card with anything else.
-        language=[code for code in (data.source_lang, data.target_lang) if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)],
-        library_name="transformers",
-        pipeline_tag="translation",
-        tags=["hf_rskip", config.skip_type, "arxiv:2105.07205"],
-        metrics=list(_SCORES),
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="translation",
-                dataset_type=Path(corpus).name,
-                dataset_name=Path(corpus).name,
-                dataset_split=data.test_split,
-                metric_type=key,
-                metric_name=f"{title} ({metrics[f'test_{key}_signature']})",
-                metric_value=round(metrics[f"test_{key}"], 2),
-            )
-            for key, title in _SCORES.items()
-        ],
-    )
-
-
-def _formula(skip: type[SkipConnection]) -> str:
-    return skip.formula or skip.__doc__.strip().splitlines()[0]
-
-
-def _template():
+def _template(name: str):
     """In an installed package the folder `model_cards` is inside the package, in the repository beside it."""
-    packaged = files("hf_rskip").joinpath("model_cards", "template.md")
-    return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / "template.md"
+    packaged = files("hf_rskip").joinpath("model_cards", name)
+    return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / name
 
 
 def _device_name() -> str:

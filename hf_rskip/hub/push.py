@@ -7,9 +7,16 @@ from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import AutoConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from ..errors import UserError
+from ..models import RSkipConfig, RSkipResNetConfig
 from .remote_code import find_code
 from .training_curve import CURVE_NAME
 
@@ -18,6 +25,10 @@ CARD_NAME = "README.md"
 # What is not listed stays at home: training_args.bin, optimizer, scheduler and random states are pickles, and none of
 # the Hub's business.
 _MODEL_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors")
+_COMPANIONS = {
+    RSkipConfig.model_type: (GENERATION_CONFIG_NAME, "tokenizer_config.json"),
+    RSkipResNetConfig.model_type: (IMAGE_PROCESSOR_NAME,),
+}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,7 +61,8 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
 
     Raises:
         [`UserError`]: if the folder is no complete model: a configuration, safetensors weights with all their shards,
-            a tokenizer and a generation configuration.
+            and what a model of its kind needs beside them: a tokenizer and a generation configuration, or an image
+            processor.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -58,13 +70,16 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
     weights = {SAFE_WEIGHTS_NAME}
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         weights = set(_read_json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
-    required = {CONFIG_NAME, GENERATION_CONFIG_NAME, "tokenizer_config.json", *weights}
+    required = {CONFIG_NAME, *weights}
+    if (folder / CONFIG_NAME).is_file():
+        model_type = _read_json(folder / CONFIG_NAME).get("model_type")
+        required |= set(_COMPANIONS.get(model_type, _COMPANIONS[RSkipConfig.model_type]))
     missing = sorted(name for name in required if not (folder / name).is_file())
     if any(not name.endswith(".safetensors") for name in weights):
         raise UserError(f"{str(folder)!r} has weights that are not safetensors")
     if missing:
         raise UserError(f"{str(folder)!r} is not a complete model: it has no {', '.join(missing)}")
-    patterns = (*_MODEL_FILES, *_TOKENIZER_FILES, *_RESULT_FILES)
+    patterns = (*_MODEL_FILES, *_TOKENIZER_FILES, IMAGE_PROCESSOR_NAME, *_RESULT_FILES)
     paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return {path.name: path for path in paths if path.suffix != ".safetensors" or path.name in weights}
 

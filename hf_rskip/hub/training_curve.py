@@ -1,16 +1,27 @@
-"""The picture of a training: loss and validation BLEU by step."""
+"""The picture of a training: loss and validation score by step."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 CURVE_NAME = "training_curve.png"
 
 
-def draw_training_curve(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """Writes a PNG of the training loss (nats a token) and, where it was measured, the validation BLEU.
+class Curve(NamedTuple):
+    """A score of the log."""
+
+    key: str
+    label: str
+    scale: float = 1
+
+
+def draw_training_curve(log_history: list[dict[str, float]], path: str | Path, loss: str, score: Curve) -> None:
+    """Writes a PNG of the training loss and, where it was measured, the validation score.
 
     Args:
         log_history: of `TrainerState`.
         path: of the picture.
+        loss: label of the training loss, with its unit.
+        score: of validation.
     """
     from matplotlib.figure import Figure
 
@@ -18,13 +29,13 @@ def draw_training_curve(log_history: list[dict[str, float]], path: str | Path) -
     axes = figure.subplots()
     axes.plot(*_series(log_history, "loss"), color="tab:blue")
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats a token)", color="tab:blue")
+    axes.set_ylabel(loss, color="tab:blue")
     axes.grid(alpha=0.3)
-    steps, scores = _series(log_history, "eval_bleu")
+    steps, scores = _series(log_history, score.key)
     if steps:
         right = axes.twinx()
-        right.plot(steps, scores, color="tab:orange", marker=".")
-        right.set_ylabel("validation BLEU", color="tab:orange")
+        right.plot(steps, [score.scale * value for value in scores], color="tab:orange", marker=".")
+        right.set_ylabel(score.label, color="tab:orange")
         right.set_ylim(bottom=0)
     # Without the time and version, so that the same run draws the same file.
     figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -12,9 +12,12 @@ _FORMS = {
     "grad_norm": "gradient norm {:.2f}",
     "learning_rate": "learning rate {:.2e}",
     "target_tokens_per_second": "{:,} target tokens/s",
+    "images_per_second": "{:,} images/s",
     "eval_loss": "validation loss {:.3f}",
     "eval_bleu": "BLEU {:.2f}",
     "eval_chrf": "chrF {:.2f}",
+    "eval_accuracy": "top-1 {:.2%}",
+    "eval_top5_accuracy": "top-5 {:.2%}",
 }
 
 

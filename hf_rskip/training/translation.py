@@ -21,11 +21,13 @@ from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_co
 from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
-from ..hub.model_card import write_model_card
-from ..models import SKIP_CONNECTIONS, RSkipConfig, RSkipForConditionalGeneration
-from .arguments import ModelArguments, Recipe
+from ..hub.translation_model_card import write_model_card
+from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .checkpoints import find_checkpoint
+from .describe import describe_model
+from .recipe import Recipe
 from .trainer import RSkipTrainer
+from .translation_arguments import ModelArguments
 
 
 def train(recipe: Recipe) -> dict[str, float | str]:
@@ -88,7 +90,10 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         callbacks=callbacks,
     )
     if trainer.is_world_process_zero():
-        _describe(trainer, recipe, describe_dropped(dropped, len(train_set), "train"))
+        sampler = trainer._get_train_sampler()
+        print(describe_dropped(dropped, len(train_set), "train"))
+        describe_model(trainer.model, recipe, f", vocabulary of {model.config.vocab_size:,}")
+        print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
 
@@ -167,15 +172,3 @@ def _check_same_model(config: RSkipConfig, checkpoint: Path) -> None:
         old, new = getattr(before, field), getattr(config, field)
         if old != new:
             raise UserError(f"{checkpoint} was trained with {field} {old!r} and cannot go on with {new!r}.")
-
-
-def _describe(trainer: RSkipTrainer, recipe: Recipe, kept: str) -> None:
-    """Prints what is about to be trained, and which keys have no effect."""
-    config, sampler = trainer.model.config, trainer._get_train_sampler()
-    kind, parameters = SKIP_CONNECTIONS[config.skip_type], trainer.model.num_parameters()
-    print(kept)
-    print(f"model: {kind.describe(config)}; {parameters:,} parameters, vocabulary of {config.vocab_size:,}")
-    for key in ("skip_recursions", "skip_norm_affine", "skip_scale"):
-        if key in recipe.keys and key not in kind.options:
-            print(f"note: {key} has no effect with skip_type {config.skip_type}")
-    print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)

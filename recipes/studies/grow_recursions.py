@@ -45,8 +45,8 @@ from hf_rskip.data.corpora import load_translation_dataset
 from hf_rskip.data.preprocessing import tokenize_corpus
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.evaluation.evaluate import evaluate_translation, split_languages
-from hf_rskip.training.arguments import parse_recipe
 from hf_rskip.training.progress import TrainingLog
+from hf_rskip.training.recipe import parse_recipe
 from hf_rskip.training.trainer import RSkipTrainer
 
 

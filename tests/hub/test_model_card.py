@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_rskip.hub.training_curve import draw_training_curve
+from hf_rskip.hub.training_curve import Curve, draw_training_curve
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +63,8 @@ def test_its_code_runs(hub, cli, run_with_package, run_without_package, trained)
 
 
 def test_a_picture_without_scores(tmp_path):
-    draw_training_curve([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], tmp_path / "curve.png")
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    draw_training_curve(history, tmp_path / "curve.png", loss="loss", score=Curve("eval_bleu", "BLEU"))
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 

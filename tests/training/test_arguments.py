@@ -7,7 +7,8 @@ import yaml
 
 from hf_rskip.data.arguments import DataArguments
 from hf_rskip.errors import UserError
-from hf_rskip.training.arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments, parse_recipe
+from hf_rskip.training.recipe import parse_recipe
+from hf_rskip.training.translation_arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments
 
 GROUPS = (ModelArguments, DataArguments, RSkipTrainingArguments, GenerationArguments)
 BASE = {"source_lang": "en", "target_lang": "de", "dataset_name": "data", "use_cpu": True, "report_to": "none"}

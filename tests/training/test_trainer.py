@@ -16,8 +16,8 @@ from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
 
 from hf_rskip.data.tokenizer import train_tokenizer
 from hf_rskip.models import RSkipConfig, RSkipForConditionalGeneration
-from hf_rskip.training.arguments import RSkipTrainingArguments
 from hf_rskip.training.trainer import RSkipTrainer
+from hf_rskip.training.translation_arguments import RSkipTrainingArguments
 
 EOS, VOCABULARY = 2, 260
 EPOCHS = 2

@@ -1,0 +1,39 @@
+"""What is done to images in training: tensor operations on whole batches, on whatever device they are."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """A part of each image as large as the image, from a random place of the image with zeros around it.
+
+    Args:
+        images: `(batch, channels, height, width)`.
+        padding: zeros on each side, in pixels.
+        generator: on the device of the images.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+    """
+    batch, _, height, width = images.shape
+    offsets = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator, device=images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    image = torch.arange(batch, device=images.device)[:, None, None]
+    padded = F.pad(images, (padding, padding, padding, padding)).permute(0, 2, 3, 1)
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Half of the images, chosen at random, mirrored left to right; `(batch, channels, height, width)`."""
+    flipped = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(flipped, images.flip(-1), images)
+
+
+def normalize(
+    images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Images of bytes, `(batch, channels, height, width)`, as `(images / 255 - mean) / std`, by channel."""
+    mean, std = (torch.tensor(values, dtype=dtype, device=images.device).view(-1, 1, 1) for values in (mean, std))
+    return (images.to(dtype) / 255 - mean) / std

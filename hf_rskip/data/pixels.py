@@ -1,0 +1,173 @@
+"""From encoded images to bytes of one size: each image once, or while training reads them."""
+
+from io import BytesIO
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
+from PIL import Image as PilImage
+from torch.utils.data import default_collate
+from transformers.image_utils import load_image
+
+from ..errors import UserError
+from .image_arguments import ImageDataArguments
+from .image_processor import make_image_processor
+from .images import name_row
+
+
+class ImageTensors(torch.utils.data.Dataset):
+    """Decoded images in memory. A batch is one indexing of a tensor.
+
+    Args:
+        pixel_values: uint8, `(images, 3, height, width)`.
+        labels: int64, `(images,)`.
+    """
+
+    def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor):
+        self.pixel_values, self.labels = pixel_values, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return self[torch.as_tensor(indices)]
+
+
+def collate(examples: dict[str, torch.Tensor] | list[dict]) -> dict[str, torch.Tensor]:
+    """A batch: of [`ImageTensors`] it is one already, other examples are stacked."""
+    if isinstance(examples, dict):
+        return examples
+    return default_collate([{name: example[name] for name in ("pixel_values", "labels")} for example in examples])
+
+
+def decode_images(dataset: Dataset, args: ImageDataArguments, split: str) -> ImageTensors:
+    """All images of a split, resized and cropped as the image processor does, in memory.
+
+    They are cached on disk beside the dataset, and reused for the same dataset and size.
+
+    Args:
+        dataset: a split of [`load_image_dataset`], not streamed.
+        args: the size, and the number of processes.
+        split: its name there.
+
+    Raises:
+        UserError: if an image cannot be decoded; the message names the row.
+    """
+    size = args.image_size
+    to_pixels = _Decoder(args, split)
+
+    def decode(batch):
+        rows = zip(batch["image"], batch["row"], strict=True)
+        return {"pixel_values": [to_pixels(image, row).reshape(-1) for image, row in rows], "label": batch["label"]}
+
+    decoded = dataset.map(
+        decode,
+        batched=True,
+        batch_size=100,
+        remove_columns=dataset.column_names,
+        features=Features({"pixel_values": List(Value("uint8"), length=3 * size * size), "label": Value("int64")}),
+        num_proc=args.preprocessing_num_workers,
+        new_fingerprint=Hasher.hash((dataset._fingerprint, size, args.crop_pct, "pixels")),
+        desc="Decoding images",
+    )
+    chunks = [chunk.flatten().to_numpy() for chunk in decoded.data.column("pixel_values").chunks]
+    pixel_values = torch.from_numpy(np.concatenate(chunks)).view(-1, 3, size, size)
+    return ImageTensors(pixel_values, torch.tensor(decoded["label"][:]))
+
+
+def stream_images(dataset: IterableDataset, args: ImageDataArguments, split: str, seed: int) -> IterableDataset:
+    """The images of a streamed split as `pixel_values`, uint8 `(3, image_size, image_size)`, and `labels`.
+
+    Those of the training split are shuffled and, with `random_resized_crop`, cropped at random.
+
+    Args:
+        dataset: a split of [`load_image_dataset`], streamed.
+        args: how images are drawn and cropped.
+        split: its name there.
+        seed: of the order of the training split.
+
+    Raises:
+        UserError: while reading, if an image cannot be decoded or has no label; the message names the row.
+    """
+    if split == "train":
+        dataset = dataset.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
+    to_pixels = _Decoder(args, split)
+    return dataset.map(
+        lambda example: {
+            "pixel_values": torch.from_numpy(to_pixels(example["image"], example["row"])),
+            "labels": example["label"],
+        },
+        remove_columns=["image", "label", "row"],
+    )
+
+
+class CroppedImages(torch.utils.data.Dataset):
+    """Images that are decoded each time they are asked for, and cropped at random where `random_resized_crop` says so.
+
+    Args:
+        dataset: a split of [`load_image_dataset`], not streamed.
+        args: how images are cropped.
+        split: its name there.
+    """
+
+    def __init__(self, dataset: Dataset, args: ImageDataArguments, split: str):
+        self.dataset, self.to_pixels = dataset, _Decoder(args, split)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        example = self.dataset[index]
+        pixel_values = torch.from_numpy(self.to_pixels(example["image"], example["row"]))
+        return {"pixel_values": pixel_values, "labels": example["label"]}
+
+
+class _Decoder:
+    """From an encoded image to bytes `(3, image_size, image_size)`."""
+
+    def __init__(self, args: ImageDataArguments, split: str):
+        self.args, self.split = args, split
+        self.processor = make_image_processor(args)
+        self.crops = split == "train" and args.random_resized_crop
+
+    def __call__(self, image: dict, row: int) -> np.ndarray:
+        try:
+            decoded = PilImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+            decoded = load_image(decoded)  # upright, and in RGB
+        # Pillow raises a SyntaxError for some broken files, and a TypeError is that of a row without an image.
+        except (OSError, SyntaxError, ValueError, TypeError, PilImage.DecompressionBombError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{name_row(self.args, self.split, row)} has no image that can be decoded: {reason}."
+            ) from error
+        size = self.args.image_size
+        if self.crops:
+            decoded = random_resized_crop(decoded, size)
+        elif decoded.size != (size, size) or self.args.crop_pct != 1:
+            images = self.processor(decoded, do_rescale=False, do_normalize=False, return_tensors="np")
+            return images["pixel_values"][0].astype(np.uint8)
+        return np.ascontiguousarray(np.asarray(decoded).transpose(2, 0, 1))
+
+
+def random_resized_crop(image: PilImage.Image, size: int) -> PilImage.Image:
+    """A random part of an image, 8% to 100% of its area and 3:4 to 4:3 in shape, as `size` x `size` pixels.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
+    """
+    for _ in range(10):
+        area, ratio = torch.rand(2).tolist()
+        area = (0.08 + 0.92 * area) * image.width * image.height
+        ratio = (3 / 4) ** (1 - 2 * ratio)
+        width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < width <= image.width and 0 < height <= image.height:
+            break
+    else:
+        width = height = min(image.size)
+    left = int(torch.randint(image.width - width + 1, ()))
+    top = int(torch.randint(image.height - height + 1, ()))
+    box = (left, top, left + width, top + height)
+    return image.resize((size, size), PilImage.Resampling.BILINEAR, box=box)

@@ -1,0 +1,47 @@
+"""Top-1 and top-5 accuracy as a metric of `evaluate` that needs no network."""
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+_DESCRIPTION = "The fraction of images whose class is the best guess, or among the five best."
+
+
+def rank_classes(logits: torch.Tensor, k: int = 5) -> torch.Tensor:
+    """The `k` best classes of each image, or all if there are fewer, best first; logits are `(batch, classes)`."""
+    return logits.topk(min(k, logits.shape[-1])).indices
+
+
+class ImageClassificationMetric(evaluate.Metric):
+    """Top-1 and top-5 accuracy.
+
+    `compute(predictions=[...], references=[...])` takes the classes of each image, best first, and the right one, and
+    returns `accuracy` and `top5_accuracy`, from 0 to 1.
+
+    Example:
+
+    ```python
+    >>> from hf_rskip.evaluation.image_metric import ImageClassificationMetric
+
+    >>> ImageClassificationMetric().compute(predictions=[[3, 1, 0], [2, 0, 1]], references=[3, 1])
+    {'accuracy': 0.5, 'top5_accuracy': 1.0}
+
+    ```
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            features=datasets.Features(
+                {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        return {"accuracy": float(hits[:, 0].mean()), "top5_accuracy": float(hits[:, :5].any(1).mean())}

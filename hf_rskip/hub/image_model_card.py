@@ -1,0 +1,61 @@
+"""The model card of a trained image classifier: data for the template in `model_cards/`."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+from transformers import PreTrainedModel
+from transformers.trainer_callback import TrainerState
+
+from ..training.recipe import Recipe
+from .model_card import save_card
+from .training_curve import CURVE_NAME, Curve, draw_training_curve
+
+_SCORES = {"accuracy": "accuracy (top-1)", "top5_accuracy": "accuracy (top-5)"}
+
+
+def write_image_model_card(
+    folder: str | Path, recipe: Recipe, model: PreTrainedModel, state: TrainerState, metrics: dict[str, float]
+) -> None:
+    """Writes `README.md` and the picture in it: what the model is, how to use it, its scores, and how it was made.
+
+    Args:
+        folder: where the model was saved.
+        recipe, model, state: of the training.
+        metrics: `train_runtime` in seconds, and `test_accuracy` and `test_top5_accuracy` from 0 to 1.
+    """
+    data, config = recipe.data, model.config
+    draw_training_curve(
+        state.log_history,
+        Path(folder) / CURVE_NAME,
+        loss="training loss (nats an image)",
+        score=Curve("eval_accuracy", "validation accuracy (%)", scale=100),
+    )
+    save_card(
+        folder,
+        "image_template.md",
+        recipe,
+        model,
+        state,
+        dataset=data.dataset_name,
+        scores=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=Path(data.dataset_name).name,
+                dataset_name=Path(data.dataset_name).name,
+                dataset_split=data.test_split,
+                metric_type="accuracy",
+                metric_name=title,
+                metric_value=round(metrics[f"test_{key}"], 4),
+            )
+            for key, title in _SCORES.items()
+        ],
+        minutes=metrics["train_runtime"] / 60,
+        packages=("pillow",),
+        architecture=recipe.model.architecture or f"ResNet of {config.layer_type} blocks",
+        depths=" + ".join(map(str, config.depths)),
+        hidden_sizes=", ".join(map(str, config.hidden_sizes)),
+        num_classes=f"{config.num_labels:,}",
+        image_size=data.image_size,
+        test_split=data.test_split,
+        results=[{"metric": title, "score": f"{metrics[f'test_{key}']:.2%}"} for key, title in _SCORES.items()],
+    )

@@ -1,0 +1,83 @@
+"""The model card of a trained translation model: data for the template in `model_cards/`."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+from transformers import PreTrainedModel
+from transformers.trainer_callback import TrainerState
+
+from ..training.recipe import Recipe
+from .model_card import save_card
+from .training_curve import CURVE_NAME, Curve, draw_training_curve
+
+_SCORES = {"bleu": "BLEU", "chrf": "chrF"}
+_LICENCES = {"cldr": "Made from Unicode CLDR ([Unicode License v3](https://www.unicode.org/license.txt))."}
+
+
+def write_model_card(
+    folder: str | Path,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    state: TrainerState,
+    metrics: dict[str, float | str],
+    example: str,
+) -> None:
+    """Writes `README.md` and the picture in it: what the model is, how to use it, its scores, and how it was made.
+
+    Args:
+        folder: where the model was saved.
+        recipe, model, state: of the training.
+        metrics: `train_runtime` in seconds and the `test_` scores with their signatures.
+        example: a source sentence for the code to translate.
+    """
+    data, config = recipe.data, model.config
+    corpus = data.dataset_name or " and ".join(Path(file).name for file in data.train_files)
+    draw_training_curve(
+        state.log_history,
+        Path(folder) / CURVE_NAME,
+        loss="training loss (nats a token)",
+        score=Curve("eval_bleu", "validation BLEU"),
+    )
+    save_card(
+        folder,
+        "translation_template.md",
+        recipe,
+        model,
+        state,
+        dataset=corpus,
+        scores=[
+            EvalResult(
+                task_type="translation",
+                dataset_type=Path(corpus).name,
+                dataset_name=Path(corpus).name,
+                dataset_split=data.test_split,
+                metric_type=key,
+                metric_name=f"{title} ({metrics[f'test_{key}_signature']})",
+                metric_value=round(metrics[f"test_{key}"], 2),
+            )
+            for key, title in _SCORES.items()
+        ],
+        minutes=metrics["train_runtime"] / 60,
+        # The Hub refuses a card with anything else.
+        language=[code for code in (data.source_lang, data.target_lang) if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)],
+        packages=("sacrebleu",),
+        # JSON writes a string as Python would.
+        example=json.dumps(example, ensure_ascii=False),
+        source_lang=data.source_lang,
+        target_lang=data.target_lang,
+        licence=_LICENCES.get(corpus, "Its licence is that of its source."),
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        d_model=config.d_model,
+        results=[
+            {
+                "split": data.test_split,
+                "metric": title,
+                "score": f"{metrics[f'test_{key}']:.2f}",
+                "signature": metrics[f"test_{key}_signature"].replace("|", "\\|"),  # or it would end the cell
+            }
+            for key, title in _SCORES.items()
+        ],
+    )

@@ -1,0 +1,156 @@
+"""The Trainer for images: augmentation on the device, step schedules, and what batch normalisation needs."""
+
+from bisect import bisect_right
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.augmentation import normalize, random_crop, random_flip
+from ..data.image_arguments import ImageDataArguments
+from ..data.pixels import collate
+from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
+from .moving_average import MovingAverage
+from .recipe_trainer import RecipeTrainerMixin
+
+
+class ImageTrainer(RecipeTrainerMixin, Trainer):
+    """`Trainer` for batches of `pixel_values` in uint8, `(batch, channels, height, width)`, and `labels`.
+
+    Images are augmented and normalised here, a whole batch at a time, on the device. What is drawn for a batch depends
+    on the seed, the step and the process alone, so that a resumed run draws the same. Logs gain `images_per_second`,
+    evaluations `accuracy` and `top5_accuracy`, from 0 to 1.
+
+    With several processes, each has seen its own images when it comes to the running statistics of batch normalisation;
+    before they are used or saved, they are averaged over the processes.
+
+    Args:
+        data_args: how to augment and normalise.
+        kwargs: of `Trainer`.
+    """
+
+    throughput_name = "images_per_second"
+
+    def __init__(self, *, data_args: ImageDataArguments, **kwargs):
+        super().__init__(
+            data_collator=collate,
+            compute_metrics=_compute_metrics,
+            preprocess_logits_for_metrics=lambda logits, labels: rank_classes(logits),
+            **kwargs,
+        )
+        self.data_args = data_args
+        self.moving_average = None
+        if self.args.ema_decay is not None:
+            self.moving_average = MovingAverage(self.model, self.args.ema_decay)
+            self.add_callback(self.moving_average)
+        self._generator = torch.Generator(self.args.device)
+        self._batch_of_step = (-1, 0)
+
+    # Input
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        inputs = super()._prepare_inputs(inputs)
+        images, data = inputs["pixel_values"], self.data_args
+        if self.model.training:
+            self._seed_augmentation()
+            if data.crop_padding and not data.random_resized_crop:
+                images = random_crop(images, data.crop_padding, self._generator)
+            if data.horizontal_flip:
+                images = random_flip(images, self._generator)
+        images = normalize(images, data.image_mean, data.image_std)
+        if self.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return {**inputs, "pixel_values": images}
+
+    def _seed_augmentation(self) -> None:
+        step, batch = self._batch_of_step
+        batch = batch + 1 if step == self.state.global_step else 0
+        self._batch_of_step = (self.state.global_step, batch)
+        entropy = (self.args.seed, self.state.global_step, batch, self.args.process_index)
+        self._generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
+        # The Trainer looks through one wrapper only, but in the first epoch after resuming under several processes the
+        # sampler has two: accelerate's shard of a sampler, and the one that skips batches.
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        if hasattr(getattr(sampler, "sampler", None), "set_epoch"):
+            sampler.sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    # Optimisation
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        if self.args.lr_milestones is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps_per_epoch = num_training_steps / self.args.num_train_epochs
+        milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return min(1, (step + 1) / max(1, warmup)) * self.args.lr_gamma ** bisect_right(milestones, step)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Running statistics and the moving average
+
+    def average_running_statistics(self) -> None:
+        """Gives every process the mean of the running statistics of all; to be called by every process."""
+        if self.args.world_size == 1:
+            return
+        models = [self.accelerator.unwrap_model(self.model)]
+        if self.moving_average is not None:
+            models.append(self.moving_average.average)
+        for model in models:
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    for statistic in (module.running_mean, module.running_var):
+                        statistic.copy_(reduce(statistic, "mean"))
+
+    def use_moving_average(self) -> None:
+        """Ends with the average as the model, if there is one."""
+        if self.moving_average is not None:
+            self.model.load_state_dict(self.moving_average.average.module.state_dict())
+            self.remove_callback(self.moving_average)
+            self.moving_average = None
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        self.average_running_statistics()
+        if self.moving_average is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with self.moving_average.swapped_in():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.average_running_statistics()
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.moving_average is not None and self.args.should_save:
+            self.moving_average.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.moving_average is not None and checkpoint is not None:
+            self.moving_average.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.moving_average is not None:
+            self.moving_average.load(self.state.best_model_checkpoint)
+
+
+def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return ImageClassificationMetric().compute(predictions=prediction.predictions, references=prediction.label_ids)

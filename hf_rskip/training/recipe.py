@@ -1,0 +1,206 @@
+"""What a training recipe may say: one flat list of keys, checked before anything starts."""
+
+import difflib
+import json
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+
+from ..data.arguments import DataArguments
+from ..data.image_arguments import ImageDataArguments
+from ..errors import UserError
+from .arguments import CommonTrainingArguments
+from .image_arguments import ImageModelArguments, ImageTrainingArguments
+from .translation_arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments
+
+
+class Recipe(NamedTuple):
+    """A parsed recipe."""
+
+    task: str
+    """A key of [`TASKS`]."""
+    model: ModelArguments | ImageModelArguments
+    data: DataArguments | ImageDataArguments
+    training: RSkipTrainingArguments | ImageTrainingArguments
+    generation: GenerationArguments | None
+    """`None` where the task generates nothing."""
+    keys: dict[str, Any]
+    """What was said, by key: the recipe that makes the model again."""
+
+
+TASKS: dict[str, dict[str, type]] = {
+    "translation": {
+        "model": ModelArguments,
+        "data": DataArguments,
+        "training": RSkipTrainingArguments,
+        "generation": GenerationArguments,
+    },
+    "image-classification": {
+        "model": ImageModelArguments,
+        "data": ImageDataArguments,
+        "training": ImageTrainingArguments,
+    },
+}
+"""The keys of each task, by the part of a [`Recipe`] that they make."""
+
+
+@dataclass
+class TaskArguments:
+    """What the model is to learn; it decides which other keys there are."""
+
+    task: str = field(default="translation", metadata={"help": "translation or image-classification."})
+
+
+# Where the model goes and how it gets there is no part of what makes it.
+_NOT_REPEATED = {"output_dir", "resume_from_checkpoint", "hub_token"}
+
+
+class _Parser(HfArgumentParser):
+    """An HfArgumentParser that raises instead of printing its whole usage."""
+
+    def error(self, message: str):
+        raise UserError(message.removeprefix("argument "))
+
+    def keys(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    def list_keys(self) -> list[str]:
+        return [action.dest for action in self._actions if action.nargs in ("+", "*")]
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Takes `true` and `false` alone for booleans, as YAML 1.2: `no` is a language, and a value of `save_strategy`.
+
+    A key that stands twice is an error.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key).replace("-", "_") for key, _ in node.value if key.tag.endswith(":str")]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
+    """Reads a flat YAML of training keys; `overrides` (`["--key", "value", ...]`) win over it.
+
+    Raises:
+        [`UserError`]: if the file is not a flat YAML mapping, or a key is unknown or its value of the wrong type.
+    """
+    values = _read_yaml(Path(path))
+    task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
+    parser = _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False)
+    for key, value in values.items():
+        _check_key(key, parser.keys(), str(path), task)
+        if isinstance(value, list) and key not in parser.list_keys():
+            raise UserError(f"{key} takes one value, not a list, in {path}")
+    for word in overrides:
+        if word.startswith("--"):
+            _check_key(word[2:].split("=")[0], parser.keys(), "the command line", task, prefix="--")
+    words = [*_as_command_line(values), *overrides]
+    try:
+        _, *parsed, rest = parser.parse_args_into_dataclasses(
+            words, look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:  # keys that do not fit each other, by TrainingArguments
+        raise UserError(" ".join(str(error).split())) from error
+    if rest:
+        raise UserError(f"The command line has {rest[0]!r} where a --key was expected.")
+    given = [*values, *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
+    keys = {
+        key: _plain(getattr(part, key))
+        for key in dict.fromkeys(word.replace("-", "_") for word in given)
+        for part in (TaskArguments(task), *parsed)
+        if hasattr(part, key) and key not in _NOT_REPEATED
+    }
+    recipe = Recipe(task=task, keys=keys, **{"generation": None, **dict(zip(TASKS[task], parsed, strict=True))})
+    if recipe.training.model_name_or_path and getattr(recipe.data, "tokenizer_name", None):
+        raise UserError("tokenizer_name cannot be set with model_name_or_path, which brings its own.")
+    return recipe
+
+
+def _find_task(words: list[str]) -> str:
+    parser = _Parser(TaskArguments, allow_abbrev=False)
+    task = parser.parse_known_args(words)[0].task
+    if task not in TASKS:
+        raise UserError(f"task must be one of {', '.join(TASKS)}, not {task!r}.")
+    return task
+
+
+def _plain(value):
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, (int, float, str, list, dict, type(None))) else str(value)
+
+
+def describe_keys(task: str) -> str:
+    """All keys of a task with their defaults, and the help of those that Transformers does not document."""
+    parts = TASKS[task]
+    base = Seq2SeqTrainingArguments if issubclass(parts["training"], Seq2SeqTrainingArguments) else TrainingArguments
+    training = {part.name: part for part in fields(parts["training"])}
+    own = [*parts["training"].__annotations__, *CommonTrainingArguments.__annotations__]
+    groups = {
+        "Task": fields(TaskArguments),
+        "Model": fields(parts["model"]),
+        "Data": fields(parts["data"]),
+        "Generation": fields(parts["generation"]) if "generation" in parts else (),
+        "Training": [training.pop(name) for name in own],
+        f"Training (see {base.__name__})": training.values(),
+    }
+    lines = []
+    for title, group in groups.items():
+        lines += ["", title] if group else []
+        for part in group:
+            about = "" if title.endswith("TrainingArguments)") else part.metadata.get("help", "")
+            default = part.default if part.default_factory is MISSING else part.default_factory()
+            lines.append(f"  {part.name} ({_plain(default)}) {about}".rstrip())
+    return "\n".join(lines[1:])
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe {str(path)!r}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"The recipe {str(path)!r} must be a mapping of keys to values.")
+    return values
+
+
+def _check_key(key: str, known: list[str], where: str, task: str, prefix: str = "") -> None:
+    if str(key).replace("-", "_") not in known:
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
+        raise UserError(f"Unknown key {prefix + str(key)!r} in {where} (task: {task}){hint}")
+
+
+def _as_command_line(values: dict) -> list[str]:
+    """A recipe as words of a command line, so that both are converted to the fields' types in one way."""
+    words = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words

@@ -1,0 +1,52 @@
+"""What the Trainers of all tasks share: progress, throughput, and a resumed run that knows when it has ended."""
+
+import time
+
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..hub.trainer import HubTrainerMixin
+from .progress import TrainingBar, TrainingLog
+
+
+class RecipeTrainerMixin(HubTrainerMixin):
+    """For a Trainer. Logs gain the throughput over all processes, without the time of evaluations."""
+
+    throughput_name: str
+    """Its name in the logs: what labels count, a second."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        self.add_callback(TrainingLog if self.args.disable_tqdm else TrainingBar)
+        self._restart_clock()
+
+    def _run_epoch(self, *, train_dataloader: DataLoader, **kwargs) -> None:
+        # A run that was killed after its last checkpoint has nothing left to train.
+        if self._has_finished():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(train_dataloader=train_dataloader, **kwargs)
+
+    def _has_finished(self) -> bool:
+        early_stopping = [
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)
+        ]
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early_stopping
+        )
+
+    def _restart_clock(self) -> None:
+        self._clock, self._items = time.perf_counter(), 0
+
+    def get_batch_samples(self, *args, **kwargs):
+        batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._items += num_items_in_batch
+        return batch_samples, num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs[self.throughput_name] = round(float(self._items) / (time.perf_counter() - self._clock))
+        super().log(logs, start_time)
+        self._restart_clock()

@@ -1,0 +1,97 @@
+"""The training keys of translation."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sacrebleu.metrics import BLEU
+from transformers import SchedulerType, Seq2SeqTrainingArguments
+
+from ..errors import UserError
+from ..models import RSkipConfig
+from .arguments import CommonTrainingArguments, check_at_least, make_model_arguments
+
+# What the tokenizer and the data decide, and what is not for a recipe to say.
+_NOT_IN_RECIPES = {
+    "decoder_vocab_size",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "is_encoder_decoder",
+    "use_cache",
+    "source_lang",
+    "target_lang",
+}
+
+ModelArguments = make_model_arguments("ModelArguments", RSkipConfig, _NOT_IN_RECIPES)
+
+
+@dataclass
+class GenerationArguments:
+    """How the finished model translates; saved in its `generation_config.json`."""
+
+    num_beams: int = field(default=5, metadata={"help": "Number of beams; 1 is greedy search."})
+    length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length by which scores are divided."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest translation, in tokens; max_target_length unless given."}
+    )
+    early_stopping: bool = field(
+        default=False, metadata={"help": "Whether a beam search ends when num_beams candidates have ended."}
+    )
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "Longest n-gram that may occur once only; 0 is off."}
+    )
+
+    def __post_init__(self):
+        check_at_least("num_beams", self.num_beams, 1)
+        check_at_least("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        check_at_least("length_penalty", self.length_penalty, -math.inf)
+        if self.max_new_tokens is not None:
+            check_at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass
+class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the habits of machine translation as defaults, and what the Trainer lacks."""
+
+    per_device_train_batch_tokens: int = field(
+        default=4096,
+        metadata={"help": "Budget of a batch on one device: padded tokens of the source, and of the target."},
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
+    )
+    bleu_tokenize: str = field(
+        default="13a", metadata={"help": "sacreBLEU's `tokenize`; `none` for text that is tokenized already."}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate, reached after warmup_steps."})
+    lr_scheduler_type: SchedulerType = field(
+        default=SchedulerType.INVERSE_SQRT, metadata={"help": "Learning-rate schedule."}
+    )
+    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of Adam."})
+    adam_epsilon: float = field(default=1e-9, metadata={"help": "Epsilon of Adam."})
+    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
+    eval_strategy: Literal["no", "steps", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="epoch", metadata={"help": "When to save."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether to end with the best model."})
+    metric_for_best_model: str = field(default="bleu", metadata={"help": "By which metric the best model is chosen."})
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Whether evaluation during training translates, for BLEU and chrF."}
+    )
+    generation_num_beams: int = field(default=1, metadata={"help": "Number of beams of evaluation during training."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sentences in an evaluation batch."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("per_device_train_batch_tokens", "generation_num_beams"):
+            check_at_least(key, getattr(self, key), 1)
+        try:
+            BLEU(tokenize=self.bleu_tokenize)
+        except (KeyError, RuntimeError, ImportError) as error:
+            raise UserError(f"bleu_tokenize {self.bleu_tokenize!r} is not to be had from sacreBLEU.") from error
+        if self.predict_with_generate:
+            self.check_metric_for_best_model(("bleu", "chrf", "loss"))
+        else:
+            self.check_metric_for_best_model(("loss",), " without predict_with_generate")
