@@ -150,7 +150,7 @@ COMMANDS = {
     "evaluate": Command("score a model on a dataset with sacreBLEU", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
     "keys": Command("print the keys of a recipe with their defaults", lambda parser: None, _keys),
-    "convert": Command("turn a MarianMT or ResNet checkpoint into a model of ours", _add_convert_arguments, _convert),
+    "convert": Command("turn a MarianMT or ResNet checkpoint into one of ours", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
     "push": Command("send a trained model to the Hugging Face Hub", _add_push_arguments, _push),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),

@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, log
 from ..errors import UserError
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from .output import new_folder
-from .resnet_state_dicts import convert_resnet_state_dict, read_state_dict
+from .resnet_state_dicts import convert_resnet_state_dict, first_line, read_state_dict
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +128,7 @@ def _convert_folder(source: str) -> tuple[RSkipResNetForImageClassification, Bas
     except UserError:
         raise
     except _LOADING_ERRORS as error:
-        raise UserError(f"no model could be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"no model could be loaded ({first_line(error)})") from error
     missing = {name for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
     if missing and all(name.startswith("classifier.") for name in missing):
         raise UserError("it has no classifier")

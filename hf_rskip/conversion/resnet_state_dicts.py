@@ -28,20 +28,21 @@ _AVERAGED = ("state_dict_ema", "model_ema")  # of the training scripts of timm a
 _ENTRIES = (*_AVERAGED, "state_dict", "model", "model_state", "model_state_dict")
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of data parallelism, averaging and torch.compile
 _ANTIALIASED = re.compile(r"resnet(?:aa|blur)\d")  # of timm; they have the weights of the plain ones
-_NORM = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
+_COUNT = "num_batches_tracked"
+_NORM = rf"(?:weight|bias|running_mean|running_var|{_COUNT})"
 _PLAIN = re.compile(
     rf"conv1\.weight|bn1\.{_NORM}|fc\.(?:weight|bias)"
     rf"|layer[1-9]\d*\.\d+\.(?:(?:conv[1-3]|downsample\.0)\.weight|(?:bn[1-3]|downsample\.1)\.{_NORM})"
 )
-_RENAMES = (
-    (r"^conv1\.", "resnet.embedder.embedder.convolution."),
-    (r"^bn1\.", "resnet.embedder.embedder.normalization."),
-    (r"^layer(\d+)\.(\d+)\.", lambda match: f"resnet.encoder.stages.{int(match[1]) - 1}.layers.{match[2]}."),
-    (r"\.conv(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.convolution."),
-    (r"\.bn(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.normalization."),
-    (r"\.downsample\.0\.", ".shortcut.convolution."),
-    (r"\.downsample\.1\.", ".shortcut.normalization."),
-    (r"^fc\.", "classifier.1."),
+_RENAMES = (  # from our names to those of torchvision
+    (r"^resnet\.embedder\.embedder\.convolution\.", "conv1."),
+    (r"^resnet\.embedder\.embedder\.normalization\.", "bn1."),
+    (r"^resnet\.encoder\.stages\.(\d+)\.layers\.", lambda match: f"layer{int(match[1]) + 1}."),
+    (r"\.layer\.(\d)\.convolution\.", lambda match: f".conv{int(match[1]) + 1}."),
+    (r"\.layer\.(\d)\.normalization\.", lambda match: f".bn{int(match[1]) + 1}."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"^classifier\.1\.", "fc."),
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,7 +66,7 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError("it is not a file of weights that could be read without running code from it") from error
     except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the file cannot be read ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"the file cannot be read ({first_line(error)})") from error
     if not isinstance(weights, Mapping):
         raise UserError(f"it contains a {type(weights).__name__}, not a state dict")
     if _ANTIALIASED.search(str(weights.get("arch"))):
@@ -104,27 +105,32 @@ def convert_resnet_state_dict(
         raise UserError(str(error)) from error
     with torch.device("meta"):
         model = RSkipResNetForImageClassification(config)
-    expected = model.state_dict()
-    new_names = {name: _new_name(name) for name in weights}
+    expected = {_torchvision_name(name): (name, tuple(weight.shape)) for name, weight in model.state_dict().items()}
     for name, weight in weights.items():
-        if new_names[name] not in expected:
+        if name not in expected:
             raise UserError(f"{name} has no place in a plain ResNet with blocks {config.depths}")
-        shape, expected_shape = tuple(weight.shape), tuple(expected[new_names[name]].shape)
-        if shape != expected_shape:
-            raise UserError(f"{name} has the shape {shape}, that of a plain ResNet {expected_shape}")
-        if weight.dtype not in _DTYPES and not name.endswith("num_batches_tracked"):
+        _, shape = expected[name]
+        if tuple(weight.shape) != shape:
+            raise UserError(f"{name} has the shape {tuple(weight.shape)}, that of a plain ResNet {shape}")
+        if weight.dtype not in _DTYPES and not name.endswith(_COUNT):
             raise UserError(f"{name} is of type {weight.dtype}")
-    # Before torch 0.4.1, and so in torchvision's first checkpoints, nothing counted the batches.
-    converted = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
     dtype = reduce(torch.promote_types, {weight.dtype for weight in weights.values() if weight.dtype in _DTYPES})
-    for name, weight in weights.items():
-        target = torch.int64 if name.endswith("num_batches_tracked") else dtype
-        converted[new_names[name]] = weight.detach().to(target).clone(memory_format=torch.contiguous_format)
-    missing = [name for name in expected if name not in converted]
-    if missing:
-        raise UserError(f"it lacks the weight of {missing[0]}")
+    converted = {}
+    for name, (new_name, _) in expected.items():
+        if name.endswith(_COUNT):
+            # Before torch 0.4.1, and so in torchvision's first checkpoints, nothing counted the batches.
+            converted[new_name] = weights.get(name, torch.tensor(0)).long().clone()
+        elif name in weights:
+            converted[new_name] = weights[name].detach().to(dtype).clone(memory_format=torch.contiguous_format)
+        else:
+            raise UserError(f"it lacks {name}")
     model.load_state_dict(converted, assign=True)
     return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another package says, without its advice."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _read_fields(weights: Mapping[str, torch.Tensor]) -> dict:
@@ -159,7 +165,7 @@ def _read_fields(weights: Mapping[str, torch.Tensor]) -> dict:
     }
 
 
-def _new_name(name: str) -> str:
+def _torchvision_name(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
