@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import (
-    AutoImageProcessor,
     BaseImageProcessor,
     BitImageProcessorPil,
     PreTrainedConfig,
@@ -15,12 +14,15 @@ from transformers import (
     ResNetForImageClassification,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+# Not from `transformers`, where that of 5.17 asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
 
 from ..errors import UserError
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from .output import new_folder
-from .resnet_state_dicts import convert_resnet_state_dict, first_line, read_state_dict
+from .resnet_state_dicts import convert_resnet_state_dict, first_sentence, read_state_dict
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +130,7 @@ def _convert_folder(source: str) -> tuple[RSkipResNetForImageClassification, Bas
     except UserError:
         raise
     except _LOADING_ERRORS as error:
-        raise UserError(f"no model could be loaded ({first_line(error)})") from error
+        raise UserError(f"no model could be loaded ({first_sentence(error)})") from error
     missing = {name for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
     if missing and all(name.startswith("classifier.") for name in missing):
         raise UserError("it has no classifier")

@@ -66,7 +66,7 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError("it is not a file of weights that could be read without running code from it") from error
     except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the file cannot be read ({first_line(error)})") from error
+        raise UserError(f"the file cannot be read ({first_sentence(error)})") from error
     if not isinstance(weights, Mapping):
         raise UserError(f"it contains a {type(weights).__name__}, not a state dict")
     if _ANTIALIASED.search(str(weights.get("arch"))):
@@ -128,9 +128,9 @@ def convert_resnet_state_dict(
     return model.eval()
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another package says, without its advice."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def first_sentence(error: Exception) -> str:
+    """What an error of another package says, without the advice that follows."""
+    return re.split(r"\.?\n|\. ", str(error).strip())[0] or type(error).__name__
 
 
 def _read_fields(weights: Mapping[str, torch.Tensor]) -> dict:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     ConvNextImageProcessorPil,
     ResNetBackbone,
@@ -20,6 +19,7 @@ from transformers import (
     ResNetModel,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rskip import RSkipConfig, RSkipResNetBackbone, RSkipResNetForImageClassification
 from hf_rskip.cli.main import main
