@@ -98,11 +98,17 @@ def _keys(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("architecture", choices=["marian"], help="what SOURCE is")
-    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with its tokenizer")
+    parser.add_argument("architecture", choices=["marian", "resnet"], help="what SOURCE is")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder or Hub id of a checkpoint; for resnet also a file with a state dict of torchvision or timm",
+    )
     parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
     parser.add_argument(
-        "--skip_recursions", type=int, default=1, help="K; more than 1 is for fine-tuning (default: 1, the same output)"
+        "--skip_recursions",
+        type=int,
+        help="K of marian; more than 1 is for fine-tuning (default: 1, the same output)",
     )
 
 
@@ -149,7 +155,7 @@ COMMANDS = {
     "evaluate": Command("score a model on a dataset: sacreBLEU, or accuracy", _add_evaluate_arguments, _evaluate),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
     "keys": Command("print the keys of a recipe with their defaults", _add_keys_arguments, _keys),
-    "convert": Command("turn a MarianMT checkpoint into a model of this package", _add_convert_arguments, _convert),
+    "convert": Command("turn a MarianMT or ResNet checkpoint into one of ours", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
     "push": Command("send a trained model to the Hugging Face Hub", _add_push_arguments, _push),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),

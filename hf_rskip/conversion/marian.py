@@ -3,7 +3,6 @@
 import copy
 import os
 import re
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .growth import grow_recursions
+from .output import new_folder
 
 logger = logging.get_logger(__name__)
 
@@ -117,9 +117,7 @@ def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions
         [`UserError`]: if `output` is not empty, if `source` is not a complete MarianMT checkpoint with a tokenizer, or
             if the tokenizer needs a package that is not installed.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{str(output)!r} already exists and is not an empty folder")
+    output = new_folder(output)
     if recursions < 1:
         raise UserError(f"`skip_recursions` must be an integer of at least 1, not {recursions}")
     marian = _load_marian(source)
