@@ -71,8 +71,11 @@ class SampleRMSNorm(RMSNorm):
     """Root-mean-square normalisation over all positions and features of a sample together; see [`SampleLayerNorm`]."""
 
     def normalize(self, hidden, weight, bias, mask=None):
-        normalized = F.rms_norm(hidden, hidden.shape[1:], eps=self.eps)
-        return normalized if weight is None else normalized * weight
+        # `F.rms_norm` would rearrange the memory of maps whose channels do not lie last there.
+        dims, dtype = tuple(range(1, hidden.dim())), torch.promote_types(hidden.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden, dim=dims, keepdim=True, dtype=dtype)
+        rstd = torch.rsqrt(norm.square() / hidden[0].numel() + self.eps)
+        return hidden * (rstd if weight is None else rstd * weight).to(hidden.dtype)
 
 
 class BatchNorm(nn.BatchNorm1d):
