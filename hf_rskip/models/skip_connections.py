@@ -70,6 +70,9 @@ class SampleLayerNorm(nn.GroupNorm):
 class SampleRMSNorm(RMSNorm):
     """Root-mean-square normalisation over all positions and features of a sample together; see [`SampleLayerNorm`]."""
 
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(size, eps=eps, elementwise_affine=elementwise_affine)
+
     def normalize(self, hidden, weight, bias, mask=None):
         # `F.rms_norm` would rearrange the memory of maps whose channels do not lie last there.
         dims, dtype = tuple(range(1, hidden.dim())), torch.promote_types(hidden.dtype, torch.float32)
