@@ -3,13 +3,19 @@
 import sys
 from pathlib import Path
 
-from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import (
+    AutoBackbone,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+)
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..errors import UserError
 from ..models import SKIP_CONNECTIONS
 
-_AUTO_MODELS = (AutoModel, AutoModelForSeq2SeqLM)
+_AUTO_MODELS = (AutoModel, AutoModelForSeq2SeqLM, AutoModelForImageClassification, AutoBackbone)
 
 
 def find_code(config: PreTrainedConfig) -> tuple[dict[str, str], list[Path]]:
@@ -22,7 +28,9 @@ def find_code(config: PreTrainedConfig) -> tuple[dict[str, str], list[Path]]:
         [`UserError`]: if the model uses a skip connection that is not defined in these files.
     """
     classes = {"AutoConfig": type(config)}
-    classes |= {auto.__name__: auto._model_mapping[type(config)] for auto in _AUTO_MODELS}
+    classes |= {
+        auto.__name__: auto._model_mapping[type(config)] for auto in _AUTO_MODELS if type(config) in auto._model_mapping
+    }
     auto_map = {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
     modules = {Path(sys.modules[cls.__module__].__file__) for cls in classes.values()}
     needed = {Path(file) for module in modules for file in get_relative_import_files(module)}

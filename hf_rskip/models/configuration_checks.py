@@ -31,6 +31,11 @@ def check_rates(config, fields: Iterable[str]) -> None:
         check(config, field, lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
 
 
+def check_flags(config, fields: Iterable[str]) -> None:
+    for field in fields:
+        check(config, field, lambda value: isinstance(value, bool), "true or false")
+
+
 def check_name(config, field: str, names: Collection[str], more: str = "") -> None:
     check(
         config,
@@ -48,7 +53,7 @@ def check_skip_fields(config) -> None:
     """Checks the `skip_*` fields and `layer_norm_eps`, which all configurations have."""
     check_counts(config, ["skip_recursions"])
     check(config, "skip_scale", lambda value: is_number(value) and abs(value) < float("inf"), "a finite number")
-    check(config, "layer_norm_eps", lambda value: is_number(value) and value > 0, "a positive number")
+    check(config, "layer_norm_eps", lambda value: is_number(value) and 0 < value < float("inf"), "a positive number")
     check_name(config, "skip_type", SKIP_CONNECTIONS, ", or a kind whose module was imported")
     check_name(config, "skip_norm", NORMS)
     check_name(config, "skip_norm_affine", AFFINES)

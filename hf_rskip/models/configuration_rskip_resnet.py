@@ -7,6 +7,7 @@ from .configuration_checks import (
     check,
     check_activation,
     check_counts,
+    check_flags,
     check_name,
     check_rates,
     check_skip_fields,
@@ -60,6 +61,8 @@ ARCHITECTURES: dict[str, dict] = {
 """Fields of [`RSkipResNetConfig`] by the name of an architecture, for [`RSkipResNetConfig.from_name`]."""
 
 _LISTS = ("hidden_sizes", "depths")
+_FLAGS = ("preactivation", "downsample_in_first_stage", "downsample_in_bottleneck", "zero_init_last_gain")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -209,7 +212,10 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         check_name(self, "stem_type", ("imagenet", "cifar"))
         check_name(self, "shortcut_type", ("A", "B"))
         check_activation(self, "hidden_act")
+        check_flags(self, _FLAGS)
         check_rates(self, ["drop_path_rate"])
+        if self.problem_type is not None:
+            check_name(self, "problem_type", _PROBLEMS)
         check_skip_fields(self)
         if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
             raise ValueError(f"`hidden_sizes` must be multiples of 4 with bottlenecks, not {list(self.hidden_sizes)!r}")

@@ -107,8 +107,8 @@ class RSkipResNetDropPath(nn.Module):
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
         if not self.training or self.rate == 0:
             return branch
-        kept = torch.rand(len(branch), 1, 1, 1, dtype=branch.dtype, device=branch.device) >= self.rate
-        return branch * kept / (1 - self.rate)
+        kept = branch.new_empty(len(branch), 1, 1, 1).bernoulli_(1 - self.rate)
+        return branch * (kept / (1 - self.rate))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -295,6 +295,43 @@ class RSkipResNetModel(RSkipResNetPreTrainedModel):
         )
 
 
+def image_classification_loss(
+    labels: torch.Tensor,
+    logits: torch.Tensor,
+    config: RSkipResNetConfig,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """The loss of `config.problem_type`, which unless given is found as Transformers finds it.
+
+    That of Transformers would ignore `num_items_in_batch` where there is more than one label, or a number, for an
+    image, and gradient accumulation would multiply the gradient.
+
+    Args:
+        labels: `(batch,)` with the class of each image, or -100 to leave it out; `(batch, num_labels)` floating point
+            for several labels each; `(batch,)` or the shape of the logits for regression.
+        logits: `(batch, num_labels)`.
+        num_items_in_batch: what the sum is divided by, rather than by the number of its terms.
+    """
+    problem = config.problem_type
+    if problem is None and config.num_labels == 1:
+        problem = "regression"
+    elif problem is None:
+        problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    labels = labels.to(logits.device)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    if problem == "regression":
+        loss = nn.functional.mse_loss(logits.view(labels.shape), labels.to(logits.dtype), reduction=reduction)
+    elif problem == "multi_label_classification":
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction=reduction)
+    else:
+        loss = nn.functional.cross_entropy(logits, labels.view(-1), reduction=reduction)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
 class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
     """An [`RSkipResNetModel`] with a linear classifier on the pooled features."""
 
@@ -302,9 +339,7 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
         super().__init__(config)
         self.resnet = RSkipResNetModel(config)
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(config.hidden_sizes[-1], config.num_labels))
-        # By the class's name Transformers would choose a loss that ignores `num_items_in_batch`, and gradient
-        # accumulation would multiply the gradient. This is cross-entropy, whatever it is called.
-        self.loss_type = "ForMaskedLM"
+        self.loss_function = image_classification_loss
         self.post_init()
 
     @can_return_tuple
@@ -318,7 +353,8 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
         """
         Args:
             pixel_values: images as the image processor makes them, `(batch, num_channels, height, width)`.
-            labels: the class of each image, `(batch,)`, from 0 to `num_labels - 1`.
+            labels: the class of each image, `(batch,)`, from 0 to `num_labels - 1`; with the `problem_type` of the
+                configuration, numbers or several labels for each, as [`image_classification_loss`] says.
             output_hidden_states: whether to return the feature maps behind the stem and behind each stage.
 
         Returns:
@@ -329,7 +365,7 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.num_labels, **kwargs)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

@@ -70,9 +70,15 @@ class SampleLayerNorm(nn.GroupNorm):
 class SampleRMSNorm(RMSNorm):
     """Root-mean-square normalisation over all positions and features of a sample together; see [`SampleLayerNorm`]."""
 
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(size, eps=eps, elementwise_affine=elementwise_affine)
+
     def normalize(self, hidden, weight, bias, mask=None):
-        normalized = F.rms_norm(hidden, hidden.shape[1:], eps=self.eps)
-        return normalized if weight is None else normalized * weight
+        # `F.rms_norm` would rearrange the memory of maps whose channels do not lie last there.
+        dims, dtype = tuple(range(1, hidden.dim())), torch.promote_types(hidden.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden, dim=dims, keepdim=True, dtype=dtype)
+        rstd = torch.rsqrt(norm.square() / hidden[0].numel() + self.eps)
+        return hidden * (rstd if weight is None else rstd * weight).to(hidden.dtype)
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -8,8 +8,10 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
+from hf_rskip import RSkipResNetConfig, RSkipResNetForImageClassification
 from hf_rskip.errors import UserError
 from hf_rskip.hub.push import collect_files
+from hf_rskip.hub.remote_code import find_code
 
 SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
 CODE = {"configuration_checks.py", "configuration_rskip.py", "modeling_rskip.py", "skip_connections.py"}
@@ -170,6 +172,56 @@ def test_without_code_there_is_no_mention_of_any(
     (folder / "config.json").write_text(json.dumps(config))
     assert cli("push", folder, "again").code == 0
     assert json.loads(hub.files("user/again")["config.json"]) == json.loads(files["config.json"])
+
+
+RESNET = """
+import json, torch
+from huggingface_hub import HfApi
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+HfApi().create_repo("user/resnet")
+HfApi().upload_folder(repo_id="user/resnet", folder_path="resnet")
+options = {"output_loading_info": True, "trust_remote_code": True}
+autos = (AutoModelForImageClassification, AutoModel, AutoBackbone)
+loaded = [auto.from_pretrained("user/resnet", **options) for auto in autos]
+assert not any(info["missing_keys"] for _, info in loaded)
+model, base, backbone = (model.eval() for model, _ in loaded)
+with torch.no_grad():
+    images = torch.load("images.pt")
+    logits, states, (maps,) = model(images).logits, base(images).last_hidden_state, backbone(images).feature_maps
+assert torch.equal(states, maps) and torch.equal(model.classifier(states.mean((2, 3))), logits)
+assert AutoConfig.from_pretrained("user/resnet", trust_remote_code=True).skip_recursions == 3
+print(json.dumps({"logits": logits.tolist(), "modules": [type(m).__module__ for m in (model, base, backbone)]}))
+"""
+
+
+def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
+    torch.manual_seed(0)
+    config = RSkipResNetConfig(hidden_sizes=[16, 32], depths=[1, 1], skip_recursions=3, num_labels=5)
+    auto_map, code = find_code(config)
+    assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
+    assert {path.name for path in code} == {
+        "configuration_checks.py",
+        "configuration_rskip_resnet.py",
+        "modeling_rskip_resnet.py",
+        "skip_connections.py",
+    }
+    model = RSkipResNetForImageClassification(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))  # away from what a new model would have
+    model.eval().save_pretrained(tmp_path / "resnet")
+    saved = json.loads((tmp_path / "resnet" / "config.json").read_text())
+    (tmp_path / "resnet" / "config.json").write_text(json.dumps(saved | {"auto_map": auto_map}))
+    for path in code:
+        shutil.copy(path, tmp_path / "resnet")
+    images = torch.randn(2, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    result = run_without_package(RESNET)
+    assert result.code == 0, result.err
+    answer = json.loads(result.out)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(answer["logits"]), model(images).logits, rtol=0, atol=1e-6)
+    assert all(module.startswith("transformers_modules.") for module in answer["modules"])
 
 
 # Pushing again

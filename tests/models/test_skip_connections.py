@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_rskip import NORMS, SKIP_CONNECTIONS, PreNorm, RSkip, SublayerPosition, XSkip
+from hf_rskip.models.skip_connections import NORM_AXES
 
 EPS = 1e-5
 SIZE = 6
@@ -375,3 +376,173 @@ def test_wrong_values_are_one_sentence(kind, options, message):
     with pytest.raises(ValueError) as error:
         kind(8, **options)
     assert str(error.value) == message
+
+
+# Feature maps: formulas of (batch, channels, height, width); skip connections see the same memory with channels last
+
+MAP = (3, 4, 5, 2)
+SAMPLE, CHANNELS, BATCH = (1, 2, 3), (1,), (0, 2, 3)
+
+
+def map_norm(name, axes):
+    """The norm as a formula of an NCHW tensor, and the dimensions over which it goes."""
+    dims = BATCH if name == "batch_norm" else {"sample": SAMPLE, "channels": CHANNELS}[axes]
+
+    def norm(x):
+        if name != "rms_norm":
+            x = x - x.sum(dims, keepdim=True) / math.prod(x.shape[dim] for dim in dims)
+        square = (x * x).sum(dims, keepdim=True) / math.prod(x.shape[dim] for dim in dims)
+        return x / (square + EPS) ** 0.5
+
+    return norm
+
+
+def affine_of(module):
+    """Gain and bias of a norm for an NCHW tensor."""
+    return tuple(
+        default if parameter is None else parameter[:, None, None]
+        for parameter, default in ((module.weight, 1.0), (module.bias, 0.0))
+    )
+
+
+def random_maps(memory_format=torch.contiguous_format, shape=MAP):
+    """x and F as NCHW leaves."""
+    x, branch = (tensor.detach().contiguous(memory_format=memory_format) for tensor in random_inputs(*shape))
+    return x.requires_grad_(), branch.requires_grad_()
+
+
+def on_maps(function):
+    """`function` of tensors with the features last, as one of NCHW tensors."""
+    return lambda *tensors: function(*(tensor.movedim(1, -1) for tensor in tensors)).movedim(-1, 1)
+
+
+MAP_NORMS = [(norm, axes) for axes in NORM_AXES for norm in FORMULAS]
+MEMORY = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+
+
+def config_of(norm, axes, **options):
+    defaults = {"skip_recursions": 1, "skip_scale": 1.0, "skip_norm_affine": "per_step", "layer_norm_eps": EPS}
+    return SimpleNamespace(skip_norm=norm, skip_norm_axes=axes, **(defaults | options))
+
+
+def skip_from(kind, config, branch_size=None):
+    return randomized(
+        SKIP_CONNECTIONS[kind].from_config(config, MAP[1], SublayerPosition("encoder", 0, 0, branch_size))
+    )
+
+
+@MEMORY
+@pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
+def test_norms_of_maps_are_their_formulas(name, axes, memory_format):
+    x, _ = random_maps(memory_format)
+    for elementwise_affine in (True, False):
+        norm = randomized(NORM_AXES[axes][name](MAP[1], eps=EPS, elementwise_affine=elementwise_affine))
+        gain, bias = affine_of(norm)
+        assert_same_function(on_maps(norm)(x), map_norm(name, axes)(x) * gain + bias, [x, *norm.parameters()])
+        inputs = (x, *norm.parameters())
+        assert torch.autograd.gradcheck(lambda x, *_, norm=norm: on_maps(norm)(x), inputs)
+
+
+@MEMORY
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "batch_norm"])
+def test_norms_over_whole_samples_keep_the_order_in_memory(name, memory_format):
+    x, _ = random_maps(memory_format)
+    y = on_maps(NORM_AXES["sample"][name](MAP[1]).double())(x)
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+@MEMORY
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("recursions", [1, 2, 3])
+@pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
+def test_rskip_of_maps_is_its_formula(name, axes, recursions, affine, memory_format):
+    x, branch = random_maps(memory_format)
+    skip = skip_from("rskip", config_of(name, axes, skip_recursions=recursions, skip_norm_affine=affine))
+    gains, biases = gains_and_biases(skip.norm, affine)
+    gains = [gain if isinstance(gain, float) else gain[:, None, None] for gain in gains]
+    biases = [bias if isinstance(bias, float) else bias[:, None, None] for bias in biases]
+    expected = rskip(x, branch, map_norm(name, axes), gains, biases)
+    assert_same_function(on_maps(skip)(x, branch), expected, [x, branch, *skip.parameters()])
+
+
+@MEMORY
+@pytest.mark.parametrize("scale", [1.0, 2.414])
+@pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
+def test_xskip_of_maps_is_its_formula(name, axes, scale, memory_format):
+    x, branch = random_maps(memory_format)
+    skip = skip_from("xskip", config_of(name, axes, skip_scale=scale))
+    gain, bias = affine_of(skip.norm)
+    expected = map_norm(name, axes)(scale * x + branch) * gain + bias
+    assert_same_function(on_maps(skip)(x, branch), expected, [x, branch, *skip.parameters()])
+    plain = skip_from("xskip", config_of("none", axes, skip_scale=scale))
+    assert_same_function(on_maps(plain)(x, branch), scale * x + branch, [x, branch])
+
+
+@MEMORY
+@pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
+def test_pre_norm_of_maps_is_its_formula(name, axes, memory_format):
+    x, branch = random_maps(memory_format)
+    config = config_of(name, axes)
+    wider = torch.randn(3, 7, 5, 2, dtype=torch.float64).requires_grad_()  # where a shortcut changes the channels
+    for size, before in ((None, x), (7, wider)):
+        skip = skip_from("pre_norm", config, size)
+        gain, bias = affine_of(skip.norm)
+        leaves = [before, *skip.parameters()]
+        assert_same_function(on_maps(skip.before)(before), map_norm(name, axes)(before) * gain + bias, leaves)
+        torch.testing.assert_close(on_maps(skip)(x, branch), x + branch, rtol=0, atol=0)
+    final_norm = randomized(PreNorm.final_norm(config, MAP[1]))
+    gain, bias = affine_of(final_norm)
+    expected = map_norm(name, axes)(x) * gain + bias
+    assert_same_function(on_maps(final_norm)(x), expected, [x, *final_norm.parameters()])
+
+
+@pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
+def test_one_recursion_is_xskip_with_scale_one_on_maps(name, axes):
+    x, branch = random_maps()
+    xskip = skip_from("xskip", config_of(name, axes))
+    for affine in AFFINES:
+        skip = skip_from("rskip", config_of(name, axes, skip_norm_affine=affine))
+        skip.norm[0].load_state_dict(xskip.norm.state_dict())
+        torch.testing.assert_close(on_maps(skip)(x, branch), on_maps(xskip)(x, branch), rtol=0, atol=0)
+
+
+@MEMORY
+def test_batch_norm_of_maps_is_that_of_torch(memory_format):
+    torch.manual_seed(0)
+    norm, peer = randomized(NORMS["batch_norm"](MAP[1])), nn.BatchNorm2d(MAP[1]).double()
+    peer.load_state_dict(norm.state_dict())
+    for training in (True, True, True, False):
+        norm.train(training), peer.train(training)
+        x = (1 + 3 * torch.randn(MAP, dtype=torch.float64)).contiguous(memory_format=memory_format).requires_grad_()
+        upstream = torch.randn_like(x)
+        outputs = [on_maps(norm)(x), peer(x)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+        modules = zip(outputs, (norm, peer), strict=True)
+        torch.testing.assert_close(*(torch.autograd.grad(y, [x, *m.parameters()], upstream) for y, m in modules))
+    torch.testing.assert_close(norm.state_dict(), peer.state_dict(), rtol=0, atol=0)
+    assert norm.num_batches_tracked == 3
+
+
+@MEMORY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
+def test_norms_of_maps_in_low_precision(name, axes, dtype, memory_format):
+    x = random_maps(memory_format, (2, 8, 16, 16))[0].detach()
+    norm = NORM_AXES[axes][name](8)
+    expected = map_norm(name, axes)(x)
+    for training in (True, False):
+        y = on_maps(norm.to(dtype).train(training))(x.to(dtype))
+        assert y.dtype == dtype and y.isfinite().all()
+        if training:
+            torch.testing.assert_close(y.double(), expected, rtol=0.02, atol=0.02)
+    # Squares of numbers like these overflow in float16.
+    if name != "batch_norm":
+        large = on_maps(norm)((300 * x).to(dtype))
+        torch.testing.assert_close(large.double(), expected, rtol=0.03, atol=0.03)
+
+
+def test_batch_norm_of_a_single_value_a_channel():
+    """Where torch raises an error; as with masks, the value is its own mean."""
+    norm = NORMS["batch_norm"](MAP[1]).double()
+    assert on_maps(norm)(torch.randn(1, MAP[1], 1, 1, dtype=torch.float64)).abs().max() == 0
+    assert all(buffer.isfinite().all() for buffer in norm.buffers())
