@@ -190,3 +190,101 @@ def model_and_tokenizer(trained):
 
     model, tokenizer = load_model(str(trained.folder))
     return model.cpu(), tokenizer
+
+
+COLOURS = {"blue": (40, 70, 200), "green": (60, 180, 70), "red": (210, 50, 40), "yellow": (230, 210, 60)}
+
+
+def colour_images(count: int, size, seed: int) -> dict[str, list]:
+    """Images of one colour under noise, and its number; `size` gives the width and height of the image of a number."""
+    import numpy as np
+    from PIL import Image
+
+    rng, images, labels = np.random.default_rng(seed), [], []
+    for number in range(count):
+        width, height = size(number)
+        label = number % len(COLOURS)
+        pixels = np.array(list(COLOURS.values())[label]) + rng.normal(0, 60, (height, width, 3))
+        images.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+        labels.append(label)
+    return {"image": images, "label": labels}
+
+
+def save_images(folder: Path, split: str, columns: dict[str, list], image: str = "img") -> None:
+    """Writes a split as parquet, with the class names of [`COLOURS`]."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    features = Features({image: Image(), "label": ClassLabel(names=list(COLOURS))})
+    columns = {image: columns["image"], "label": columns["label"]}
+    Dataset.from_dict(columns, features=features).to_parquet(Path(folder) / f"{split}.parquet")
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(tmp_path_factory) -> str:
+    """Images of four colours in the schema of CIFAR-10: `img` of 32 x 32, `label`, splits train and test."""
+    folder = tmp_path_factory.mktemp("cifar")
+    for seed, (split, count) in enumerate({"train": 320, "test": 40}.items()):
+        save_images(folder, split, colour_images(count, lambda number: (32, 32), seed))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def imagenet_folder(tmp_path_factory) -> str:
+    """The same in the schema of ImageNet: `image` of many sizes, a validation split, and test images without labels."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    for seed, (split, count) in enumerate({"train": 96, "validation": 24, "test": 8}.items()):
+        columns = colour_images(count, lambda number: (40 + 7 * number % 50, 36 + 11 * number % 60), seed)
+        if split == "test":
+            columns["label"] = [-1] * count
+        save_images(folder, split, columns, image="image")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def image_recipe(cifar_folder) -> dict:
+    """A recipe of a tiny ResNet: crops, flips and stochastic depth on, 3 epochs of 9 steps, evaluated every 3."""
+    return {
+        "task": "image-classification",
+        "dataset_name": cifar_folder,
+        "validation_size": 40,
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        "stem_type": "cifar",
+        "drop_path_rate": 0.1,
+        "learning_rate": 0.05,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 32,
+        "logging_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 3,
+    }
+
+
+@pytest.fixture(scope="session")
+def write_image_recipe(image_recipe, tmp_path_factory):
+    """As `write_recipe`, of the ResNet."""
+
+    def write(**changes) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        values = {"output_dir": str(folder / "output"), **image_recipe, **changes}
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def trained_resnet(run_cli, write_image_recipe) -> SimpleNamespace:
+    """The tiny ResNet, trained by `hf-rskip train`: its `recipe` (path), `folder`, and what the command printed."""
+    path = write_image_recipe()
+    result = run_cli("train", path)
+    assert result.code == 0, result.err
+    return SimpleNamespace(recipe=path, folder=path.parent / "output", out=result.out, err=result.err)

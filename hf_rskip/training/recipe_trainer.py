@@ -42,7 +42,7 @@ class RecipeTrainerMixin(HubTrainerMixin):
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._items += num_items_in_batch
+        self._items += 0 if num_items_in_batch is None else num_items_in_batch  # `None` where a stream has ended
         return batch_samples, num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,257 @@
+"""Whole runs of image classification: what they leave behind, kills, streaming, and that they learn."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from hf_rskip import RSkipResNetBackbone
+from hf_rskip.cli.main import main
+from hf_rskip.models.configuration_rskip_resnet import ARCHITECTURES
+from hf_rskip.training.recipe import parse_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TIMES = ("runtime", "per_second")
+
+
+def history(folder):
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(TIMES) and key != "train_loss"}
+        for entry in entries
+    ]
+
+
+# What a run leaves
+
+
+def test_the_folder_of_a_finished_run(trained_resnet):
+    names = {path.name for path in trained_resnet.folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "training_curve.png",
+        "all_results.json",
+        "trainer_state.json",
+    }
+    results = json.loads((trained_resnet.folder / "all_results.json").read_text())
+    assert results["test_accuracy"] > 0.9 and results["test_top5_accuracy"] == 1
+    config = json.loads((trained_resnet.folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "blue", "1": "green", "2": "red", "3": "yellow"}
+    for line in ("images: train 280, test 40, validation 40; 4 classes", "skip_recursions: 2", "images/s", "top-1"):
+        assert line in trained_resnet.out
+
+
+def test_its_score_is_that_of_the_model_and_the_image_processor(trained_resnet, cifar_folder):
+    """Without a line of the training code: the Auto classes, image by image."""
+    model = AutoModelForImageClassification.from_pretrained(trained_resnet.folder).eval()
+    processor = AutoImageProcessor.from_pretrained(trained_resnet.folder)
+    test = load_dataset(cifar_folder)["test"]
+    losses, hits = [], []
+    for example in test:
+        with torch.no_grad():
+            logits = model(**processor(example["img"], return_tensors="pt")).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example["label"])))
+        hits.append(int(logits.argmax()) == example["label"])
+    results = json.loads((trained_resnet.folder / "all_results.json").read_text())
+    assert results["test_accuracy"] == pytest.approx(sum(hits) / len(hits))
+    assert results["test_loss"] == pytest.approx(float(sum(losses) / len(losses)), abs=1e-5)
+
+
+def test_the_pipeline_and_the_backbone(trained_resnet, cifar_folder):
+    classify = pipeline("image-classification", model=str(trained_resnet.folder))
+    images = load_dataset(cifar_folder)["test"][:8]
+    names = [max(scores, key=lambda score: score["score"])["label"] for scores in classify(images["img"])]
+    assert names == ["blue", "green", "red", "yellow"] * 2
+    backbone = RSkipResNetBackbone.from_pretrained(trained_resnet.folder, out_features=["stem", "stage2"])
+    assert [len(maps[0]) for maps in backbone(torch.zeros(1, 3, 32, 32)).feature_maps] == [8, 16]
+
+
+def test_evaluate_prints_the_score_of_the_run(trained_resnet, cifar_folder, capsys):
+    assert main(["evaluate", str(trained_resnet.folder), "--dataset_name", cifar_folder]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    results = json.loads((trained_resnet.folder / "all_results.json").read_text())
+    assert scores["accuracy"] == results["test_accuracy"] and scores["images"] == 40
+
+
+def test_evaluate_refuses_other_classes(trained_resnet, tmp_path, capsys, cifar_folder):
+    dataset = load_dataset(cifar_folder)["test"]
+    features = dataset.features.copy()
+    features["label"] = type(features["label"])(names=["a", "b", "c", "d"])
+    dataset.cast(features).to_parquet(tmp_path / "test.parquet")
+    assert main(["evaluate", str(trained_resnet.folder), "--dataset_name", str(tmp_path)]) == 2
+    assert "are not those of the model (blue, green, red, ...)" in capsys.readouterr().err
+
+
+def test_the_card(trained_resnet, run_cli):
+    card = (trained_resnet.folder / "README.md").read_text()
+    assert "{{" not in card and "{%" not in card
+    assert "pipeline_tag: image-classification" in card and "skip_norm_axes: sample" in card
+    accuracy = json.loads((trained_resnet.folder / "all_results.json").read_text())["test_accuracy"]
+    assert f"| accuracy (top-1) | {accuracy:.2%} |" in card
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, flags=re.DOTALL)[1])
+    assert recipe["task"] == "image-classification" and recipe["hidden_sizes"] == [8, 16]
+
+
+# Ways to train
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_milestones": [1, 2], "ema_decay": 0.5},
+        {"bf16": True, "channels_last": True, "label_smoothing_factor": 0.1},
+        {"architecture": "resnet20_cifar", "hidden_sizes": None, "depths": None, "embedding_size": None},
+        {"load_best_model_at_end": True, "early_stopping_patience": 2, "ema_decay": 0.5},
+        {"validation_size": None, "eval_strategy": None, "eval_steps": None},
+        {"random_resized_crop": True, "optim": "adamw_torch", "learning_rate": 0.01},
+    ],
+    ids=["steps and average", "bfloat16", "architecture", "best model", "no validation", "resized crops"],
+)
+def test_it_learns(write_image_recipe, changes):
+    path = write_image_recipe(**changes, **({} if "lr_milestones" in changes else {"num_train_epochs": 4}))
+    assert main(["train", str(path)]) == 0
+    results = json.loads((path.parent / "output" / "all_results.json").read_text())
+    assert results["test_accuracy"] > 0.7
+
+
+def test_the_best_model_is_the_best_average(write_image_recipe):
+    """With a moving average, the scores by which it is chosen are those of the average, and so is what is left."""
+    path = write_image_recipe(load_best_model_at_end=True, ema_decay=0.9, save_total_limit=9, drop_path_rate=0.0)
+    assert main(["train", str(path)]) == 0
+    folder = path.parent / "output"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    average = load_file(Path(state["best_model_checkpoint"], "moving_average.safetensors"))
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(value, average[f"module.{name}"]), name
+
+
+def test_streaming(write_image_recipe, imagenet_folder):
+    """The code of the ImageNet recipe, on a small folder of the same schema."""
+    recipe = yaml.safe_load((RECIPES / "imagenet" / "resnet50.yaml").read_text())
+    small = {
+        "dataset_name": imagenet_folder,
+        "architecture": None,
+        "image_size": 32,
+        "max_steps": 12,
+        "warmup_steps": 2,
+        "save_steps": 6,
+        "logging_steps": 3,
+        "shuffle_buffer_size": 32,
+        "per_device_train_batch_size": 32,
+        "dataloader_num_workers": 0,
+        "learning_rate": 0.05,
+    }
+    del recipe["output_dir"]
+    path = write_image_recipe(**{**recipe, "validation_size": None, "eval_strategy": None, **small})
+    assert main(["train", str(path)]) == 0
+    results = json.loads((path.parent / "output" / "all_results.json").read_text())
+    assert results["test_accuracy"] > 0.7
+    assert results["test_samples_per_second"] > 0
+
+
+def test_fine_tuning_other_classes(trained_resnet, write_image_recipe, imagenet_folder):
+    """From the tiny model to two of its colours: a new classifier on the old features."""
+    tiny = {"embedding_size": None, "hidden_sizes": None, "depths": None, "layer_type": None, "stem_type": None}
+    path = write_image_recipe(**tiny, model_name_or_path=str(trained_resnet.folder), num_train_epochs=1)
+    assert main(["train", str(path)]) == 0
+    before = load_file(trained_resnet.folder / "model.safetensors")
+    after = load_file(path.parent / "output" / "model.safetensors")
+    assert before.keys() == after.keys()
+    results = json.loads((path.parent / "output" / "all_results.json").read_text())
+    assert results["test_accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
+    trained_resnet, write_image_recipe, start_cli, run_cli, tmp_path
+):
+    """SIGKILL after the second checkpoint; momentum, schedule, crops, flips and drawn depths go on where they were."""
+    folder = tmp_path / "output"
+    process = start_cli("train", trained_resnet.recipe, "--output_dir", folder)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-6" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (folder / "all_results.json").exists()
+    result = run_cli("train", trained_resnet.recipe, "--output_dir", folder, "--resume_from_checkpoint", "true")
+    assert result.code == 0, result.err
+    assert "resuming from" in result.out
+    whole = load_file(trained_resnet.folder / "model.safetensors")
+    resumed = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert history(folder) == history(trained_resnet.folder)
+
+
+def test_another_model_cannot_go_on(trained_resnet, tmp_path, capsys):
+    shutil.copytree(trained_resnet.folder, tmp_path / "output")
+    words = ["--output_dir", str(tmp_path / "output"), "--resume_from_checkpoint", "true", "--skip_recursions", "1"]
+    assert main(["train", str(trained_resnet.recipe), *words]) == 2
+    assert "was trained with skip_recursions 2 and cannot go on with 1" in capsys.readouterr().err
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.glob("cifar10/*.yaml")) + sorted(RECIPES.glob("imagenet/*.yaml")), ids=str
+)
+def test_every_recipe_is_valid(path, tmp_path):
+    recipe = parse_recipe(path, ["--output_dir", str(tmp_path), "--bf16", "false"])
+    assert recipe.task == "image-classification" and recipe.model.architecture in ARCHITECTURES
+
+
+def test_the_variants_differ_in_the_skip_connection_alone():
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES.glob("cifar10/*-*.yaml")}
+    del recipes["cpu-small"]
+    for net in ("resnet20", "preact_resnet110"):
+        rest = [
+            {key: value for key, value in recipe.items() if not key.startswith("skip_") and key != "output_dir"}
+            for name, recipe in recipes.items()
+            if name.startswith(net)
+        ]
+        assert len(rest) == 8 and all(recipe == rest[0] for recipe in rest)
+    assert all(recipe["output_dir"] == f"outputs/cifar10-{name}" for name, recipe in recipes.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_strategy": "epoch"}, "eval_strategy needs validation images: set validation_split or validation_size"),
+        (
+            {"eval_strategy": None, "save_strategy": "epoch", "load_best_model_at_end": True},
+            "load_best_model_at_end needs validation images",
+        ),
+        ({"lr_milestones": [2, 1]}, "lr_milestones must be rising numbers of epochs"),
+        ({"lr_milestones": [1], "max_steps": 5}, "lr_milestones are epochs: set num_train_epochs, not max_steps"),
+        ({"ema_decay": 1.0}, "ema_decay must be a number from 0 to below 1, not 1.0"),
+        ({"momentum": -0.1}, "momentum must be a number from 0 to below 1"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum above 0"),
+        ({"architecture": "resnet19"}, "architecture must be one of resnet20_cifar, "),
+        ({"hidden_sizes": [8, 16, 32]}, "`depths` must have a number for each of the 3 `hidden_sizes`"),
+        ({"skip_norm": "group_norm"}, "`skip_norm` must be one of layer_norm, rms_norm, batch_norm, none"),
+        ({"task": "segmentation"}, "task must be one of translation, image-classification, not 'segmentation'"),
+        ({"vocab_size": 100}, "Unknown key 'vocab_size'"),
+        ({"metric_for_best_model": "bleu"}, "metric_for_best_model must be one of accuracy, top5_accuracy, loss"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(write_image_recipe, capsys, changes, message):
+    fixed = {"validation_size": None, "eval_strategy": "no", "eval_steps": None}
+    path = write_image_recipe(**{**fixed, **changes})
+    assert main(["train", str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (path.parent / "output" / "config.json").exists()
