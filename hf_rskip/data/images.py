@@ -96,9 +96,9 @@ def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, 
     image = next(iter(chosen))
     if not isinstance(features[image], Image):
         raise UserError(f"{_where(args, split)} has a column {image!r} that does not hold images: set image_column.")
-    dataset = dataset.select_columns(list(chosen))
-    dataset = dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
-    return dataset.cast_column("image", Image(decode=False))
+    # First of all, as every later step of a stream would decode what comes before it.
+    dataset = dataset.cast_column(image, Image(decode=False)).select_columns(list(chosen))
+    return dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
 
 
 def _class_names(dataset: Dataset | IterableDataset, args: ImageDataArguments) -> list[str]:
@@ -129,9 +129,7 @@ def _with_labels(dataset: Dataset | IterableDataset, class_names: list[str], arg
             name = feature.names[label] if 0 <= label < len(feature.names) else label
         if str(name) not in index:
             some = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
-            raise UserError(
-                f"{name_row(args, split, row)} has the label {name!r}, which is none of the classes: {some}."
-            )
+            raise UserError(f"{name_row(args, split, row)} has the label {name!r}, which is not one of {some}.")
         return index[str(name)]
 
     if isinstance(dataset, IterableDataset):

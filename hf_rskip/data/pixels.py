@@ -135,15 +135,15 @@ class _Decoder:
         self.crops = split == "train" and args.random_resized_crop
 
     def __call__(self, image: dict, row: int) -> np.ndarray:
+        where = name_row(self.args, self.split, row)
+        if image is None:
+            raise UserError(f"{where} has no image.")
         try:
             decoded = PilImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
             decoded = load_image(decoded)  # upright, and in RGB
-        # Pillow raises a SyntaxError for some broken files, and a TypeError is that of a row without an image.
-        except (OSError, SyntaxError, ValueError, TypeError, PilImage.DecompressionBombError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"{name_row(self.args, self.split, row)} has no image that can be decoded: {reason}."
-            ) from error
+        except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:  # of Pillow's readers
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{where} has no image that can be decoded: {reason}.") from error
         size = self.args.image_size
         if self.crops:
             decoded = random_resized_crop(decoded, size)
