@@ -182,8 +182,10 @@ def upload(
 
 def _address_card(card: Path, repo_id: str) -> bytes:
     """The card with its code, which loads the model by the name of its folder, loading it from the Hub."""
-    local = f'from_pretrained("{card.resolve().parent.name}"'
-    return card.read_text(encoding="utf-8").replace(local, f'from_pretrained("{repo_id}"').encode()
+    name, text = card.resolve().parent.name, card.read_text(encoding="utf-8")
+    for call in ('from_pretrained("', 'model="'):
+        text = text.replace(f'{call}{name}"', f'{call}{repo_id}"')
+    return text.encode()
 
 
 def _read_json(path: Path) -> dict:

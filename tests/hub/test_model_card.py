@@ -62,6 +62,24 @@ def test_its_code_runs(hub, cli, run_with_package, run_without_package, trained)
     assert (second_door.code, second_door.out) == (0, first_door.out), second_door.err
 
 
+def test_the_card_of_a_resnet(hub, cli, run_with_package, run_without_package, trained_resnet):
+    """Valid metadata, and code that runs with the package and without."""
+    card = ModelCard.load(trained_resnet.folder / "README.md")
+    results = json.loads((trained_resnet.folder / "all_results.json").read_text())
+    assert [score.metric_value for score in card.data.eval_results] == [
+        round(results[f"test_{name}"], 4) for name in ("accuracy", "top5_accuracy")
+    ]
+    assert cli("push", trained_resnet.folder, "resnet", "--with-code").code == 0
+    files = hub.files("user/resnet")
+    assert files.keys() >= {"preprocessor_config.json", "model.safetensors", "modeling_rskip_resnet.py"}
+    assert not any(name.endswith((".bin", ".pt")) for name in files)
+    package, code = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), flags=re.DOTALL)
+    first_door = run_with_package(package)
+    assert first_door.code == 0 and first_door.out.startswith("[{'label': 'blue'"), first_door.err
+    second_door = run_without_package(code)
+    assert (second_door.code, second_door.out) == (0, first_door.out), second_door.err
+
+
 def test_a_picture_without_scores(tmp_path):
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     draw_training_curve(history, tmp_path / "curve.png", loss="loss", score=Curve("eval_bleu", "BLEU"))

@@ -361,6 +361,16 @@ def test_a_recipe_that_pushes(hub, cli, run_with_package, write_recipe, strategy
         assert files.keys() == {".gitattributes", *MODEL, *RESULTS}
 
 
+def test_a_recipe_of_images_that_pushes(hub, cli, write_image_recipe):
+    recipe = write_image_recipe(push_to_hub=True, hub_model_id="user/resnet", max_steps=6, ema_decay=0.5)
+    result = cli("train", recipe)
+    assert result.code == 0, result.err
+    files, folder = hub.files("user/resnet"), recipe.parent / "output"
+    assert files.keys() >= {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert not any(name.endswith(PICKLES[0][1:]) or "moving_average" in name for name in files)
+
+
 def test_what_is_not_listed_stays_at_home(trained, tmp_path):
     """A pickle under the name of a tokenizer's model is no tokenizer's model."""
     folder = shutil.copytree(trained.folder, tmp_path / "model")

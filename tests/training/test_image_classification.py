@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rskip import RSkipResNetBackbone
 from hf_rskip.cli.main import main
+from hf_rskip.models import SKIP_CONNECTIONS
 from hf_rskip.models.configuration_rskip_resnet import ARCHITECTURES
 from hf_rskip.training.recipe import parse_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+README = Path(__file__).parents[2] / "README.md"
+RECIPES = README.parent / "recipes"
 TIMES = ("runtime", "per_second")
 
 
@@ -201,6 +205,42 @@ def test_another_model_cannot_go_on(trained_resnet, tmp_path, capsys):
     words = ["--output_dir", str(tmp_path / "output"), "--resume_from_checkpoint", "true", "--skip_recursions", "1"]
     assert main(["train", str(trained_resnet.recipe), *words]) == 2
     assert "was trained with skip_recursions 2 and cannot go on with 1" in capsys.readouterr().err
+
+
+def test_a_residual_kind_of_ones_own(write_image_recipe):
+    """The class of the README, which knows nothing of images."""
+    code = next(code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "ReZero" in code)
+    exec(code, {"__name__": "kinds"})
+    try:
+        path = write_image_recipe(skip_type="rezero", num_train_epochs=1)
+        assert main(["train", str(path)]) == 0
+        weights = load_file(path.parent / "output" / "model.safetensors")
+        scales = [value for name, value in weights.items() if name.endswith("skip.scale")]
+        assert len(scales) == 2 and all(scale != 0 for scale in scales)
+    finally:
+        del SKIP_CONNECTIONS["rezero"]
+
+
+@pytest.mark.slow
+def test_two_processes(write_image_recipe):
+    """The command under torchrun: the test split is evaluated once, and the model learns."""
+    path = write_image_recipe(per_device_train_batch_size=16)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "hf_rskip.cli",
+    ]
+    result = subprocess.run([*command, "train", str(path)], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("images: train 280, test 40, validation 40") == 1
+    folder = path.parent / "output"
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results["test_accuracy"] > 0.9
+    assert main(["evaluate", str(folder), "--dataset_name", yaml.safe_load(path.read_text())["dataset_name"]]) == 0
 
 
 # Recipes
