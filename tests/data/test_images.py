@@ -45,6 +45,12 @@ def arguments(folder, **kwargs):
     return ImageDataArguments(dataset_name=str(folder), **{"image_size": 8, **kwargs})
 
 
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    # `datasets` rests for seconds at the end of a stream that is shuffled.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
 @pytest.fixture
 def folder(tmp_path):
     save(tmp_path, "train", [0, 1, 2] * 10)
