@@ -27,7 +27,7 @@ class ImageDataArguments:
     validation_split: str | None = field(default=None, metadata={"help": "Name of its validation split, if any."})
     validation_size: int | None = field(
         default=None,
-        metadata={"help": "Validate on so many images of the training split, as many of each class, held out."},
+        metadata={"help": "Hold out so many training images for validation, in the proportions of the classes."},
     )
     test_split: str = field(default="test", metadata={"help": "Name of its test split."})
     max_train_samples: int | None = field(
