@@ -15,7 +15,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging
 
@@ -65,7 +64,7 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
                 weights = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError("it is not a file of weights that could be read without running code from it") from error
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of an unpickler that reads anything
         raise UserError(f"the file cannot be read ({first_sentence(error)})") from error
     if not isinstance(weights, Mapping):
         raise UserError(f"it contains a {type(weights).__name__}, not a state dict")

@@ -62,7 +62,8 @@ class ImageDataArguments:
     random_resized_crop: bool = field(
         default=False,
         metadata={
-            "help": "Train on random parts, 8% to 100% of the area, resized to image_size; in place of crop_padding."
+            "help": "Train on random parts, 8% to 100% of the area, resized to image_size, in place of crop_padding; a "
+            "resumed run draws other ones."
         },
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
@@ -86,11 +87,13 @@ class ImageDataArguments:
             raise UserError("validation_size and validation_split are both set: give one or the other.")
         if self.validation_size is not None and self.streaming:
             raise UserError("validation_size cannot hold out images that are streamed: set validation_split.")
-        if not 0 < self.crop_pct <= 1:
-            raise UserError(f"crop_pct must be a number above 0, up to 1, not {self.crop_pct!r}.")
+        if not 0.1 <= self.crop_pct <= 1:
+            raise UserError(f"crop_pct must be a number from 0.1 to 1, not {self.crop_pct!r}.")
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
                 raise UserError(f"{name} must be three numbers, for red, green and blue, not {getattr(self, name)!r}.")
+        if not all(abs(value) < float("inf") for value in self.image_mean):
+            raise UserError(f"image_mean must be finite, not {self.image_mean!r}.")
         if not all(0 < value < float("inf") for value in self.image_std):
             raise UserError(f"image_std must be above 0, not {self.image_std!r}.")
 

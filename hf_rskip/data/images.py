@@ -40,6 +40,8 @@ def load_image_dataset(
         split: select_split(corpus, getattr(args, f"{split}_split"), args.dataset_name, f"{split}_split")
         for split in needed
     }
+    if "test" in found and "train" in found and args.test_split == args.train_split:
+        raise UserError(f"train_split and test_split are both {args.train_split!r}: the test would be of no use.")
     found = {split: _name_columns(dataset, args, split) for split, dataset in found.items()}
     # What the classes are called is for the training split to say, also where only another one is needed.
     source = found.get("train")
@@ -107,12 +109,21 @@ def _class_names(dataset: Dataset | IterableDataset, args: ImageDataArguments) -
         return list(feature.names)
     if args.streaming:
         raise UserError(f"{_where(args, 'train')} has labels without names, which cannot be found out by streaming it.")
+    kind = getattr(feature, "dtype", "nested")
+    if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
+        raise UserError(
+            f"{_where(args, 'train')} has labels of type {kind}, no names or whole numbers: set label_column."
+        )
     labels = set(dataset.unique("label")) - {None}
-    if all(isinstance(label, str) for label in labels):
+    if "string" in kind:
         return sorted(labels)
-    if all(isinstance(label, int) for label in labels):
-        return [str(label) for label in range(max(labels, default=-1) + 1)]
-    raise UserError(f"{_where(args, 'train')} has labels that are neither names nor whole numbers: set label_column.")
+    largest = max(labels, default=-1)
+    if largest >= len(dataset):
+        raise UserError(
+            f"{_where(args, 'train')} has the label {largest} in only {len(dataset):,} images: its labels are not "
+            "classes counted from 0, so set label_column."
+        )
+    return [str(label) for label in range(largest + 1)]
 
 
 def _with_labels(dataset: Dataset | IterableDataset, class_names: list[str], args: ImageDataArguments, split: str):

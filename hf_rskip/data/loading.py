@@ -33,6 +33,11 @@ def select_split(corpus: DatasetDict | IterableDatasetDict, name: str, dataset_n
     Raises:
         UserError: if there is none; the message says to set `field`.
     """
+    if name not in corpus and len(corpus) == 1:
+        raise UserError(
+            f"Dataset {dataset_name!r} has no split {name!r}, only {next(iter(corpus))!r}: split it first, with "
+            "`train_test_split` of `datasets`, say."
+        )
     if name not in corpus:
         raise UserError(
             f"Dataset {dataset_name!r} has no split {name!r}, only {', '.join(corpus)}: set {field} to one of these."

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from PIL import Image as PilImage
+from PIL import UnidentifiedImageError
 from torch.utils.data import default_collate
 from transformers.image_utils import load_image
 
@@ -135,15 +136,7 @@ class _Decoder:
         self.crops = split == "train" and args.random_resized_crop
 
     def __call__(self, image: dict, row: int) -> np.ndarray:
-        where = name_row(self.args, self.split, row)
-        if image is None:
-            raise UserError(f"{where} has no image.")
-        try:
-            decoded = PilImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-            decoded = load_image(decoded)  # upright, and in RGB
-        except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:  # of Pillow's readers
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{where} has no image that can be decoded: {reason}.") from error
+        decoded = open_image(image, name_row(self.args, self.split, row))
         size = self.args.image_size
         if self.crops:
             decoded = random_resized_crop(decoded, size)
@@ -151,6 +144,29 @@ class _Decoder:
             images = self.processor(decoded, do_rescale=False, do_normalize=False, return_tensors="np")
             return images["pixel_values"][0].astype(np.uint8)
         return np.ascontiguousarray(np.asarray(decoded).transpose(2, 0, 1))
+
+
+def open_image(image: dict | None, where: str) -> PilImage.Image:
+    """Decodes `{"bytes": ..., "path": ...}`, upright and in RGB as a pipeline of Transformers does.
+
+    Raises:
+        UserError: if that is not possible; the sentence begins with `where`.
+    """
+    if image is None:
+        raise UserError(f"{where} has no image.")
+    try:
+        opened = PilImage.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        mode, decoded = opened.mode, load_image(opened)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where} has no image that can be decoded: it is of no known format.") from error
+    except Exception as error:  # what the readers of Pillow raise for broken files has no common class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"{where} has no image that can be decoded: {reason}.") from error
+    if mode.startswith(("I", "F")):
+        raise UserError(
+            f"{where} has an image of more than 8 bits a channel ({mode}), which would be clipped: convert it."
+        )
+    return decoded
 
 
 def random_resized_crop(image: PilImage.Image, size: int) -> PilImage.Image:

@@ -2,7 +2,7 @@
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
@@ -19,7 +19,15 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
         [`UserError`]: if there is no such model, it is of another kind, or weights are missing.
     """
     try:
+        config = AutoConfig.from_pretrained(name)
+        if type(config) not in auto_class._model_mapping:
+            raise UserError(
+                f"No model could be loaded from {name!r}: it is one of type {config.model_type!r}, which "
+                f"{auto_class.__name__} does not take"
+            )
         model, info = auto_class.from_pretrained(name, output_loading_info=True)
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"No model could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:

@@ -1,28 +1,35 @@
 """Classifies a test set and scores it."""
 
-import torch
-from transformers import PreTrainedModel
+from collections.abc import Callable
 
-from ..data.augmentation import normalize
-from ..data.image_arguments import ImageDataArguments
-from ..data.pixels import ImageTensors
+import torch
+from datasets import Dataset
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data.pixels import open_image
 from .image_metric import ImageClassificationMetric, rank_classes
 
 
 @torch.no_grad()
 def evaluate_images(
-    model: PreTrainedModel, images: ImageTensors, data: ImageDataArguments, batch_size: int = 256
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    dataset: Dataset,
+    name_row: Callable[[int], str],
+    batch_size: int = 256,
 ) -> dict[str, float]:
     """`accuracy` and `top5_accuracy` of a model, from 0 to 1.
 
     Args:
         model: in evaluation mode.
-        images: as [`~hf_rskip.data.pixels.decode_images`] makes them.
-        data: how they are normalised.
+        processor: that of the model.
+        dataset: a split of [`~hf_rskip.data.images.load_image_dataset`].
+        name_row: the beginning of a sentence about a row.
         batch_size: images at once.
     """
-    ranked = []
-    for batch in images.pixel_values.split(batch_size):
-        pixel_values = normalize(batch.to(model.device), data.image_mean, data.image_std, dtype=model.dtype)
-        ranked += rank_classes(model(pixel_values).logits).tolist()
-    return ImageClassificationMetric().compute(predictions=ranked, references=images.labels)
+    metric = ImageClassificationMetric()
+    for batch in dataset.iter(batch_size):
+        images = [open_image(image, name_row(row)) for image, row in zip(batch["image"], batch["row"], strict=True)]
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        metric.add_batch(predictions=rank_classes(model(pixel_values).logits).tolist(), references=batch["label"])
+    return metric.compute()

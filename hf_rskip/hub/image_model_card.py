@@ -24,6 +24,9 @@ def write_image_model_card(
         metrics: `train_runtime` in seconds, and `test_accuracy` and `test_top5_accuracy` from 0 to 1.
     """
     data, config = recipe.data, model.config
+    test_split = f"Split `{data.test_split}`"
+    if data.max_predict_samples is not None:
+        test_split += f", at most its first {data.max_predict_samples:,} images"
     draw_training_curve(
         state.log_history,
         Path(folder) / CURVE_NAME,
@@ -56,6 +59,6 @@ def write_image_model_card(
         hidden_sizes=", ".join(map(str, config.hidden_sizes)),
         num_classes=f"{config.num_labels:,}",
         image_size=data.image_size,
-        test_split=data.test_split,
+        test_split=test_split,
         results=[{"metric": title, "score": f"{metrics[f'test_{key}']:.2%}"} for key, title in _SCORES.items()],
     )

@@ -65,6 +65,7 @@ def save_card(
         parameters=f"{model.num_parameters():,}",
         formula=skip.formula or skip.__doc__.strip().splitlines()[0],
         skip_connection=skip.describe(config),
+        skip_module=None if skip.__module__.startswith("hf_rskip.") else skip.__module__,
         steps=f"{state.global_step:,}",
         epochs=f"{state.epoch:.1f}",
         minutes=f"{minutes:.1f}",

@@ -183,13 +183,16 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
             kwargs: fields that differ.
 
         Raises:
-            `ValueError`: if there is no architecture of that name.
+            `ValueError`: if there is no architecture of that name, or an option has no effect without a `skip_type`.
         """
         if name not in ARCHITECTURES:
             raise ValueError(f"`name` must be one of {', '.join(ARCHITECTURES)}, not {name!r}")
         fields = ARCHITECTURES[name] | kwargs
         if "id2label" in kwargs or "label2id" in kwargs:
             del fields["num_labels"]
+        for field in ("skip_recursions", "skip_norm_affine"):
+            if field in kwargs and "skip_type" not in kwargs:
+                raise ValueError(f"`{field}` has no effect on the plain network: give a `skip_type`, too")
         if "skip_type" not in kwargs:
             fields = {"skip_type": "xskip", "skip_norm": "none"} | fields
         return cls(**fields)

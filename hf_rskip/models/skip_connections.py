@@ -77,7 +77,7 @@ class SampleRMSNorm(RMSNorm):
         # `F.rms_norm` would rearrange the memory of maps whose channels do not lie last there.
         dims, dtype = tuple(range(1, hidden.dim())), torch.promote_types(hidden.dtype, torch.float32)
         norm = torch.linalg.vector_norm(hidden, dim=dims, keepdim=True, dtype=dtype)
-        rstd = torch.rsqrt(norm.square() / hidden[0].numel() + self.eps)
+        rstd = torch.rsqrt(norm.square() / hidden.shape[1:].numel() + self.eps)
         return hidden * (rstd if weight is None else rstd * weight).to(hidden.dtype)
 
 

@@ -63,10 +63,14 @@ class CommonTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a file is no place for a bar
+        # Without an accelerator the Trainer would not see the other processes, nor take bf16, unless it is told so.
+        self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         for key, least in _LEAST.items():
             check_at_least(key, getattr(self, key), least)
+        if not self.num_train_epochs > 0:
+            raise UserError(f"num_train_epochs must be a number above 0, not {self.num_train_epochs}.")
         if not self.label_smoothing_factor < 1:
             raise UserError(f"label_smoothing_factor must be below 1, not {self.label_smoothing_factor}.")
         if self.early_stopping_patience is not None:

@@ -43,6 +43,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
             logger.warning(f"Removing the incomplete {checkpoints[-1]}")
             shutil.rmtree(checkpoints.pop())
         checkpoint = checkpoints[-1] if checkpoints else None
+        if checkpoint is None:
+            logger.warning(f"There is no checkpoint to resume from in {str(output_dir)!r}: the run starts anew")
     else:
         checkpoint = Path(resume_from_checkpoint)
         if not _is_complete(checkpoint):

@@ -70,8 +70,9 @@ class ImageTrainingArguments(CommonTrainingArguments):
 
     def __post_init__(self):
         self.remove_unused_columns = False
-        if self.optim == OptimizerNames.SGD and self.optim_args is None:
-            self.optim_args = f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}"
+        if self.optim == OptimizerNames.SGD:
+            own = f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}"
+            self.optim_args = own if self.optim_args is None else f"{own},{self.optim_args}"
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # the Trainer averages the running statistics of all processes
         super().__post_init__()
@@ -80,10 +81,13 @@ class ImageTrainingArguments(CommonTrainingArguments):
             value = getattr(self, key)
             if value is not None and not 0 <= value < 1:
                 raise UserError(f"{key} must be a number from 0 to below 1, not {value}.")
+        if self.ema_decay is not None and self.save_only_model:
+            raise UserError("ema_decay needs whole checkpoints, without save_only_model.")
         if self.nesterov and self.momentum == 0:
             raise UserError("nesterov needs a momentum above 0.")
         if self.lr_milestones is not None and (
-            sorted(set(self.lr_milestones)) != list(self.lr_milestones) or not self.lr_milestones[0] > 0
+            sorted(set(self.lr_milestones)) != list(self.lr_milestones)
+            or not all(0 < epoch < float("inf") for epoch in self.lr_milestones)
         ):
             raise UserError(f"lr_milestones must be rising numbers of epochs, not {self.lr_milestones}.")
         if self.lr_milestones is not None and self.max_steps > 0:

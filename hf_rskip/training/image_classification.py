@@ -4,7 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import EarlyStoppingCallback, set_seed
+from safetensors import SafetensorError
+from transformers import AutoConfig, EarlyStoppingCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data.image_processor import make_image_processor
@@ -35,11 +37,12 @@ def train(recipe: Recipe) -> dict[str, float]:
         images = load_image_dataset(data)
         if "validation" not in images.splits:
             _do_without_validation(recipe)
-        sets = {split: _prepare(images, split, recipe) for split in images.splits}
+        sets = {split: _prepare(images, split, recipe, checkpoint) for split in images.splits}
     set_seed(training.seed)
     model = _create_model(recipe, images.class_names)
     if checkpoint:
         _check_same_model(model.config, checkpoint)
+    _check_last_batch(model.config, sets["train"], recipe)
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
 
@@ -58,7 +61,8 @@ def train(recipe: Recipe) -> dict[str, float]:
     if trainer.is_world_process_zero():
         sizes = ", ".join(f"{split} {len(part):,}" for split, part in sets.items() if not data.streaming)
         print(f"images: {sizes or 'streamed'}; {len(images.class_names):,} classes")
-        describe_model(model, recipe)
+        shape = f"{' + '.join(map(str, model.config.depths))} blocks of {model.config.hidden_sizes} channels"
+        describe_model(model, recipe, recipe.model.architecture or shape)
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
 
@@ -73,6 +77,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     metrics = {**result.metrics, **test_metrics}
     if trainer.is_world_process_zero():
         write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics)
+        print(f"model, card and scores: {training.output_dir}", flush=True)
     if training.push_to_hub:
         trainer.push_to_hub()
     return metrics
@@ -89,11 +94,16 @@ def _do_without_validation(recipe: Recipe) -> None:
     training.eval_strategy = IntervalStrategy.NO
 
 
-def _prepare(images: ImageDatasets, split: str, recipe: Recipe):
+def _prepare(images: ImageDatasets, split: str, recipe: Recipe, checkpoint: Path | None):
     """A split as the Trainer takes it."""
-    dataset, data = images.splits[split], recipe.data
+    dataset, data, training = images.splits[split], recipe.data, recipe.training
     if data.streaming:
-        return stream_images(dataset, data, split, recipe.training.seed)
+        if training.max_steps <= 0:
+            raise UserError("streaming needs max_steps, as the number of images is not known before they are read.")
+        # The Trainer does not know where in which epoch a stream was: a resumed run reads it anew, in another order.
+        training.ignore_data_skip = True
+        resumed = 0 if checkpoint is None else TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).global_step
+        return stream_images(dataset, data, split, training.seed + resumed)
     if data.random_resized_crop and split == "train":
         return CroppedImages(dataset, data, split)
     return decode_images(dataset, data, split)
@@ -102,6 +112,8 @@ def _prepare(images: ImageDatasets, split: str, recipe: Recipe):
 def _create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageClassification:
     """A new model of the recipe's configuration, or the one that it starts from."""
     start, architecture = recipe.training.model_name_or_path, recipe.model.architecture
+    if start and architecture:
+        raise UserError("architecture cannot be set with model_name_or_path, which brings its own.")
     fields = {
         key: value
         for key, value in asdict(recipe.model).items()
@@ -110,6 +122,12 @@ def _create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImage
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     try:
         if start:
+            model_type = AutoConfig.from_pretrained(start).model_type
+            if model_type != RSkipResNetConfig.model_type:
+                hint = ": `hf-rskip convert resnet` makes one of it" if model_type == "resnet" else ""
+                raise UserError(
+                    f"{start!r} is a model of type {model_type!r}, not {RSkipResNetConfig.model_type!r}{hint}."
+                )
             model, info = RSkipResNetForImageClassification.from_pretrained(
                 start, **fields, **labels, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
             )
@@ -117,14 +135,38 @@ def _create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImage
             return RSkipResNetForImageClassification(RSkipResNetConfig.from_name(architecture, **fields, **labels))
         else:
             return RSkipResNetForImageClassification(RSkipResNetConfig(**fields, **labels))
+    except UserError:
+        raise
+    except SafetensorError as error:
+        raise UserError(f"The weights of {start!r} cannot be read: {error}.") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
-    # A classifier of other classes starts anew; anything else that does not fit is a mistake.
+    # A classifier of other classes and other skip connections start anew; what else does not fit is a mistake.
     foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
-    foreign = sorted(key for key in foreign if not key.startswith("classifier."))
+    if any(key.startswith("classifier.") for key in foreign):
+        print(f"note: the classifier is new, for {len(class_names):,} classes", flush=True)
+    if any(".skip." in key for key in foreign):
+        print("note: the norms of the skip connections are new", flush=True)
+    foreign = sorted(key for key in foreign if not key.startswith("classifier.") and ".skip." not in key)
     if foreign:
         raise UserError(f"{start!r} has no weights for what the recipe asks, such as {foreign[0]}")
     return model
+
+
+def _check_last_batch(config: RSkipResNetConfig, train_set, recipe: Recipe) -> None:
+    """Batch normalisation has no variance of a single value: refuses a batch of one image on maps of 1 x 1."""
+    training = recipe.training
+    if recipe.data.streaming or training.dataloader_drop_last:
+        return
+    stride = 2 ** (len(config.depths) - 1 + config.downsample_in_first_stage)
+    stride *= {"cifar": 1, "imagenet": 4}[config.stem_type]
+    size = training.per_device_train_batch_size
+    if recipe.data.image_size <= stride and (size == 1 or len(train_set) % (size * training.world_size) == 1):
+        raise UserError(
+            f"A batch of one image occurs, whose last feature maps are of one position at image_size "
+            f"{recipe.data.image_size}, too few for batch normalisation: set dataloader_drop_last, another "
+            "per_device_train_batch_size or a larger image_size."
+        )
 
 
 def _check_same_model(config: RSkipResNetConfig, checkpoint: Path) -> None:

@@ -84,6 +84,15 @@ class ImageTrainer(RecipeTrainerMixin, Trainer):
             sampler.sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        # `dataloader_drop_last` is for training: an evaluation is of all images.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last &= is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     # Optimisation
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -97,12 +97,12 @@ _YamlLoader.add_implicit_resolver(
 
 
 def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
-    """Reads a flat YAML of training keys; `overrides` (`["--key", "value", ...]`) win over it.
+    """Reads a flat YAML of training keys; `overrides` (`["--key", "value", ...]`) win over it, `null` unsets a key.
 
     Raises:
         [`UserError`]: if the file is not a flat YAML mapping, or a key is unknown or its value of the wrong type.
     """
-    values = _read_yaml(Path(path))
+    values, overrides = _unset(_read_yaml(Path(path)), overrides)
     task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
     parser = _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False)
     for key, value in values.items():
@@ -132,6 +132,22 @@ def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     if recipe.training.model_name_or_path and getattr(recipe.data, "tokenizer_name", None):
         raise UserError("tokenizer_name cannot be set with model_name_or_path, which brings its own.")
     return recipe
+
+
+def _unset(values: dict, overrides: list[str]) -> tuple[dict, list[str]]:
+    """Takes out the keys that the command line sets to `null`, as YAML does."""
+    words = iter(overrides)
+    kept = []
+    for word in words:
+        key, _, value = word.partition("=")
+        following = None
+        if word.startswith("--") and "=" not in word:
+            following = value = next(words, None)
+        if word.startswith("--") and value == "null":
+            values = {name: old for name, old in values.items() if name.replace("-", "_") != key[2:].replace("-", "_")}
+        else:
+            kept += [word] if following is None else [word, following]
+    return values, kept
 
 
 def _find_task(words: list[str]) -> str:
@@ -179,6 +195,8 @@ def _read_yaml(path: Path) -> dict:
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
     except FileNotFoundError:
         raise UserError(f"There is no recipe {str(path)!r}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{str(path)!r} is a folder, not a recipe.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"The recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):

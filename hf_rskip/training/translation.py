@@ -92,7 +92,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     if trainer.is_world_process_zero():
         sampler = trainer._get_train_sampler()
         print(describe_dropped(dropped, len(train_set), "train"))
-        describe_model(trainer.model, recipe, f", vocabulary of {model.config.vocab_size:,}")
+        describe_model(trainer.model, recipe, f"vocabulary of {model.config.vocab_size:,}")
         print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
@@ -108,6 +108,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     if trainer.is_world_process_zero():
         example = corpus["test"][0]["translation"][data.source_lang]
         write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, example)
+        print(f"model, card and scores: {training.output_dir}", flush=True)
     if training.push_to_hub:
         trainer.push_to_hub()
     return metrics

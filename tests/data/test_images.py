@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PilImage
 
 from hf_rskip.data.augmentation import normalize
@@ -173,7 +173,7 @@ def test_decoded_images_are_reused(folder, monkeypatch):
     monkeypatch.setattr("PIL.Image.open", None)
     again = decode_images(load_image_dataset(args).splits["train"], args, "train")
     assert torch.equal(first.pixel_values, again.pixel_values)
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match="has no image that can be decoded"):
         decode_images(load_image_dataset(args).splits["train"], arguments(folder, image_size=4), "train")
 
 
@@ -257,7 +257,7 @@ BROKEN = PICTURE[: len(PICTURE) // 2]
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (b"no picture", "cannot identify image file"),
+        (b"no picture", "it is of no known format"),
         (BROKEN, ""),
         (b"", ""),
     ],
@@ -284,6 +284,32 @@ def test_a_row_without_an_image(tmp_path):
     args = arguments(tmp_path)
     with pytest.raises(UserError, match="'test', row 1 \\(counted from 0\\) has no image\\."):
         decode_images(load_image_dataset(args).splits["test"], args, "test")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_more_bits_than_a_pixel_has(tmp_path, mode):
+    deep = encode(noise(8, 8, mode="L").convert(mode), "PNG" if mode == "I;16" else "TIFF")
+    save(tmp_path, "train", [0, 1], [PICTURE, deep])
+    save(tmp_path, "test", [0])
+    args = arguments(tmp_path)
+    with pytest.raises(UserError, match="row 1 \\(counted from 0\\) has an image of more than 8 bits"):
+        decode_images(load_image_dataset(args).splits["train"], args, "train")
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0, 3_000_000, 1], Value("int64"), "has the label 3000000 in only 3 images"),
+        ([True, False, True], Value("bool"), "has labels of type bool, no names or whole numbers"),
+        ([0.0, 1.0, 2.0], Value("float32"), "has labels of type float32"),
+        ([[0], [1], [2]], List(Value("int64")), "no names or whole numbers"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path, labels, feature, message):
+    save(tmp_path, "train", labels, label_feature=feature)
+    save(tmp_path, "test", labels[:1], label_feature=feature)
+    with pytest.raises(UserError, match=message):
+        load_image_dataset(arguments(tmp_path))
 
 
 def test_a_corrupt_image_among_held_out_ones(tmp_path):
@@ -343,7 +369,7 @@ def test_a_missing_label_in_a_stream(tmp_path):
     ("options", "message"),
     [
         ({"dataset_name": None}, "set dataset_name"),
-        ({"crop_pct": 0}, "crop_pct must be a number above 0, up to 1"),
+        ({"crop_pct": 0}, "crop_pct must be a number from 0.1 to 1"),
         ({"crop_padding": -1}, "crop_padding must be a whole number of at least 1"),
         ({"image_mean": [0.5]}, "image_mean must be three numbers"),
         ({"image_std": [1, 0, 1]}, "image_std must be above 0"),

@@ -200,3 +200,9 @@ def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
     path.write_text(path.read_text().replace('"skip_norm_axes": "sample"', '"skip_norm_axes": "samples"'))
     with pytest.raises(ValueError, match="`skip_norm_axes` must be one of channels, sample, not 'samples'"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["skip_recursions", "skip_norm_affine"])
+def test_an_option_that_the_plain_network_does_not_have(field):
+    with pytest.raises(ValueError, match=f"`{field}` has no effect on the plain network: give a `skip_type`"):
+        RSkipResNetConfig.from_name("resnet20_cifar", **{field: "last"})

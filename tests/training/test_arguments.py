@@ -180,7 +180,7 @@ def test_a_broken_file(tmp_path, text, message):
 def test_a_file_that_is_not_there_or_no_text(tmp_path):
     with pytest.raises(UserError, match="There is no recipe '.*missing.yaml'"):
         parse_recipe(tmp_path / "missing.yaml", [])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, not a recipe"):
         parse_recipe(tmp_path, [])
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe4")
     with pytest.raises(UserError, match="cannot be read"):
@@ -215,3 +215,12 @@ def test_a_key_that_stands_twice_is_an_error(write_recipe):
 def test_a_start_model_brings_its_tokenizer(write_recipe):
     with pytest.raises(UserError, match="tokenizer_name cannot be set with model_name_or_path"):
         parse_recipe(write_recipe(), ["--model_name_or_path", "a", "--tokenizer_name", "b"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--max_new_tokens", "null"], ["--max_new_tokens=null"], ["--max-new-tokens", "null"]]
+)
+def test_null_unsets_a_key(write_recipe, words):
+    recipe = parse_recipe(write_recipe(), [*words, "--seed", "5"])
+    assert recipe.generation.max_new_tokens is None and recipe.training.seed == 5
+    assert "max_new_tokens" not in recipe.keys

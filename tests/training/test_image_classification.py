@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import load_dataset
+from datasets import ClassLabel, load_dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rskip import RSkipResNetBackbone
@@ -89,13 +89,31 @@ def test_evaluate_prints_the_score_of_the_run(trained_resnet, cifar_folder, caps
     assert scores["accuracy"] == results["test_accuracy"] and scores["images"] == 40
 
 
+def test_evaluate_prepares_images_as_the_image_processor_says(trained_resnet, cifar_folder, tmp_path, capsys):
+    """Against the pipeline of Transformers, for a processor that training does not write."""
+    folder = tmp_path / "model"
+    shutil.copytree(trained_resnet.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    changes = {"size": {"shortest_edge": 80}, "resample": 3, "image_mean": [0.9, 0.1, 0.1]}
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | changes))
+    assert main(["evaluate", str(folder), "--dataset_name", cifar_folder, "--batch_size", "16"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    test = load_dataset(cifar_folder)["test"]
+    best = [
+        answer[0]["label"] for answer in pipeline("image-classification", model=str(folder))(test["img"][:], top_k=1)
+    ]
+    names = test.features["label"].names
+    hits = [name == names[label] for name, label in zip(best, test["label"], strict=True)]
+    assert scores["accuracy"] == sum(hits) / len(hits)
+
+
 def test_evaluate_refuses_other_classes(trained_resnet, tmp_path, capsys, cifar_folder):
     dataset = load_dataset(cifar_folder)["test"]
     features = dataset.features.copy()
     features["label"] = type(features["label"])(names=["a", "b", "c", "d"])
     dataset.cast(features).to_parquet(tmp_path / "test.parquet")
     assert main(["evaluate", str(trained_resnet.folder), "--dataset_name", str(tmp_path)]) == 2
-    assert "are not those of the model (blue, green, red, ...)" in capsys.readouterr().err
+    assert "are not those of the model: a, b, c, d, and blue, green, red, yellow." in capsys.readouterr().err
 
 
 def test_the_card(trained_resnet, run_cli):
@@ -165,14 +183,78 @@ def test_streaming(write_image_recipe, imagenet_folder):
     assert results["test_samples_per_second"] > 0
 
 
-def test_fine_tuning_other_classes(trained_resnet, write_image_recipe, imagenet_folder):
-    """From the tiny model to two of its colours: a new classifier on the old features."""
-    tiny = {"embedding_size": None, "hidden_sizes": None, "depths": None, "layer_type": None, "stem_type": None}
-    path = write_image_recipe(**tiny, model_name_or_path=str(trained_resnet.folder), num_train_epochs=1)
+TINY = {"embedding_size": None, "hidden_sizes": None, "depths": None, "layer_type": None, "stem_type": None}
+
+
+def test_a_dropped_last_batch_is_one_of_training(write_image_recipe):
+    path = write_image_recipe(dataloader_drop_last=True, per_device_eval_batch_size=16, max_steps=3)
+    assert main(["train", str(path)]) == 0
+    results = json.loads((path.parent / "output" / "all_results.json").read_text())
+    assert results["test_accuracy"] * 40 == pytest.approx(round(results["test_accuracy"] * 40))
+    assert (
+        main(
+            [
+                "evaluate",
+                str(path.parent / "output"),
+                "--dataset_name",
+                yaml.safe_load(path.read_text())["dataset_name"],
+            ]
+        )
+        == 0
+    )
+
+
+def test_a_resumed_stream_is_read_anew(write_image_recipe, imagenet_folder):
+    """Also after its first epoch, of 3 steps; in another order, as the place in the stream is not known."""
+    recipe = {
+        "dataset_name": imagenet_folder,
+        "test_split": "validation",
+        "streaming": True,
+        "validation_size": None,
+        "eval_strategy": None,
+        "eval_steps": None,
+        "max_steps": 8,
+        "save_steps": 5,
+    }
+    path = write_image_recipe(**recipe)
+    folder = path.parent / "output"
+    assert main(["train", str(path)]) == 0
+    shutil.rmtree(folder / "checkpoint-8")
+    assert main(["train", str(path), "--resume_from_checkpoint", "true"]) == 0
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+
+
+def test_fine_tuning(trained_resnet, write_image_recipe):
+    """A start model brings its shape; with a learning rate of zero the weights stay, and so does the score."""
+    path = write_image_recipe(**TINY, model_name_or_path=str(trained_resnet.folder), max_steps=3, learning_rate=0.0)
     assert main(["train", str(path)]) == 0
     before = load_file(trained_resnet.folder / "model.safetensors")
     after = load_file(path.parent / "output" / "model.safetensors")
-    assert before.keys() == after.keys()
+    parameters = [name for name in before if "running" not in name and "num_batches" not in name]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in parameters)
+
+
+def test_fine_tuning_with_other_classes_and_another_skip_connection(
+    trained_resnet, write_image_recipe, tmp_path, capsys
+):
+    """Two of the colours, K = 3: a new classifier and new norms, on the old convolutions."""
+    for split, count in {"train": 60, "test": 20}.items():
+        images = load_dataset(yaml.safe_load(trained_resnet.recipe.read_text())["dataset_name"])[split]
+        two = images.filter(lambda label: label < 2, input_columns="label").select(range(count // 2))
+        two = two.cast_column("label", ClassLabel(names=["sky", "grass"]))
+        two.to_parquet(tmp_path / f"{split}.parquet")
+    path = write_image_recipe(
+        **TINY,
+        dataset_name=str(tmp_path),
+        validation_size=4,
+        per_device_train_batch_size=8,
+        model_name_or_path=str(trained_resnet.folder),
+        skip_recursions=3,
+    )
+    assert main(["train", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "note: the classifier is new, for 2 classes" in said and "the norms of the skip connections are new" in said
     results = json.loads((path.parent / "output" / "all_results.json").read_text())
     assert results["test_accuracy"] > 0.9
 
@@ -217,6 +299,7 @@ def test_a_residual_kind_of_ones_own(write_image_recipe):
         weights = load_file(path.parent / "output" / "model.safetensors")
         scales = [value for name, value in weights.items() if name.endswith("skip.scale")]
         assert len(scales) == 2 and all(scale != 0 for scale in scales)
+        assert "import kinds  # defines its skip connection" in (path.parent / "output" / "README.md").read_text()
     finally:
         del SKIP_CONNECTIONS["rezero"]
 
@@ -267,6 +350,12 @@ def test_the_variants_differ_in_the_skip_connection_alone():
     assert all(recipe["output_dir"] == f"outputs/cifar10-{name}" for name, recipe in recipes.items())
 
 
+def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
+    ResNetForImageClassification(ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path)
+    assert main(["train", str(write_image_recipe(**TINY, model_name_or_path=str(tmp_path)))]) == 2
+    assert "is a model of type 'resnet', not 'rskip_resnet': `hf-rskip convert resnet`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -285,11 +374,22 @@ def test_the_variants_differ_in_the_skip_connection_alone():
         ({"skip_norm": "group_norm"}, "`skip_norm` must be one of layer_norm, rms_norm, batch_norm, none"),
         ({"task": "segmentation"}, "task must be one of translation, image-classification, not 'segmentation'"),
         ({"vocab_size": 100}, "Unknown key 'vocab_size'"),
+        (
+            {"architecture": "resnet20_cifar"},
+            "`skip_recursions` has no effect on the plain network: give a `skip_type`",
+        ),
+        ({"streaming": True}, "streaming needs max_steps"),
+        ({"lr_milestones": [float("inf")]}, "lr_milestones must be rising numbers of epochs"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be a number above 0"),
+        ({"image_size": 2, "crop_padding": 0, "per_device_train_batch_size": 29}, "A batch of one image occurs"),
+        ({"test_split": "train"}, "train_split and test_split are both 'train'"),
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model must be one of accuracy, top5_accuracy, loss"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(write_image_recipe, capsys, changes, message):
     fixed = {"validation_size": None, "eval_strategy": "no", "eval_steps": None}
+    if "architecture" in changes:
+        fixed |= {**TINY, "skip_recursions": 2}
     path = write_image_recipe(**{**fixed, **changes})
     assert main(["train", str(path)]) == 2
     error = capsys.readouterr().err.strip()
