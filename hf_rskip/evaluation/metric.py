@@ -54,7 +54,7 @@ class TranslationMetric(evaluate.Metric):
     ) -> dict[str, float | str]:
         metrics = {"bleu": BLEU(tokenize=tokenize, lowercase=lowercase), "chrf": CHRF(lowercase=lowercase)}
         if target_lang is not None:
-            metrics["bleu_intl"] = BLEU(tokenize="intl", lowercase=lowercase)
+            metrics["bleu_intl"] = BLEU(tokenize="intl", lowercase=lowercase, force=True)  # one warning is enough
         scores = {}
         for name, metric in metrics.items():
             scores[name] = metric.corpus_score(predictions, [references]).score
