@@ -23,6 +23,7 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
 
     others = comparison.systems[1:]
     figure = Figure(figsize=(10, max(4.2, 0.6 + 1.9 * len(others))), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     grid = figure.add_gridspec(len(others), 2)
     _draw_changes([figure.add_subplot(grid[row, 0]) for row in range(len(others))], comparison)
     _draw_lengths(figure.add_subplot(grid[:, 1]), comparison)
@@ -53,6 +54,7 @@ def _draw_changes(rows: list, comparison: Comparison) -> None:
         axes.set_xlim(-limit, limit)
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+        axes.margins(y=0.3)  # room for the legend
         axes.legend(loc="upper left", frameon=False)
     rows[-1].set_xlabel(f"difference to {_shorten(baseline.name)} (chrF points of a sentence)")
 
@@ -68,7 +70,7 @@ def _draw_lengths(axes, comparison: Comparison) -> None:
     for index, system in enumerate(comparison.systems):
         scores = [system.sentence_chrf[group] for group in members]
         means = [score.mean() for score in scores]
-        errors = [1.96 * score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0 for score in scores]
+        errors = [1.96 * score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else np.nan for score in scores]
         shift = (index - (len(comparison.systems) - 1) / 2) * step
         label = _shorten(system.name) + (" (baseline)" if index == 0 else "")
         axes.errorbar(centers + shift, means, errors, **_style(index), markersize=5, capsize=3, label=label)
