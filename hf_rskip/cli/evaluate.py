@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
@@ -18,30 +18,42 @@ from .translate import generation_kwargs, open_file, write_lines
 
 def evaluate(args: argparse.Namespace) -> None:
     """Prints the scores of a model on one split as JSON."""
-    try:
-        model_type = AutoConfig.from_pretrained(args.model).model_type
-    except (OSError, ValueError) as error:
-        raise UserError(f"No model could be loaded from {args.model!r}: {str(error).splitlines()[0]}") from error
-    if model_type == RSkipResNetConfig.model_type:
+    if load_config(args.model).model_type == RSkipResNetConfig.model_type:
         evaluate_images.evaluate(args)
     else:
         _evaluate_translation(args)
 
 
-def _evaluate_translation(args: argparse.Namespace) -> None:
-    """With the signatures and what decoding used."""
-    model, tokenizer = load_model(args.model)
+def load_config(model: str) -> PreTrainedConfig:
+    """The configuration of a folder or Hub id; raises a [`UserError`] where there is none."""
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model could be loaded from {model!r}: {str(error).splitlines()[0]}") from error
+
+
+def load_test_set(
+    args: argparse.Namespace, source_lang: str | None, target_lang: str | None
+) -> tuple[list[str], list[str]]:
+    """The sources and references that the command line names."""
     data = DataArguments(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         test_files=args.test_files,
-        source_lang=args.source_lang or getattr(model.config, "source_lang", None),
-        target_lang=args.target_lang or getattr(model.config, "target_lang", None),
+        source_lang=source_lang,
+        target_lang=target_lang,
         test_split=args.split,
         max_predict_samples=args.max_samples,
     )
-    dataset = load_translation_dataset(data, splits=("test",))["test"]
-    sources, references = split_languages(dataset, data.source_lang, data.target_lang)
+    return split_languages(load_translation_dataset(data, splits=("test",))["test"], source_lang, target_lang)
+
+
+def _evaluate_translation(args: argparse.Namespace) -> None:
+    """With the signatures and what decoding used."""
+    model, tokenizer = load_model(args.model)
+    source_lang = args.source_lang or getattr(model.config, "source_lang", None)
+    target_lang = args.target_lang or getattr(model.config, "target_lang", None)
+    sources, references = load_test_set(args, source_lang, target_lang)
     output = open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext()
     scores, translations = evaluate_translation(
         model,
@@ -49,6 +61,7 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         sources,
         references,
         args.bleu_tokenize,
+        target_lang,
         max_batch_tokens=args.max_batch_tokens,
         **generation_kwargs(args),
     )

@@ -52,8 +52,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_argument(parser)
+def _add_test_set_arguments(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_mutually_exclusive_group(required=True)
     corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column or images, or cldr")
     corpus.add_argument("--test_files", nargs=2, metavar=("SOURCE", "TARGET"), help="two UTF-8 text files")
@@ -62,8 +61,13 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target_lang", help="default: that of the model's training")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--max_samples", type=_count, help="only the first so many sentences or images")
-    parser.add_argument("--batch_size", type=_count, default=256, help="images at once (default: 256)")
     parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    _add_test_set_arguments(parser)
+    parser.add_argument("--batch_size", type=_count, default=256, help="images at once (default: 256)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
     _add_generation_arguments(parser)
 
@@ -72,6 +76,28 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from .evaluate import evaluate
 
     evaluate(args)
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "systems",
+        nargs="+",
+        metavar="SYSTEM",
+        help="folder or Hub id of a trained model, or UTF-8 text file with a translation a line; the baseline first",
+    )
+    _add_test_set_arguments(parser)
+    parser.add_argument(
+        "--n_samples", type=_count, help="resamples (default: 1000 of the bootstrap, 10000 of the randomisation)"
+    )
+    parser.add_argument("--output_dir", help="write tables, sentences and a picture to this folder")
+    parser.epilog = "The environment variable SACREBLEU_SEED (default: 12345) seeds the resamples."
+    _add_generation_arguments(parser)
+
+
+def _compare(args: argparse.Namespace, rest: list[str]) -> None:
+    from .compare import compare
+
+    compare(args)
 
 
 def _add_translate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +179,7 @@ def _env(args: argparse.Namespace, rest: list[str]) -> None:
 COMMANDS = {
     "train": Command("train a model from a recipe", _add_train_arguments, _train),
     "evaluate": Command("score a model on a dataset: sacreBLEU, or accuracy", _add_evaluate_arguments, _evaluate),
+    "compare": Command("test whether translations differ, by paired resampling", _add_compare_arguments, _compare),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
     "keys": Command("print the keys of a recipe with their defaults", _add_keys_arguments, _keys),
     "convert": Command("turn a MarianMT or ResNet checkpoint into one of ours", _add_convert_arguments, _convert),

@@ -29,7 +29,7 @@ def translate_lines(args: argparse.Namespace) -> None:
         source = files.enter_context(open_file(args.input_file, "rb")) if args.input_file else sys.stdin.buffer
         model, tokenizer = load_model(args.model)
         target = files.enter_context(open_file(args.output_file, "wb")) if args.output_file else sys.stdout.buffer
-        for lines in _read(source, args.input_file or "standard input"):
+        for lines in read_lines(source, args.input_file or "standard input"):
             translations = translate(model, tokenizer, lines, args.max_batch_tokens, **generation_kwargs(args))
             write_lines(target, translations)
 
@@ -48,7 +48,8 @@ def open_file(path: str, mode: str) -> BinaryIO:
         raise UserError(f"{path!r} cannot be opened: {error.strerror}") from error
 
 
-def _read(source, name: str) -> Iterator[list[str]]:
+def read_lines(source: BinaryIO, name: str) -> Iterator[list[str]]:
+    """The lines of UTF-8 text without their ends, many at once; `name` is for the [`UserError`] about what is not."""
     lines = []
     for number, line in enumerate(source, start=1):
         try:

@@ -17,6 +17,7 @@ def evaluate_translation(
     sources: Sequence[str],
     references: Sequence[str],
     bleu_tokenize: str = "13a",
+    target_lang: str | None = None,
     **translate_kwargs,
 ) -> tuple[dict[str, float | str], list[str]]:
     """Scores of a model's translations, and the translations; under several processes each translates a share.
@@ -25,11 +26,14 @@ def evaluate_translation(
         model, tokenizer: as the Auto classes load them.
         sources, references: a sentence each, in the same order.
         bleu_tokenize: sacreBLEU's `tokenize`.
+        target_lang: asks for all forms of BLEU; see [`~hf_rskip.evaluation.metric.TranslationMetric`].
         translate_kwargs: of [`~hf_rskip.decoding.translate.translate`].
     """
     with PartialState().split_between_processes(list(sources)) as share:
         translations = gather_object(translate(model, tokenizer, share, **translate_kwargs))
-    scores = TranslationMetric().compute(predictions=translations, references=references, tokenize=bleu_tokenize)
+    scores = TranslationMetric().compute(
+        predictions=translations, references=references, tokenize=bleu_tokenize, target_lang=target_lang
+    )
     return scores, translations
 
 

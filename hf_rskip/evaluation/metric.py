@@ -1,4 +1,4 @@
-"""sacreBLEU and chrF as a metric of `evaluate` that needs no network."""
+"""BLEU in its three forms and chrF as a metric of `evaluate` that needs no network."""
 
 import datasets
 import evaluate
@@ -12,8 +12,12 @@ _DESCRIPTION = "Corpus BLEU and chrF of translations, with the signatures of sac
 class TranslationMetric(evaluate.Metric):
     """Corpus BLEU and chrF by sacreBLEU.
 
-    `compute(predictions=[...], references=[...], tokenize="13a", lowercase=False)` takes a sentence each, detokenized
-    unless `tokenize` is `"none"`, and returns `bleu` and `chrf` (0 to 100), `bleu_signature` and `chrf_signature`.
+    `compute(predictions=[...], references=[...], tokenize="13a", lowercase=False, target_lang=None)` takes a sentence
+    each, detokenized unless `tokenize` is `"none"`, and returns `bleu` and `chrf` (0 to 100), `bleu_signature` and
+    `chrf_signature`. A `target_lang` such as `"de"` adds, with their signatures, the two other forms of BLEU in the
+    literature: `bleu_intl`, sacreBLEU with its international tokenizer, and, if the Moses tokenizer has the language,
+    `bleu_compound_split`, that of Vaswani et al. (2017), which is not sacreBLEU
+    ([`~hf_rskip.evaluation.compound_split.compound_split_bleu`]).
 
     Example:
 
@@ -40,11 +44,25 @@ class TranslationMetric(evaluate.Metric):
             reference_urls=["https://github.com/mjpost/sacrebleu"],
         )
 
-    def _compute(self, predictions, references, tokenize: str = "13a", lowercase: bool = False) -> dict:
-        bleu, chrf = BLEU(tokenize=tokenize, lowercase=lowercase), CHRF(lowercase=lowercase)
-        return {
-            "bleu": bleu.corpus_score(predictions, [references]).score,
-            "chrf": chrf.corpus_score(predictions, [references]).score,
-            "bleu_signature": str(bleu.get_signature()),
-            "chrf_signature": str(chrf.get_signature()),
-        }
+    def _compute(
+        self,
+        predictions,
+        references,
+        tokenize: str = "13a",
+        lowercase: bool = False,
+        target_lang: str | None = None,
+    ) -> dict[str, float | str]:
+        metrics = {"bleu": BLEU(tokenize=tokenize, lowercase=lowercase), "chrf": CHRF(lowercase=lowercase)}
+        if target_lang is not None:
+            metrics["bleu_intl"] = BLEU(tokenize="intl", lowercase=lowercase, force=True)  # one warning is enough
+        scores = {}
+        for name, metric in metrics.items():
+            scores[name] = metric.corpus_score(predictions, [references]).score
+            scores[f"{name}_signature"] = str(metric.get_signature())
+        if target_lang is not None:
+            from .compound_split import compound_split_bleu, moses_language  # its tables take long to import
+
+            if language := moses_language(target_lang):
+                score, description = compound_split_bleu(predictions, references, language, lowercase)
+                scores |= {"bleu_compound_split": score, "bleu_compound_split_signature": description}
+        return scores
