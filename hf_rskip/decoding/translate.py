@@ -2,12 +2,20 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+
 logger = logging.get_logger(__name__)
+
+
+class Hypothesis(NamedTuple):
+    text: str
+    score: float
+    """Log-probability of its tokens (natural logarithm, with the end token), divided by the length penalty."""
 
 
 def translate(
@@ -25,15 +33,37 @@ def translate(
         max_batch_tokens: budget of a batch, in padded source tokens times beams.
         generate_kwargs: of `model.generate`, over the model's own generation configuration.
     """
+    translations = [""] * len(sentences)
+    for batch, _, output in search(model, tokenizer, sentences, max_batch_tokens, **generate_kwargs):
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for index, text in zip(batch, texts, strict=True):
+            translations[index] = text
+    return translations
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    max_batch_tokens: int = 4096,
+    **generate_kwargs,
+) -> Iterator[tuple[list[int], list[list[int]], torch.Tensor]]:
+    """Searches batch by batch, the longest sentences first; blank sentences are left out.
+
+    For the arguments see [`translate`].
+
+    Yields:
+        The indices of the sentences of a batch, their tokens, and what `generate` gives: the start token and the tokens
+        of the translations, padded, `num_return_sequences` rows a sentence.
+    """
     if not sentences:
-        return []
+        return
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     sources = tokenizer(list(sentences), return_attention_mask=False, verbose=False)["input_ids"]
     too_long = sum(len(source) > limit for source in sources)
     if too_long:
         logger.warning(f"{too_long} of {len(sources)} sentences were cut off at {limit} tokens")
         sources = [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
-    translations = [""] * len(sources)
     beams = generate_kwargs.get("num_beams") or model.generation_config.num_beams or 1
     order = sorted(
         (index for index, sentence in enumerate(sentences) if sentence.strip()),
@@ -44,10 +74,7 @@ def translate(
         inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
         with torch.inference_mode():
             output = model.generate(**inputs.to(model.device), **generate_kwargs)
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        for index, text in zip(batch, texts, strict=True):
-            translations[index] = text
-    return translations
+        yield batch, [sources[index] for index in batch], output
 
 
 def _batches(order: list[int], sources: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
