@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
-from ..decoding.loading import load_model
+from ..decoding.loading import load_ensemble
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
@@ -30,7 +30,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _evaluate_translation(args: argparse.Namespace) -> None:
     """With the signatures and what decoding used."""
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_ensemble([args.model, *args.ensemble])
     data = DataArguments(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,

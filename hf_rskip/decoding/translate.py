@@ -9,6 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 
+from ..errors import UserError
+from ..models.generation_rskip import find_length_penalty, find_option
+from .score import score_tokens
+
 logger = logging.get_logger(__name__)
 
 
@@ -39,6 +43,48 @@ def translate(
         for index, text in zip(batch, texts, strict=True):
             translations[index] = text
     return translations
+
+
+def translate_n_best(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    n_best: int,
+    max_batch_tokens: int = 4096,
+    **generate_kwargs,
+) -> list[list[Hypothesis]]:
+    """The `n_best` best translations of each sentence, best first; a blank sentence has the empty one only.
+
+    Scores are those of the search, computed anew from the tokens, for the search keeps those of all words otherwise.
+    For the other arguments see [`translate`].
+
+    Raises:
+        [`UserError`]: if there are fewer beams than `n_best`.
+    """
+    configs = [model.generation_config]
+    beams = find_option("num_beams", generate_kwargs, configs) or 1
+    if n_best > beams:
+        raise UserError(f"{n_best} translations need as many beams: num_beams is {beams}")
+    penalty = find_length_penalty(generate_kwargs, configs)
+    hypotheses = [[Hypothesis("", 0.0)] for _ in sentences]
+    options = {**generate_kwargs, "num_return_sequences": n_best}
+    for batch, sources, output in search(model, tokenizer, sentences, max_batch_tokens, **options):
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        targets = [until_end(row[1:], tokenizer) for row in output.tolist()]
+        repeated = [source for source in sources for _ in range(n_best)]
+        log_probs = score_tokens(model, tokenizer, repeated, targets, max_batch_tokens)
+        scores = [sum(values) / len(values) ** penalty for values in log_probs]
+        rows = [Hypothesis(text, score) for text, score in zip(texts, scores, strict=True)]
+        for number, index in enumerate(batch):
+            hypotheses[index] = rows[number * n_best : (number + 1) * n_best]
+    return hypotheses
+
+
+def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens up to the end token and with it; one that was cut off at the maximum length has none."""
+    # A beam search of Transformers fills up with end tokens where the padding token is 0.
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else [token for token in tokens if token != pad]
 
 
 def search(

@@ -30,6 +30,22 @@ class GNMTLengthPenalty(float):
         return ((5 + length) / 6) ** float(self)
 
 
+def find_option(name: str, kwargs: dict, configs: list[GenerationConfig]):
+    """The first value that is not `None` of an option of `generate`: a keyword, or in one of the configurations."""
+    given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in given if value is not None), None)
+
+
+def find_length_penalty(kwargs: dict, configs: list[GenerationConfig]) -> float:
+    """The length penalty that a call of `generate` asks for: GNMT's if it has an alpha, else that of Transformers."""
+    for given in (kwargs, *(vars(config) for config in configs)):
+        if given.get("gnmt_length_penalty") is not None:
+            return GNMTLengthPenalty(given["gnmt_length_penalty"])
+        if given.get("length_penalty") is not None:
+            return given["length_penalty"]
+    return 1.0
+
+
 class SourceLengthCriteria(StoppingCriteria):
     """Ends each row at a length of its own.
 
@@ -68,19 +84,14 @@ class TranslationGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
-
-        def option(name):
-            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in given if value is not None), None)
-
         changes = {}
-        alpha, a, b = (option(name) for name in ("gnmt_length_penalty", "max_len_a", "max_len_b"))
-        if alpha is not None and (option("num_beams") or 1) > 1:
-            changes["length_penalty"] = GNMTLengthPenalty(alpha)
+        a, b = (find_option(name, kwargs, configs) for name in ("max_len_a", "max_len_b"))
+        if (find_option("num_beams", kwargs, configs) or 1) > 1:
+            changes["length_penalty"] = find_length_penalty(kwargs, configs)
         if a is not None or b is not None:
             limits = ((a or 0) * self._source_lengths(inputs, **kwargs) + (b or 0)).long().clamp(min=1)
-            most = [limits.max().item(), option("max_new_tokens"), getattr(self.config, "max_position_embeddings", None)]
-            changes["max_new_tokens"] = min(value for value in most if value is not None)
+            most = [find_option("max_new_tokens", kwargs, configs), self.config.max_position_embeddings]
+            changes["max_new_tokens"] = min(limits.max().item(), *(value for value in most if value is not None))
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])
         for name in ("gnmt_length_penalty", "max_len_a", "max_len_b"):
             kwargs.pop(name, None)
