@@ -21,7 +21,9 @@ class EnsembleEncoder(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleList(model.get_encoder() for model in models)
 
-    def forward(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
+    def forward(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
         states = [encoder(input_ids, attention_mask).last_hidden_state for encoder in self.encoders]
         return BaseModelOutput(last_hidden_state=torch.cat(states, dim=-1))
 

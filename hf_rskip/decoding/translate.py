@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-
 from ..errors import UserError
 from ..models.generation_rskip import find_length_penalty, find_option
 from .score import score_tokens
