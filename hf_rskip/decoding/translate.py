@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from transformers.utils import logging
 
 from ..errors import UserError
 from ..models.generation_rskip import find_length_penalty, find_option
+from .beam_search import beam_search
 from .score import score_tokens
 
 logger = logging.get_logger(__name__)
@@ -109,7 +111,10 @@ def search(
     if too_long:
         logger.warning(f"{too_long} of {len(sources)} sentences were cut off at {limit} tokens")
         sources = [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
-    beams = generate_kwargs.get("num_beams") or model.generation_config.num_beams or 1
+    option = partial(find_option, kwargs=generate_kwargs, configs=[model.generation_config])
+    beams = option("num_beams") or 1
+    if beams > 1 and option("use_cache") is not False and not (option("do_sample") or option("cache_implementation")):
+        generate_kwargs = {"custom_generate": beam_search, **generate_kwargs}
     order = sorted(
         (index for index, sentence in enumerate(sentences) if sentence.strip()),
         key=lambda index: -len(sources[index]),

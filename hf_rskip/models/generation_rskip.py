@@ -58,6 +58,10 @@ class SourceLengthCriteria(StoppingCriteria):
         self.max_new_tokens = max_new_tokens
         self.prompt_length = None
 
+    def keep(self, sentences: torch.LongTensor) -> None:
+        """Goes on with some of the sentences only, by their indices."""
+        self.max_new_tokens = self.max_new_tokens[sentences]
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         if self.prompt_length is None:  # the first call comes with the first token
             self.prompt_length = input_ids.shape[1] - 1
