@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
-from ..decoding.loading import load_model
+from ..decoding.loading import load_ensemble
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
@@ -50,7 +50,7 @@ def load_test_set(
 
 def _evaluate_translation(args: argparse.Namespace) -> None:
     """With the signatures and what decoding used."""
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_ensemble([args.model, *args.ensemble])
     source_lang = args.source_lang or getattr(model.config, "source_lang", None)
     target_lang = args.target_lang or getattr(model.config, "target_lang", None)
     sources, references = load_test_set(args, source_lang, target_lang)

@@ -45,8 +45,17 @@ def _add_model_argument(parser: argparse.ArgumentParser) -> None:
 def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation (default: the model's own)")
     group.add_argument("--num_beams", type=_count)
-    group.add_argument("--length_penalty", type=float)
+    penalty = group.add_mutually_exclusive_group()
+    penalty.add_argument("--length_penalty", type=float, help="scores are divided by length ** this")
+    penalty.add_argument(
+        "--gnmt_length_penalty", type=float, metavar="ALPHA", help="by ((5 + length) / 6) ** ALPHA instead"
+    )
     group.add_argument("--max_new_tokens", type=_count)
+    group.add_argument("--max_len_a", type=float, metavar="A", help="n tokens get at most A * n + B tokens")
+    group.add_argument("--max_len_b", type=int, metavar="B")
+    group.add_argument(
+        "--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these models'"
+    )
     parser.add_argument(
         "--max_batch_tokens", type=_count, default=4096, help="padded source tokens times beams a batch"
     )
@@ -104,6 +113,9 @@ def _add_translate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_argument(parser)
     parser.add_argument("--input_file", help="UTF-8 text, a sentence a line (default: standard input)")
     parser.add_argument("--output_file", help="default: standard output")
+    parser.add_argument(
+        "--n_best", type=_count, metavar="N", help="N lines a sentence: `number ||| translation ||| score`"
+    )
     _add_generation_arguments(parser)
 
 
@@ -111,6 +123,29 @@ def _translate(args: argparse.Namespace, rest: list[str]) -> None:
     from .translate import translate_lines
 
     translate_lines(args)
+
+
+def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    corpus = parser.add_mutually_exclusive_group(required=True)
+    corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column, or cldr")
+    corpus.add_argument("--source_file", help="UTF-8 text, a sentence a line; with --target_file")
+    parser.add_argument("--target_file", help="its translations")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--source_lang", help="default: that of the model's training")
+    parser.add_argument("--target_lang", help="default: that of the model's training")
+    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--max_samples", type=_count, help="only the first so many sentences")
+    parser.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these")
+    parser.add_argument("--per_token", action="store_true", help="add the log-probability of every token")
+    parser.add_argument("--output_file", help="default: standard output")
+    parser.add_argument("--max_batch_tokens", type=_count, default=4096, help="padded tokens a batch")
+
+
+def _score(args: argparse.Namespace, rest: list[str]) -> None:
+    from .score import score_translations
+
+    score_translations(args)
 
 
 def _add_keys_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +216,7 @@ COMMANDS = {
     "evaluate": Command("score a model on a dataset: sacreBLEU, or accuracy", _add_evaluate_arguments, _evaluate),
     "compare": Command("test whether translations differ, by paired resampling", _add_compare_arguments, _compare),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
+    "score": Command("print the log-probabilities of given translations", _add_score_arguments, _score),
     "keys": Command("print the keys of a recipe with their defaults", _add_keys_arguments, _keys),
     "convert": Command("turn a MarianMT or ResNet checkpoint into one of ours", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),

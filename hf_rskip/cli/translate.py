@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..decoding.loading import load_model
-from ..decoding.translate import translate
+from ..decoding.loading import load_ensemble
+from ..decoding.translate import Hypothesis, translate, translate_n_best
 from ..errors import UserError
 
 _LINES_AT_ONCE = 10_000
@@ -16,22 +16,35 @@ _LINES_AT_ONCE = 10_000
 
 def generation_kwargs(args: argparse.Namespace) -> dict:
     """What the command line says of generation, for `model.generate`."""
-    given = {name: getattr(args, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
+    names = ("num_beams", "length_penalty", "gnmt_length_penalty", "max_new_tokens", "max_len_a", "max_len_b")
+    given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def translate_lines(args: argparse.Namespace) -> None:
-    """Translates line by line: as many lines out as in, in their order, an empty one for an empty one."""
+    """Translates line by line: as many lines out as in, in their order, an empty one for an empty one.
+
+    With `--n_best` so many lines each, in the form of Moses; sentences are numbered from 0.
+    """
     if args.input_file and args.output_file and Path(args.input_file).resolve() == Path(args.output_file).resolve():
         raise UserError(f"{args.input_file!r} cannot be both input and output")
     with contextlib.ExitStack() as files:
         # Only \n ends a line, so that the numbers of lines agree whatever else a sentence contains.
         source = files.enter_context(open_file(args.input_file, "rb")) if args.input_file else sys.stdin.buffer
-        model, tokenizer = load_model(args.model)
+        model, tokenizer = load_ensemble([args.model, *args.ensemble])
         target = files.enter_context(open_file(args.output_file, "wb")) if args.output_file else sys.stdout.buffer
+        options, number = generation_kwargs(args), 0
         for lines in read_lines(source, args.input_file or "standard input"):
-            translations = translate(model, tokenizer, lines, args.max_batch_tokens, **generation_kwargs(args))
-            write_lines(target, translations)
+            if args.n_best:
+                n_best = translate_n_best(model, tokenizer, lines, args.n_best, args.max_batch_tokens, **options)
+                write_lines(target, [line for row, own in enumerate(n_best, number) for line in _n_best(row, own)])
+                number += len(lines)
+            else:
+                write_lines(target, translate(model, tokenizer, lines, args.max_batch_tokens, **options))
+
+
+def _n_best(number: int, hypotheses: list[Hypothesis]) -> list[str]:
+    return [f"{number} ||| {text} ||| {score:.6f}" for text, score in hypotheses]
 
 
 def write_lines(file: BinaryIO, sentences: list[str]) -> None:

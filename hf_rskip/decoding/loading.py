@@ -1,11 +1,14 @@
 """Loads trained models, complete or not at all."""
 
+from collections.abc import Sequence
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
+from .ensemble import Ensemble
 
 
 def load_complete(auto_class: type, name: str) -> PreTrainedModel:
@@ -39,3 +42,17 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that translates and its tokenizer; see [`load_complete`]."""
     return load_complete(AutoModelForSeq2SeqLM, name), load_tokenizer(name)
+
+
+def load_ensemble(names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of one name, or the [`Ensemble`] of several, and the tokenizer that they share.
+
+    Raises:
+        [`UserError`]: if one cannot be loaded, or has another vocabulary than the first.
+    """
+    loaded = [load_model(name) for name in names]
+    (first, tokenizer), *others = loaded
+    for name, (_, other) in zip(names[1:], loaded[1:], strict=True):
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{name!r} has another vocabulary than {names[0]!r}: they cannot translate together")
+    return (Ensemble([model for model, _ in loaded]) if others else first), tokenizer

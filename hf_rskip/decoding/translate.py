@@ -2,12 +2,25 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..errors import UserError
+from ..models.generation_rskip import find_length_penalty, find_option
+from .beam_search import beam_search
+from .score import score_tokens
+
 logger = logging.get_logger(__name__)
+
+
+class Hypothesis(NamedTuple):
+    text: str
+    score: float
+    """Log-probability of its tokens (natural logarithm, with the end token), divided by the length penalty."""
 
 
 def translate(
@@ -25,16 +38,83 @@ def translate(
         max_batch_tokens: budget of a batch, in padded source tokens times beams.
         generate_kwargs: of `model.generate`, over the model's own generation configuration.
     """
+    translations = [""] * len(sentences)
+    for batch, _, output in search(model, tokenizer, sentences, max_batch_tokens, **generate_kwargs):
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for index, text in zip(batch, texts, strict=True):
+            translations[index] = text
+    return translations
+
+
+def translate_n_best(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    n_best: int,
+    max_batch_tokens: int = 4096,
+    **generate_kwargs,
+) -> list[list[Hypothesis]]:
+    """The `n_best` best translations of each sentence, best first; a blank sentence has the empty one only.
+
+    Scores are those of the search, computed anew from the tokens, for the search keeps those of all words otherwise.
+    For the other arguments see [`translate`].
+
+    Raises:
+        [`UserError`]: if there are fewer beams than `n_best`.
+    """
+    configs = [model.generation_config]
+    beams = find_option("num_beams", generate_kwargs, configs) or 1
+    if n_best > beams:
+        raise UserError(f"{n_best} translations need as many beams: num_beams is {beams}")
+    penalty = find_length_penalty(generate_kwargs, configs)
+    hypotheses = [[Hypothesis("", 0.0)] for _ in sentences]
+    options = {**generate_kwargs, "num_return_sequences": n_best}
+    for batch, sources, output in search(model, tokenizer, sentences, max_batch_tokens, **options):
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        targets = [until_end(row[1:], tokenizer) for row in output.tolist()]
+        repeated = [source for source in sources for _ in range(n_best)]
+        log_probs = score_tokens(model, tokenizer, repeated, targets, max_batch_tokens)
+        scores = [sum(values) / len(values) ** penalty for values in log_probs]
+        rows = [Hypothesis(text, score) for text, score in zip(texts, scores, strict=True)]
+        for number, index in enumerate(batch):
+            hypotheses[index] = rows[number * n_best : (number + 1) * n_best]
+    return hypotheses
+
+
+def until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens up to the end token and with it; one that was cut off at the maximum length has none."""
+    # A beam search of Transformers fills up with end tokens where the padding token is 0.
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else [token for token in tokens if token != pad]
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    max_batch_tokens: int = 4096,
+    **generate_kwargs,
+) -> Iterator[tuple[list[int], list[list[int]], torch.Tensor]]:
+    """Searches batch by batch, the longest sentences first; blank sentences are left out.
+
+    For the arguments see [`translate`].
+
+    Yields:
+        The indices of the sentences of a batch, their tokens, and what `generate` gives: the start token and the tokens
+        of the translations, padded, `num_return_sequences` rows a sentence.
+    """
     if not sentences:
-        return []
+        return
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     sources = tokenizer(list(sentences), return_attention_mask=False, verbose=False)["input_ids"]
     too_long = sum(len(source) > limit for source in sources)
     if too_long:
         logger.warning(f"{too_long} of {len(sources)} sentences were cut off at {limit} tokens")
         sources = [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
-    translations = [""] * len(sources)
-    beams = generate_kwargs.get("num_beams") or model.generation_config.num_beams or 1
+    option = partial(find_option, kwargs=generate_kwargs, configs=[model.generation_config])
+    beams = option("num_beams") or 1
+    if beams > 1 and option("use_cache") is not False and not (option("do_sample") or option("cache_implementation")):
+        generate_kwargs = {"custom_generate": beam_search, **generate_kwargs}
     order = sorted(
         (index for index, sentence in enumerate(sentences) if sentence.strip()),
         key=lambda index: -len(sources[index]),
@@ -44,10 +124,7 @@ def translate(
         inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
         with torch.inference_mode():
             output = model.generate(**inputs.to(model.device), **generate_kwargs)
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        for index, text in zip(batch, texts, strict=True):
-            translations[index] = text
-    return translations
+        yield batch, [sources[index] for index in batch], output
 
 
 def _batches(order: list[int], sources: list[list[int]], max_tokens: int) -> Iterator[list[int]]:

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,6 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_rskip import RSkipConfig
+from .generation_rskip import TranslationGenerationMixin
 from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
 
 
@@ -504,7 +504,7 @@ class RSkipModel(RSkipPreTrainedModel):
         )
 
 
-class RSkipForConditionalGeneration(RSkipPreTrainedModel, GenerationMixin):
+class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationMixin):
     """The encoder-decoder with a language-modelling head: translation and other sequence-to-sequence tasks."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}

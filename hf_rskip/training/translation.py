@@ -151,10 +151,12 @@ def _create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFo
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of {start!r}")
-    generation = asdict(recipe.generation)
-    if generation["max_new_tokens"] is None:
+    generation = {key: value for key, value in asdict(recipe.generation).items() if value is not None}
+    if "gnmt_length_penalty" in generation:
+        del generation["length_penalty"]
+    if not generation.keys() & {"max_new_tokens", "max_len_a", "max_len_b"}:
         generation["max_new_tokens"] = data.max_target_length
-    longest = max(data.max_source_length, data.max_target_length, generation["max_new_tokens"])
+    longest = max(data.max_source_length, data.max_target_length, generation.get("max_new_tokens", 0))
     if longest > config.max_position_embeddings:
         raise UserError(
             f"max_position_embeddings must be at least {longest}, as max_source_length, max_target_length and "

@@ -33,9 +33,17 @@ class GenerationArguments:
 
     num_beams: int = field(default=5, metadata={"help": "Number of beams; 1 is greedy search."})
     length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length by which scores are divided."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest translation, in tokens; max_target_length unless given."}
+    gnmt_length_penalty: float | None = field(
+        default=None, metadata={"help": "In place of length_penalty: alpha of ((5 + length) / 6) ** alpha."}
     )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest translation, in tokens; max_target_length unless this or max_len_a or _b is given."},
+    )
+    max_len_a: float | None = field(
+        default=None, metadata={"help": "A sentence of n tokens gets at most max_len_a * n + max_len_b tokens."}
+    )
+    max_len_b: int | None = field(default=None, metadata={"help": "See max_len_a."})
     early_stopping: bool = field(
         default=False, metadata={"help": "Whether a beam search ends when num_beams candidates have ended."}
     )
@@ -47,8 +55,11 @@ class GenerationArguments:
         check_at_least("num_beams", self.num_beams, 1)
         check_at_least("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
         check_at_least("length_penalty", self.length_penalty, -math.inf)
-        if self.max_new_tokens is not None:
-            check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        for key, least in {"max_new_tokens": 1, "gnmt_length_penalty": 0, "max_len_a": 0, "max_len_b": 0}.items():
+            if getattr(self, key) is not None:
+                check_at_least(key, getattr(self, key), least)
+        if self.gnmt_length_penalty is not None and self.length_penalty != 1.0:
+            raise UserError("length_penalty and gnmt_length_penalty are two forms of one thing: give one of them.")
 
 
 @dataclass

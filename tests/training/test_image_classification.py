@@ -193,9 +193,8 @@ def test_a_dropped_last_batch_is_one_of_training(write_image_recipe, cifar_folde
     # Of 40 images, not of the 32 in whole batches.
     assert results["test_accuracy"] * 40 == pytest.approx(round(results["test_accuracy"] * 40))
     assert main(["evaluate", str(path.parent / "output"), "--dataset_name", cifar_folder]) == 0
-    assert (
-        json.loads(capsys.readouterr().out.rpartition("{")[2].join(["{", ""]))["accuracy"] == results["test_accuracy"]
-    )
+    scores = json.loads("{" + capsys.readouterr().out.rpartition("{")[2])
+    assert scores["accuracy"] == results["test_accuracy"]
 
 
 def test_a_resumed_stream_is_read_anew(write_image_recipe, imagenet_folder):

@@ -1,0 +1,58 @@
+"""`hf-rskip score`."""
+
+import argparse
+import contextlib
+import math
+import sys
+
+from ..data.arguments import DataArguments
+from ..data.corpora import load_translation_dataset
+from ..decoding.loading import load_ensemble
+from ..decoding.score import score
+from ..errors import UserError
+from ..evaluation.evaluate import split_languages
+from .translate import open_file, read_lines, write_lines
+
+
+def score_translations(args: argparse.Namespace) -> None:
+    """Writes a line a pair: the sum, the number of tokens, and if asked those of the tokens, between tabs.
+
+    The perplexity of all pairs goes to standard error.
+    """
+    if bool(args.source_file) != bool(args.target_file):
+        raise UserError("--source_file and --target_file need each other")
+    model, tokenizer = load_ensemble([args.model, *args.ensemble])
+    if args.source_file:
+        sources, targets = _read(args.source_file), _read(args.target_file)
+        if len(sources) != len(targets):
+            raise UserError(
+                f"{args.source_file!r} has {len(sources)} lines and {args.target_file!r} has {len(targets)}"
+            )
+        sources, targets = sources[: args.max_samples], targets[: args.max_samples]
+    else:
+        data = DataArguments(
+            dataset_name=args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            source_lang=args.source_lang or getattr(model.config, "source_lang", None),
+            target_lang=args.target_lang or getattr(model.config, "target_lang", None),
+            test_split=args.split,
+            max_predict_samples=args.max_samples,
+        )
+        dataset = load_translation_dataset(data, splits=("test",))["test"]
+        sources, targets = split_languages(dataset, data.source_lang, data.target_lang)
+    if not sources:
+        raise UserError("There is nothing to score")
+    log_probs = score(model, tokenizer, sources, targets, args.max_batch_tokens)
+    lines = []
+    for values in log_probs:
+        tokens = "\t" + " ".join(f"{value:.6f}" for value in values) if args.per_token else ""
+        lines.append(f"{sum(values):.6f}\t{len(values)}{tokens}")
+    with open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext(sys.stdout.buffer) as file:
+        write_lines(file, lines)
+    total, count = sum(map(sum, log_probs)), sum(map(len, log_probs))
+    print(f"perplexity: {math.exp(-total / count):.4f} over {count:,} tokens", file=sys.stderr)
+
+
+def _read(path: str) -> list[str]:
+    with open_file(path, "rb") as file:
+        return [line for lines in read_lines(file, path) for line in lines]

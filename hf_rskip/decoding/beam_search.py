@@ -1,0 +1,119 @@
+"""The beam search of Transformers without the sentences that have ended."""
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from ..models.generation_rskip import SourceLengthCriteria
+
+_NEVER = -1e9
+
+
+def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
+    """The chosen beams `(sentences, k)` of a tensor `(sentences, beams, ...)`."""
+    return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], beams]
+
+
+@torch.no_grad()
+def beam_search(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs,
+) -> torch.LongTensor:
+    """A `custom_generate` of `model.generate` that finds what its own beam search finds, in less time.
+
+    The search of Transformers runs every sentence of a batch until the last one ends. Here a sentence leaves the batch
+    when its search is over, and only the best words of each beam are sorted. Its rules are the same: which hypotheses
+    end, when no better one is expected (`early_stopping`), and how `length_penalty` scores them.
+
+    Args:
+        model: an encoder-decoder whose cache is a dynamic `EncoderDecoderCache`, or a list of them.
+        input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` prepares them.
+            Criteria must judge each row by itself.
+
+    Returns:
+        `(sentences * num_return_sequences, length)`: the decoder's tokens, padded at the end.
+    """
+    beams, penalty, early = (
+        getattr(generation_config, name) for name in ("num_beams", "length_penalty", "early_stopping")
+    )
+    prompt, longest = input_ids.shape[1], generation_config.max_length
+    eos = generation_config._eos_token_tensor
+    keep = max(2, 1 + (0 if eos is None else len(eos))) * beams
+    sentences = len(input_ids) // beams
+    device, pad = input_ids.device, generation_config._pad_token_tensor
+    result = input_ids.new_full((sentences, beams, longest), 0 if pad is None else pad.item())
+    running = result.clone()
+    running[:, :, :prompt] = input_ids.view(sentences, beams, prompt)
+    scores = torch.zeros(sentences, beams, device=device)
+    scores[:, 1:] = _NEVER  # at first all beams are the same
+    ended, ended_scores = running.clone(), torch.full_like(scores, _NEVER)
+    is_ended = torch.zeros_like(scores, dtype=torch.bool)
+    active = torch.arange(sentences, device=device)
+    encoder_outputs, attention_mask = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
+    cache, tokens = model_kwargs.get("past_key_values"), input_ids
+
+    for length in range(prompt, longest):
+        output = model(
+            decoder_input_ids=tokens,
+            encoder_outputs=encoder_outputs,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        # The best continuations of each beam, then of each sentence.
+        width = min(keep, logits.shape[-1])
+        if logits_processor:
+            log_probs = logits_processor(running[:, :, :length].flatten(0, 1), logits.log_softmax(-1))
+            best, words = log_probs.topk(width)
+        else:
+            best, words = logits.topk(width)
+            best = best - logits.logsumexp(-1, keepdim=True)
+        best = (best.view(len(active), beams, width) + scores[:, :, None]).flatten(1)
+        best, chosen = best.topk(min(keep, best.shape[1]))
+        origin = chosen // width
+        candidates = _gather(running, origin)
+        candidates[:, :, length] = words.view(len(active), -1).gather(1, chosen)
+        stops = stopping_criteria(candidates[:, :, : length + 1].flatten(0, 1), None).view(best.shape)
+
+        # Those that end among the best `beams` compete with those that ended before.
+        new = (best / (length + 1 - prompt) ** penalty).masked_fill(~stops, _NEVER)
+        new[:, beams:] = _NEVER
+        ended_scores, order = torch.cat([ended_scores, new], 1).topk(beams)
+        ended = _gather(torch.cat([ended, candidates], 1), order)
+        is_ended = _gather(torch.cat([is_ended, new > _NEVER], 1), order)
+
+        # The others go on.
+        scores, order = best.masked_fill(stops, _NEVER).topk(beams)
+        running, origin = _gather(candidates, order), origin.gather(1, order)
+
+        hoped = longest - prompt if early == "never" and penalty > 0 else length + 1 - prompt
+        worst = ended_scores.min(1).values.masked_fill(~is_ended.all(1), _NEVER)
+        over = (scores[:, 0] / hoped**penalty <= worst) | stops.all(1)
+        if early is True:
+            over |= is_ended.all(1)
+        result[active[over]] = ended[over]
+        going = (~over).nonzero().squeeze(1)
+        if not len(going):
+            break
+        rows = (going[:, None] * beams + torch.arange(beams, device=device)).flatten()
+        for own in cache if isinstance(cache, list) else [cache]:
+            own.self_attention_cache.reorder_cache(going.repeat_interleave(beams) * beams + origin[going].flatten())
+            if len(going) < len(active):
+                own.cross_attention_cache.reorder_cache(rows)
+        if len(going) < len(active):
+            encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs[0][rows])
+            attention_mask = None if attention_mask is None else attention_mask[rows]
+            active, running, scores = active[going], running[going], scores[going]
+            ended, ended_scores, is_ended = ended[going], ended_scores[going], is_ended[going]
+            for criterion in stopping_criteria:
+                if isinstance(criterion, SourceLengthCriteria):
+                    criterion.keep(going)
+        tokens = running[:, :, length].flatten()[:, None]
+
+    result = result[:, : generation_config.num_return_sequences].flatten(0, 1)
+    is_padding = result == (0 if pad is None else pad)
+    return result[:, : prompt + int((~is_padding[:, prompt:]).any(0).nonzero().max()) + 1]

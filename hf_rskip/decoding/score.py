@@ -1,0 +1,65 @@
+"""Log-probabilities of given translations."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    max_batch_tokens: int = 4096,
+) -> list[list[float]]:
+    """The log-probability of every token of every translation, the end token last, in the order given.
+
+    Args:
+        model, tokenizer: as the Auto classes load them.
+        sources, targets: a sentence and its translation each; a blank one is its end token alone.
+        max_batch_tokens: budget of a batch, in padded tokens of the longer side.
+
+    Raises:
+        [`UserError`]: if a sentence has more tokens than the model has positions.
+    """
+    source_ids = tokenizer(list(sources), return_attention_mask=False, verbose=False)["input_ids"]
+    target_ids = tokenizer(text_target=list(targets), return_attention_mask=False, verbose=False)["input_ids"]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for number, pair in enumerate(zip(source_ids, target_ids, strict=True), start=1):
+        longest = max(map(len, pair))
+        if limit and longest > limit:
+            raise UserError(f"Sentence {number} has {longest} tokens, more than the {limit} positions of the model")
+    return score_tokens(model, tokenizer, source_ids, target_ids, max_batch_tokens)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[list[int]],
+    targets: Sequence[list[int]],
+    max_batch_tokens: int = 4096,
+) -> list[list[float]]:
+    """As [`score`], of tokens: the natural logarithm of p(token | source, tokens before it)."""
+    lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    log_probs = [[] for _ in lengths]
+    model.eval()
+    start = 0
+    while start < len(order):
+        batch = order[start : start + max(1, max_batch_tokens // lengths[order[start]])]
+        start += len(batch)
+        inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(targets[index]) for index in batch], batch_first=True, padding_value=-100
+        ).to(model.device)
+        with torch.inference_mode():
+            decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
+            logits = model(**inputs.to(model.device), decoder_input_ids=decoder_input_ids, use_cache=False).logits
+            # Cross-entropy is 0 where the label is -100.
+            values = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        for index, row in zip(batch, values.tolist(), strict=True):
+            log_probs[index] = row[: len(targets[index])]
+    return log_probs

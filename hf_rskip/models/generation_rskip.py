@@ -1,0 +1,122 @@
+"""Generation with what papers on translation use: GNMT's length penalty, lengths that grow with the source."""
+
+import copy
+
+import torch
+from transformers import GenerationConfig
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.generation import GenerationMixin, StoppingCriteria, StoppingCriteriaList
+
+
+class GNMTLengthPenalty(float):
+    """A `length_penalty` by which a sum of log-probabilities is divided by `((5 + length) / 6) ** alpha`.
+
+    This is the length normalisation of Wu et al. (2016), which Vaswani et al. (2017) use with alpha = 0.6. The beam
+    search of Transformers divides by `length ** length_penalty`, wherever it scores a finished or a running beam, and
+    this number makes that power another one. Lengths are in tokens with the end token, as in tensor2tensor and fairseq.
+
+    Example:
+
+    ```python
+    >>> from hf_rskip.models.generation_rskip import GNMTLengthPenalty
+
+    >>> round(13 ** GNMTLengthPenalty(0.5), 3)  # sqrt(18 / 6)
+    1.732
+
+    ```
+    """
+
+    def __rpow__(self, length):
+        return ((5 + length) / 6) ** float(self)
+
+
+def find_option(name: str, kwargs: dict, configs: list[GenerationConfig]):
+    """The first value that is not `None` of an option of `generate`: a keyword, or in one of the configurations."""
+    given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in given if value is not None), None)
+
+
+def find_length_penalty(kwargs: dict, configs: list[GenerationConfig]) -> float:
+    """The length penalty that a call of `generate` asks for: GNMT's if it has an alpha, else that of Transformers."""
+    for given in (kwargs, *(vars(config) for config in configs)):
+        if given.get("gnmt_length_penalty") is not None:
+            return GNMTLengthPenalty(given["gnmt_length_penalty"])
+        if given.get("length_penalty") is not None:
+            return given["length_penalty"]
+    return 1.0
+
+
+class SourceLengthCriteria(StoppingCriteria):
+    """Ends each row at a length of its own.
+
+    Args:
+        max_new_tokens (`(sentences,)`): the most tokens to generate for each sentence; the rows of a call are so many
+            beams or samples of each sentence.
+    """
+
+    def __init__(self, max_new_tokens: torch.Tensor):
+        self.max_new_tokens = max_new_tokens
+        self.prompt_length = None
+
+    def keep(self, sentences: torch.LongTensor) -> None:
+        """Goes on with some of the sentences only, by their indices."""
+        self.max_new_tokens = self.max_new_tokens[sentences]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if self.prompt_length is None:  # the first call comes with the first token
+            self.prompt_length = input_ids.shape[1] - 1
+        limits = self.max_new_tokens.repeat_interleave(len(input_ids) // len(self.max_new_tokens))
+        return input_ids.shape[1] - self.prompt_length >= limits.to(input_ids.device)
+
+
+class TranslationGenerationMixin(GenerationMixin):
+    """`generate` with three more options, in `generation_config` or as keyword arguments.
+
+    - `gnmt_length_penalty`: alpha of [`GNMTLengthPenalty`], in place of `length_penalty`; beam search only.
+    - `max_len_a`, `max_len_b`: a sentence of n source tokens gets at most `max_len_a * n + max_len_b` new tokens, both
+      counted with their end tokens (fairseq's names; each is 0 where only the other is given). The limit is each
+      sentence's own, so that a translation does not depend on its batch. `max_new_tokens`, and the positions of the
+      model, limit it further. As with `max_new_tokens`, what reaches the limit is cut there.
+    """
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor=None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **kwargs,
+    ):
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        changes = {}
+        a, b = (find_option(name, kwargs, configs) for name in ("max_len_a", "max_len_b"))
+        if (find_option("num_beams", kwargs, configs) or 1) > 1:
+            changes["length_penalty"] = find_length_penalty(kwargs, configs)
+        if a is not None or b is not None:
+            limits = ((a or 0) * self._source_lengths(inputs, **kwargs) + (b or 0)).long().clamp(min=1)
+            most = [find_option("max_new_tokens", kwargs, configs), self.config.max_position_embeddings]
+            changes["max_new_tokens"] = min(limits.max().item(), *(value for value in most if value is not None))
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])
+        for name in ("gnmt_length_penalty", "max_len_a", "max_len_b"):
+            kwargs.pop(name, None)
+        if generation_config is None:
+            kwargs |= changes
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+    def _source_lengths(self, inputs=None, input_ids=None, attention_mask=None, **kwargs) -> torch.Tensor:
+        """The number of source tokens of each sentence, padding left out."""
+        if attention_mask is not None:
+            return attention_mask.sum(-1)
+        tokens = inputs if inputs is not None else input_ids
+        if tokens is not None and not tokens.is_floating_point():
+            return (tokens != self.config.pad_token_id).sum(-1)
+        states = kwargs["encoder_outputs"][0] if "encoder_outputs" in kwargs else kwargs.get("inputs_embeds", tokens)
+        return torch.full(states.shape[:1], states.shape[1], device=states.device)
+
+    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+        # All beams of a sentence attend to the same source: there is nothing to reorder in the cross-attention.
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values

@@ -1,0 +1,94 @@
+"""The search that drops ended sentences finds what the search of Transformers finds."""
+
+import pytest
+import torch
+
+from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
+from hf_rskip.decoding.beam_search import beam_search
+from hf_rskip.decoding.ensemble import Ensemble
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Two random models that end sentences early and late."""
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = RSkipConfig(
+            vocab_size=30,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=64,
+            lm_head_bias=True,
+        )
+        model = RSkipForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            model.lm_head.weight.mul_(0.3)
+        found.append(model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def batch():
+    torch.manual_seed(2)
+    lengths = torch.tensor([12, 9, 7, 7, 5, 3, 2, 1])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    return {"input_ids": torch.randint(3, 30, (8, 12)) * mask, "attention_mask": mask}
+
+
+OPTIONS = [
+    {},
+    {"length_penalty": 0.0},
+    {"length_penalty": 2.0, "early_stopping": "never"},
+    {"gnmt_length_penalty": 0.6},
+    {"early_stopping": True},
+    {"num_return_sequences": 4},
+    {"no_repeat_ngram_size": 2},
+    {"max_len_a": 1, "max_len_b": 3},
+    {"max_len_a": 2, "gnmt_length_penalty": 1.0, "num_return_sequences": 2, "no_repeat_ngram_size": 3},
+    {"eos_token_id": [2, 5, 9]},
+    {"min_new_tokens": 6},
+    {"max_new_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_the_same_tokens(models, batch, options, count):
+    model = Ensemble(models) if count > 1 else models[0]
+    options = {"num_beams": 4, "max_new_tokens": 20, **options}
+    if "max_len_a" in options:
+        del options["max_new_tokens"]
+    expected = model.generate(**batch, **options)
+    found = model.generate(**batch, **options, custom_generate=beam_search)
+    # Transformers fills up with the end token where padding is token 0.
+    ends = options.get("eos_token_id", 2)
+    first = ends[0] if isinstance(ends, list) else ends
+    assert len(found) == len(expected) and found.shape[1] == expected.shape[1]
+    for row, reference in zip(found.tolist(), expected.tolist(), strict=True):
+        kept = [token for token in reversed(reference)]
+        while kept and kept[0] in (0, first):
+            kept.pop(0)
+        assert row[: len(kept)] == kept[::-1]
+        assert set(row[len(kept) :]) <= {0, first}
+
+
+def test_ended_sentences_leave(models, batch):
+    rows = []
+    hook = (
+        models[0]
+        .get_decoder()
+        .register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    )
+    output = models[0].generate(**batch, num_beams=4, max_len_a=2, max_len_b=0, custom_generate=beam_search)
+    hook.remove()
+    assert rows[0] == 32 and rows == sorted(rows, reverse=True) and rows[-1] < 32
+    for row, length in zip(output, batch["attention_mask"].sum(1), strict=True):
+        assert (row[1:] != 0).sum() <= 2 * length
