@@ -49,21 +49,22 @@ def make(folder: Path, pairs: int) -> dict:
 
     schema = pa.schema([("translation", pa.struct([("de", pa.string()), ("en", pa.string())]))])
     long = " ".join(words[:20_000])
-    with pq.ParquetWriter(folder / "train.parquet", schema) as writer:
-        for start in range(0, pairs, 50_000):
-            size = min(50_000, pairs - start)
-            lengths = np.exp(rng.normal(3, 0.65, size))
-            english = sentences((lengths * np.exp(rng.normal(0, 0.15, size))).astype(int).clip(1))
-            german = sentences(lengths.astype(int).clip(1))
-            rows = [{"de": a, "en": b} for a, b in zip(german, english, strict=True)]
-            bad = [(long, "a b"), ("a\x00b", "a b"), ("a\x92b", "a b"), ("", "a b"), ("a b", " \t "), ("a b", None)]
-            for row in range(0, size - 6, 1000):
-                rows[row : row + 6] = [{"de": a, "en": b} for a, b in bad]
-                rows[row + 6] = rows[row + 7]
-            writer.write_table(pa.table({"translation": rows}, schema=schema))
+    bad = [(long, "a b"), ("a\x00b", "a b"), ("a\x92b", "a b"), ("", "a b"), ("a b", " \t "), ("a b", None)]
+    folder = folder / "data"
+    folder.mkdir(exist_ok=True)
+    for start in range(0, pairs, 50_000):
+        size = min(50_000, pairs - start)
+        lengths = np.exp(rng.normal(3, 0.65, size))
+        english = sentences((lengths * np.exp(rng.normal(0, 0.15, size))).astype(int).clip(1))
+        german = sentences(lengths.astype(int).clip(1))
+        rows = [{"de": a, "en": b} for a, b in zip(german, english, strict=True)]
+        for row in range(0, size - 7, 1000):
+            rows[row : row + 6] = [{"de": a, "en": b} for a, b in bad]
+            rows[row + 6] = rows[row + 7]
+        pq.write_table(pa.table({"translation": rows}, schema=schema), folder / f"train-{start:09}.parquet")
     for split in ("validation", "test"):
         pq.write_table(pa.table({"translation": rows[100:200]}, schema=schema), folder / f"{split}.parquet")
-    return {"MiB on disk": (folder / "train.parquet").stat().st_size >> 20}
+    return {"MiB on disk": sum(file.stat().st_size for file in folder.iterdir()) >> 20}
 
 
 def run_stage(stage: str, folder: Path, values: dict) -> dict:
@@ -80,7 +81,7 @@ def run_stage(stage: str, folder: Path, values: dict) -> dict:
     from hf_rskip.training.translation_arguments import RSkipTrainingArguments
 
     data = DataArguments(
-        dataset_name=str(folder),
+        dataset_name=str(folder / "data"),
         source_lang="en",
         target_lang="de",
         remove_duplicates=True,
