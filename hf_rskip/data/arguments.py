@@ -5,6 +5,8 @@ from pathlib import PurePath
 
 from ..errors import UserError
 
+_OPTIONAL_COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
+
 
 @dataclass
 class DataArguments:
@@ -48,6 +50,12 @@ class DataArguments:
     max_predict_samples: int | None = field(
         default=None, metadata={"help": "Use only the first so many pairs of the test split."}
     )
+    max_characters: int = field(
+        default=10_000, metadata={"help": "Drop training pairs with a side of more characters, before tokenization."}
+    )
+    remove_duplicates: bool = field(
+        default=False, metadata={"help": "Drop training pairs whose source and target both came before."}
+    )
     max_source_length: int = field(
         default=256, metadata={"help": "Drop training pairs whose source has more tokens than this."}
     )
@@ -61,6 +69,10 @@ class DataArguments:
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub id of an existing tokenizer; without it one is trained on the corpus."},
+    )
+    tokenizer_train_samples: int = field(
+        default=1_000_000,
+        metadata={"help": "Train the tokenizer on at most so many pairs, taken at even distances from the corpus."},
     )
     lowercase: bool = field(
         default=False, metadata={"help": "Lower-case all text, in the normalizer of the tokenizer that is trained."}
@@ -86,16 +98,10 @@ class DataArguments:
         for name in given:
             self._check_files(name)
 
-        for name in (
-            "max_train_samples",
-            "max_eval_samples",
-            "max_predict_samples",
-            "max_source_length",
-            "max_target_length",
-            "preprocessing_num_workers",
-        ):
+        counts = ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
+        for name in (*_OPTIONAL_COUNTS, *counts):
             value = getattr(self, name)
-            if value is None and not name.endswith("_length"):
+            if value is None and name in _OPTIONAL_COUNTS:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")

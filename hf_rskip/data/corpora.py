@@ -2,9 +2,12 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, NamedSplit, Translation
 from datasets.exceptions import DatasetGenerationError
@@ -28,7 +31,8 @@ def load_translation_dataset(
 
     Returns:
         A dataset for each of `splits`, under these names whatever the corpus calls them, with the one column
-        `translation`: a dictionary from each of the two language codes to a string. No split is empty.
+        `translation`: a dictionary from each of the two language codes to a string. No split is empty. In the training
+        split alone, text may be missing: [`~hf_rskip.data.cleaning.clean_corpus`] drops such pairs.
 
     Raises:
         UserError: if something is missing, misaligned, empty or not text; the message names the file and line, or the
@@ -83,22 +87,49 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
         if found[language] not in ("string", "large_string", "null"):
             raise UserError(f"{where} has {found[language]} values instead of strings for language {language!r}.")
 
+    if split != "train":
+        _check_every_row(dataset, languages.values(), where)
+
+    pair = list(languages.values())
+    if found.keys() == set(pair):
+        return dataset
+    return (
+        dataset.with_format("arrow")
+        .map(
+            partial(_select_fields, names=tuple(pair)),
+            batched=True,
+            features=Features({"translation": Translation(pair)}),
+        )
+        .with_format(None)
+    )
+
+
+def _check_every_row(dataset: Dataset, languages: Iterable[str], where: str) -> None:
     batch_size = 10_000
     for batch, table in enumerate(dataset.with_format("arrow").iter(batch_size)):
-        for language in languages.values():
+        for language in languages:
             missing = pc.is_null(pc.struct_field(table["translation"], language))
             row = pc.index(missing, True).as_py()
             if row >= 0:
                 row += batch * batch_size
                 raise UserError(f"{where} row {row} (counted from 0) has no text for language {language!r}.")
 
-    pair = list(languages.values())
-    if found.keys() == set(pair):
-        return dataset
-    return dataset.map(
-        lambda row: {"translation": {language: row["translation"][language] for language in pair}},
-        features=Features({"translation": Translation(pair)}),
-    )
+
+def _select_fields(table: pa.Table, names: tuple[str, str]) -> pa.Table:
+    sides = [pc.struct_field(table["translation"], name).combine_chunks() for name in names]
+    return pa.table({"translation": pa.StructArray.from_arrays(sides, names)})
+
+
+def iterate_sentences(dataset: Dataset, args: DataArguments, max_pairs: int) -> Iterator[str]:
+    """Source and target of every pair in turn; where there are more than `max_pairs`, of pairs at even distances."""
+    count = min(len(dataset), max_pairs)
+    chosen = np.arange(count) * len(dataset) // count
+    batch_size = 10_000
+    for batch, table in enumerate(dataset.with_format("arrow").iter(batch_size)):
+        first, end = np.searchsorted(chosen, (batch * batch_size, (batch + 1) * batch_size))
+        for pair in table["translation"].take(pa.array(chosen[first:end] - batch * batch_size)).to_pylist():
+            yield pair[args.source_lang]
+            yield pair[args.target_lang]
 
 
 def _load_text_files(args: DataArguments, split: str) -> Dataset:

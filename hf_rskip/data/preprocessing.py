@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .arguments import DataArguments
+from .columns import keep_rows, read_column
 
 
 def tokenize_corpus(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
@@ -77,8 +78,7 @@ def filter_by_length(dataset: Dataset, args: DataArguments) -> tuple[Dataset, di
     Raises:
         UserError: if no pair remains.
     """
-    lengths = dataset.with_format("numpy", columns=["source_length", "target_length"])[:]
-    source, target = lengths["source_length"], lengths["target_length"]
+    source, target = (read_column(dataset, name) for name in ("source_length", "target_length"))
     shorter, longer = np.minimum(source, target), np.maximum(source, target)
     reasons = {
         "empty": shorter <= 1,
@@ -95,12 +95,11 @@ def filter_by_length(dataset: Dataset, args: DataArguments) -> tuple[Dataset, di
         kept &= ~applies
     if not kept.any():
         raise UserError(f"No training pair is left after the length limits ({describe_dropped(counts, 0, 'train')}).")
-    return (dataset if kept.all() else dataset.select(np.flatnonzero(kept))), counts
+    return keep_rows(dataset, kept, args.preprocessing_num_workers), counts
 
 
 def describe_dropped(counts: dict[str, int], kept: int, split: str) -> str:
-    """Returns one line that says how many pairs of `split` are kept and, by reason, how many [`filter_by_length`]
-    dropped."""
+    """Returns one line that says how many pairs of `split` are kept and, by reason, how many were dropped."""
     total = kept + sum(counts.values())
     line = f"{split}: {kept:,} of {total:,} pairs kept"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)

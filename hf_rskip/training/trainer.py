@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
+from ..data.columns import read_column
 from .recipe_trainer import RecipeTrainerMixin
 
 
@@ -34,10 +35,9 @@ class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
         # By now `train_dataset` has lost the columns that the model does not take, lengths included.
-        lengths = self.train_dataset.with_format("numpy", columns=["source_length", "target_length"])[:]
         return TokenBatchSampler(
-            lengths["source_length"],
-            lengths["target_length"],
+            read_column(self.train_dataset, "source_length"),
+            read_column(self.train_dataset, "target_length"),
             max_tokens=self.args.per_device_train_batch_tokens,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             rank=self.args.process_index,

@@ -1,11 +1,11 @@
 """Trains a translation model from a recipe: data, tokenizer, model, Trainer, test."""
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
@@ -15,8 +15,8 @@ from transformers import (
     set_seed,
 )
 
-from ..data.arguments import DataArguments
-from ..data.corpora import load_translation_dataset
+from ..data.cleaning import clean_corpus
+from ..data.corpora import iterate_sentences, load_translation_dataset
 from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
 from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..errors import UserError
@@ -43,13 +43,14 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     with training.main_process_first(desc="preparing the corpus"):
         checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
         corpus = load_translation_dataset(data)
+        corpus["train"], unclean = clean_corpus(corpus["train"], data)
         if checkpoint:
             tokenizer = load_tokenizer(str(checkpoint))
         elif data.tokenizer_name or training.model_name_or_path:
             tokenizer = load_tokenizer(data.tokenizer_name or training.model_name_or_path)
         else:
             tokenizer = train_tokenizer(
-                _sentences(corpus["train"], data),
+                iterate_sentences(corpus["train"], data, data.tokenizer_train_samples),
                 recipe.model.vocab_size,
                 data.lowercase,
                 model_max_length=recipe.model.max_position_embeddings,
@@ -91,7 +92,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     )
     if trainer.is_world_process_zero():
         sampler = trainer._get_train_sampler()
-        print(describe_dropped(dropped, len(train_set), "train"))
+        print(describe_dropped(Counter(unclean) + Counter(dropped), len(train_set), "train"))
         describe_model(trainer.model, recipe, f"vocabulary of {model.config.vocab_size:,}")
         print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
         if checkpoint:
@@ -112,14 +113,6 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     if training.push_to_hub:
         trainer.push_to_hub()
     return metrics
-
-
-def _sentences(dataset: Dataset, data: DataArguments):
-    """All sentences of both languages, in the order of the corpus."""
-    for batch in dataset.iter(1000):
-        for pair in batch["translation"]:
-            yield pair[data.source_lang]
-            yield pair[data.target_lang]
 
 
 def _create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipForConditionalGeneration:

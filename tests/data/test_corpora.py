@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, Features, Translation
 from transformers import HfArgumentParser
 
 from hf_rskip.data.arguments import DataArguments
-from hf_rskip.data.corpora import load_translation_dataset
+from hf_rskip.data.corpora import iterate_sentences, load_translation_dataset
 from hf_rskip.errors import UserError
 
 PAIRS = [("A dog.", "Ein Hund."), ("Two cats.", "Zwei Katzen."), ("", "Leer.")]
@@ -106,6 +106,15 @@ def test_arguments_that_are_not_allowed(values, sentence):
 @pytest.mark.parametrize("files", [["en-de.en", "en-de.de"], ["x.de.en.en", "x.de.en.de"], ["a.txt", "b.txt"]])
 def test_file_names_that_do_not_contradict_the_languages_are_taken(files):
     assert arguments(train_files=files).train_files == files
+
+
+def test_sentences_of_evenly_spaced_pairs():
+    dataset = Dataset.from_dict(rows([(f"s{number}", f"t{number}") for number in range(25_000)]))
+    everything = list(iterate_sentences(dataset, arguments(dataset_name="data"), 30_000))
+    assert everything == [f"{side}{number}" for number in range(25_000) for side in "st"]
+    some = list(iterate_sentences(dataset, arguments(dataset_name="data"), 10))
+    assert some == [f"{side}{number}" for number in range(0, 25_000, 2500) for side in "st"]
+    assert len(list(iterate_sentences(dataset, arguments(dataset_name="data"), 9_999))) == 2 * 9_999
 
 
 # Text files
@@ -240,13 +249,18 @@ def test_a_dataset_without_the_column(tmp_path):
 
 def test_rows_that_are_not_text(tmp_path):
     many = [("a", "b")] * 10_001
-    name = parquet(tmp_path / "null", train=rows([*many, ("a", None)]))
-    message = f"Dataset {name!r}, split 'train', row 10001 (counted from 0) has no text for language 'de'."
-    assert refused(dataset_name=name) == message
-    assert len(load_train(dataset_name=name, max_train_samples=10_001)) == 10_001
+    name = parquet(tmp_path / "null", train=rows([*many, ("a", None)]), test=rows([*many, ("a", None)]))
+    with pytest.raises(UserError) as error:
+        load_translation_dataset(arguments(dataset_name=name), ("test",))
+    message = f"Dataset {name!r}, split 'test', row 10001 (counted from 0) has no text for language 'de'."
+    assert str(error.value) == message
+    limited = arguments(dataset_name=name, max_predict_samples=10_001)
+    assert len(load_translation_dataset(limited, ("test",))["test"]) == 10_001
+    assert load_train(dataset_name=name)[-1]["translation"] == {"en": "a", "de": None}, "left to clean_corpus"
 
-    name = parquet(tmp_path / "pair", train={"translation": [{"en": "a", "de": "b"}, None]})
-    assert "row 1 (counted from 0) has no text for language 'en'." in refused(dataset_name=name)
+    name = parquet(tmp_path / "pair", test={"translation": [{"en": "a", "de": "b"}, None]})
+    with pytest.raises(UserError, match=r"row 1 \(counted from 0\) has no text for language 'en'\."):
+        load_translation_dataset(arguments(dataset_name=name), ("test",))
 
     name = parquet(tmp_path / "number", train=rows([("a", 1)]))
     assert refused(dataset_name=name) == (
