@@ -179,17 +179,25 @@ def _create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `hf-rskip`; returns its exit code: 0, or 2 after one sentence on standard error."""
+    """Runs `hf-rskip`; returns its exit code: 0, or 2 after one sentence on standard error.
+
+    Training that was stopped by SIGTERM returns 143.
+    """
     parser = _create_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from ..errors import Preempted
+
     try:
         _start(args.import_module)
         COMMANDS[args.command].run(args, rest)
     except KeyboardInterrupt:
         print("hf-rskip: interrupted", file=sys.stderr)
         return 130
+    except Preempted as stop:
+        print(f"hf-rskip: {stop}", file=sys.stderr)
+        return stop.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return 0

@@ -17,9 +17,10 @@ from ..data.pixels import collate
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
 from .moving_average import MovingAverage
 from .recipe_trainer import RecipeTrainerMixin
+from .safe_trainer import SafeCheckpointMixin
 
 
-class ImageTrainer(RecipeTrainerMixin, Trainer):
+class ImageTrainer(SafeCheckpointMixin, RecipeTrainerMixin, Trainer):
     """`Trainer` for batches of `pixel_values` in uint8, `(batch, channels, height, width)`, and `labels`.
 
     Images are augmented and normalised here, a whole batch at a time, on the device. What is drawn for a batch depends

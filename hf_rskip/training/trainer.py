@@ -9,9 +9,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
 from .recipe_trainer import RecipeTrainerMixin
+from .safe_trainer import SafeCheckpointMixin
 
 
-class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
+class RSkipTrainer(SafeCheckpointMixin, RecipeTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` for datasets with `source_length` and `target_length` columns.
 
     Training batches are those of [`TokenBatchSampler`]. An evaluation adds the scores of translations to the loss. Logs
