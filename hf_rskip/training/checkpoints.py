@@ -38,19 +38,13 @@ def publish_checkpoint(staged: Path, final: Path) -> None:
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
     if final.exists():
-        replaced = final.parent / STAGING_NAME / _REPLACED_NAME / final.name
-        shutil.rmtree(replaced, ignore_errors=True)
-        replaced.parent.mkdir(parents=True, exist_ok=True)
-        final.rename(replaced)
-        staged.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        staged.rename(final)
+        _move_to(final.parent / STAGING_NAME / _REPLACED_NAME, final)
+    staged.rename(final)
     _sync(final.parent)
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Removes the oldest checkpoints beyond `limit`, but none of `keep`.
+    """Removes the oldest checkpoints beyond `limit`, but none of `keep`, for [`clear_staging`] to delete.
 
     The function of Transformers that does it may leave a part of a checkpoint if it is killed.
     """
@@ -58,11 +52,22 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]
     keep = {path.name for path in keep}
     excess = 0 if limit is None or limit <= 0 else len(checkpoints) - max(limit, len(keep))
     for checkpoint in [path for path in checkpoints if path.name not in keep][: max(0, excess)]:
-        removed = output_dir / STAGING_NAME / "removed"
-        shutil.rmtree(removed, ignore_errors=True)
-        removed.parent.mkdir(exist_ok=True)
-        checkpoint.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        _move_to(output_dir / STAGING_NAME / "removed", checkpoint)
+
+
+def clear_staging(output_dir: str | Path) -> None:
+    """Deletes what has been removed, and what a killed run was writing; puts back what it was replacing."""
+    staging = Path(output_dir, STAGING_NAME)
+    for checkpoint in list_checkpoints(staging / _REPLACED_NAME):
+        if not Path(output_dir, checkpoint.name).exists():
+            checkpoint.rename(Path(output_dir, checkpoint.name))
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_to(folder: Path, checkpoint: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
+    checkpoint.rename(folder / checkpoint.name)
 
 
 def _sync(path: Path) -> None:
@@ -71,15 +76,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _clear_staging(output_dir: Path) -> None:
-    """Removes what a killed run was writing or removing, and puts back what it was replacing."""
-    staging = output_dir / STAGING_NAME
-    for checkpoint in list_checkpoints(staging / _REPLACED_NAME):
-        if not (output_dir / checkpoint.name).exists():
-            checkpoint.rename(output_dir / checkpoint.name)
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -91,7 +87,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     Raises:
         [`UserError`]: if the path is not a complete checkpoint, or if a fresh start would mix with an earlier run.
     """
-    _clear_staging(Path(output_dir))
+    clear_staging(output_dir)
     checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false":
         if any(Path(output_dir, name).exists() for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME)) and not checkpoints:

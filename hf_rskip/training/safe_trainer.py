@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import Preempted, UserError
-from .checkpoints import STAGING_NAME, publish_checkpoint, rotate_checkpoints
+from .checkpoints import STAGING_NAME, clear_staging, publish_checkpoint, rotate_checkpoints
 from .preemption import TerminationSignal, outlive_signal
 
 
@@ -66,6 +66,7 @@ class SafeCheckpointMixin:
             publish_checkpoint(staged, final)  # of a machine that does not share its folders with the first
         if self.args.should_save:
             rotate_checkpoints(run, self.args.save_total_limit, self._checkpoints_to_keep(final))
+            clear_staging(run)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
