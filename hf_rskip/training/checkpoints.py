@@ -44,14 +44,19 @@ def publish_checkpoint(staged: Path, final: Path) -> None:
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Removes the oldest checkpoints beyond `limit`, but none of `keep`, for [`clear_staging`] to delete.
-
-    The function of Transformers that does it may leave a part of a checkpoint if it is killed.
-    """
+    """Removes the oldest checkpoints beyond `limit`, but none of `keep`."""
     checkpoints = list_checkpoints(output_dir)
     keep = {path.name for path in keep}
     excess = 0 if limit is None or limit <= 0 else len(checkpoints) - max(limit, len(keep))
-    for checkpoint in [path for path in checkpoints if path.name not in keep][: max(0, excess)]:
+    remove_checkpoints(output_dir, [path for path in checkpoints if path.name not in keep][: max(0, excess)])
+
+
+def remove_checkpoints(output_dir: Path, checkpoints: Iterable[Path]) -> None:
+    """Takes checkpoints away, each at once, for [`clear_staging`] to delete.
+
+    The function of Transformers that removes them may leave a part of one if it is killed.
+    """
+    for checkpoint in checkpoints:
         _move_to(output_dir / STAGING_NAME / "removed", checkpoint)
 
 

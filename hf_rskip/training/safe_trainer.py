@@ -9,10 +9,18 @@ from accelerate.utils import reduce
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..errors import Preempted, UserError
-from .checkpoints import STAGING_NAME, clear_staging, publish_checkpoint, rotate_checkpoints
+from .averaging import average_weights, choose_checkpoints, is_out_of_turn
+from .checkpoints import (
+    STAGING_NAME,
+    clear_staging,
+    list_checkpoints,
+    publish_checkpoint,
+    remove_checkpoints,
+    rotate_checkpoints,
+)
 from .preemption import TerminationSignal, outlive_signal
 
 
@@ -46,7 +54,7 @@ class SafeCheckpointMixin:
         try:
             self._is_saving = True
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == self.state.global_step:
+            if self.state.best_global_step == self.state.global_step and self.control.should_save:
                 self.state.best_model_checkpoint = str(final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -65,15 +73,31 @@ class SafeCheckpointMixin:
         if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.exists():
             publish_checkpoint(staged, final)  # of a machine that does not share its folders with the first
         if self.args.should_save:
-            rotate_checkpoints(run, self.args.save_total_limit, self._checkpoints_to_keep(final))
-            clear_staging(run)
+            self._remove_checkpoints(run, final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
-    def _checkpoints_to_keep(self, last: Path) -> list[Path]:
-        """The checkpoints that are never removed for the sake of `save_total_limit`."""
-        best = self.state.best_model_checkpoint
-        return [last] if best is None else [last, Path(best)]
+    def _remove_checkpoints(self, run: Path, last: Path) -> None:
+        remove_checkpoints(run, [path for path in list_checkpoints(run) if path != last and is_out_of_turn(path)])
+        keep = {last}
+        if self.state.best_model_checkpoint is not None:
+            keep.add(Path(self.state.best_model_checkpoint))
+        if self.args.average_checkpoints is not None:
+            keep |= set(self._checkpoints_to_average(run))
+        rotate_checkpoints(run, self.args.save_total_limit, keep)
+        clear_staging(run)
+
+    def _checkpoints_to_average(self, run: Path) -> list[Path]:
+        return choose_checkpoints(run, self.args.average_checkpoints, self.args.average_checkpoints_by, self.state)
+
+    def use_average_of_checkpoints(self) -> None:
+        """Ends with the mean of the checkpoints that the arguments ask for, if they do."""
+        if self.args.average_checkpoints is None:
+            return
+        checkpoints = self._checkpoints_to_average(Path(self.args.output_dir))
+        self.model.load_state_dict(average_weights(checkpoints), strict=False)  # tied weights are in it once
+        if self.is_world_process_zero():
+            print(f"the model is the mean of {', '.join(path.name for path in checkpoints)}", flush=True)
 
     # Pre-emption
 
@@ -108,7 +132,9 @@ class SafeCheckpointMixin:
         if resume_from_checkpoint is not None and self.control.should_evaluate:
             # As if the evaluation had come before the checkpoint: with its random numbers, and with its outcome.
             self._load_rng_state(resume_from_checkpoint)
-            self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+            is_best = self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = is_best
             self._save_checkpoint(model, trial)
             resume_from_checkpoint = os.path.join(
                 self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
