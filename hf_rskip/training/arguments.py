@@ -61,6 +61,11 @@ class CommonTrainingArguments(TrainingArguments):
     average_checkpoints_by: Literal["last", "best"] = field(
         default="last", metadata={"help": "Which: the last, or the best by metric_for_best_model."}
     )
+    loss_spike_factor: float | None = field(
+        default=None,
+        metadata={"help": "Stop before an update whose loss or gradient norm exceeds its median so many times."},
+    )
+    loss_spike_window: int = field(default=100, metadata={"help": "Steps of which that median is."})
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Start from this model, with all that belongs to it; model keys override its configuration."},
@@ -73,6 +78,7 @@ class CommonTrainingArguments(TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a file is no place for a bar
         super().__post_init__()
+        self.logging_nan_inf_filter = False  # such a loss ends the run
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         for key, least in _LEAST.items():
             check_at_least(key, getattr(self, key), least)
@@ -83,6 +89,9 @@ class CommonTrainingArguments(TrainingArguments):
             if self.eval_strategy == "no":
                 raise UserError("early_stopping_patience needs evaluations, but eval_strategy is no.")
 
+        if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
+            raise UserError(f"loss_spike_factor must be above 1, not {self.loss_spike_factor}.")
+        check_at_least("loss_spike_window", self.loss_spike_window, 1)
         if self.average_checkpoints is not None:
             self._check_averaging()
 

@@ -15,12 +15,13 @@ from ..data.augmentation import normalize, random_crop, random_flip
 from ..data.image_arguments import ImageDataArguments
 from ..data.pixels import collate
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
+from .loss_guard import LossGuardMixin
 from .moving_average import MovingAverage
 from .recipe_trainer import RecipeTrainerMixin
 from .safe_trainer import SafeCheckpointMixin
 
 
-class ImageTrainer(SafeCheckpointMixin, RecipeTrainerMixin, Trainer):
+class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, RecipeTrainerMixin, Trainer):
     """`Trainer` for batches of `pixel_values` in uint8, `(batch, channels, height, width)`, and `labels`.
 
     Images are augmented and normalised here, a whole batch at a time, on the device. What is drawn for a batch depends
@@ -63,6 +64,7 @@ class ImageTrainer(SafeCheckpointMixin, RecipeTrainerMixin, Trainer):
                 images = random_crop(images, data.crop_padding, self._generator)
             if data.horizontal_flip:
                 images = random_flip(images, self._generator)
+        inputs.pop("row", None)
         images = normalize(images, data.image_mean, data.image_std)
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -84,6 +86,9 @@ class ImageTrainer(SafeCheckpointMixin, RecipeTrainerMixin, Trainer):
         if hasattr(getattr(sampler, "sampler", None), "set_epoch"):
             sampler.sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def describe_batch(self, inputs: dict) -> str:
+        return f"rows {', '.join(map(str, inputs['row'].tolist()))} of the training split"
 
     # Optimisation
 

@@ -8,11 +8,12 @@ from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
+from .loss_guard import LossGuardMixin
 from .recipe_trainer import RecipeTrainerMixin
 from .safe_trainer import SafeCheckpointMixin
 
 
-class RSkipTrainer(SafeCheckpointMixin, RecipeTrainerMixin, Seq2SeqTrainer):
+class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, RecipeTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` for datasets with `source_length` and `target_length` columns.
 
     Training batches are those of [`TokenBatchSampler`]. An evaluation adds the scores of translations to the loss. Logs
@@ -56,6 +57,17 @@ class RSkipTrainer(SafeCheckpointMixin, RecipeTrainerMixin, Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def describe_batch(self, inputs: dict) -> str:
+        source, target = (
+            (side >= 0) & (side != self.processing_class.pad_token_id)
+            for side in (inputs["input_ids"], inputs["labels"])
+        )
+        first = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
+        return (
+            f"{len(source)} pairs of {source.sum(1).min()} to {source.sum(1).max()} source tokens and "
+            f"{target.sum(1).min()} to {target.sum(1).max()} target tokens, the first {first!r}"
+        )
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         kwargs["prediction_loss_only"] = True
