@@ -61,6 +61,10 @@ class CommonTrainingArguments(TrainingArguments):
     average_checkpoints_by: Literal["last", "best"] = field(
         default="last", metadata={"help": "Which: the last, or the best by metric_for_best_model."}
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and save an exponential moving average of the weights, with this decay a step."},
+    )
     loss_spike_factor: float | None = field(
         default=None,
         metadata={"help": "Stop before an update whose loss or gradient norm exceeds its median so many times."},
@@ -89,6 +93,10 @@ class CommonTrainingArguments(TrainingArguments):
             if self.eval_strategy == "no":
                 raise UserError("early_stopping_patience needs evaluations, but eval_strategy is no.")
 
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be a number from 0 to below 1, not {self.ema_decay}.")
+        if self.ema_decay is not None and self.average_checkpoints is not None:
+            raise UserError("ema_decay and average_checkpoints are two averages to end with: choose one.")
         if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
             raise UserError(f"loss_spike_factor must be above 1, not {self.loss_spike_factor}.")
         check_at_least("loss_spike_window", self.loss_spike_window, 1)

@@ -9,11 +9,12 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
 from .loss_guard import LossGuardMixin
+from .moving_average import MovingAverageMixin
 from .recipe_trainer import RecipeTrainerMixin
 from .safe_trainer import SafeCheckpointMixin
 
 
-class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, RecipeTrainerMixin, Seq2SeqTrainer):
+class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, RecipeTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` for datasets with `source_length` and `target_length` columns.
 
     Training batches are those of [`TokenBatchSampler`]. An evaluation adds the scores of translations to the loss. Logs
