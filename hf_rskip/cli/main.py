@@ -190,6 +190,21 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
     export(args)
 
 
+def _add_average_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="*", help="folders of models of one configuration")
+    parser.add_argument("--run", metavar="FOLDER", help="output_dir of a training, in place of its checkpoints")
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument("--last", type=_count, metavar="N", help="its last so many checkpoints")
+    count.add_argument("--best", type=_count, metavar="N", help="those that it evaluated as best")
+
+
+def _average(args: argparse.Namespace, rest: list[str]) -> None:
+    from .average import average
+
+    average(args)
+
+
 def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of a trained model")
     parser.add_argument("repo_id", metavar="REPO_ID", help="`user/name`; created if there is none")
@@ -220,6 +235,7 @@ COMMANDS = {
     "keys": Command("print the keys of a recipe with their defaults", _add_keys_arguments, _keys),
     "convert": Command("turn a MarianMT or ResNet checkpoint into one of ours", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
+    "average": Command("average checkpoints into one model", _add_average_arguments, _average),
     "push": Command("send a trained model to the Hugging Face Hub", _add_push_arguments, _push),
     "env": Command("print versions and devices, for a bug report", lambda parser: None, _env),
 }
@@ -242,17 +258,25 @@ def _create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `hf-rskip`; returns its exit code: 0, or 2 after one sentence on standard error."""
+    """Runs `hf-rskip`; returns its exit code: 0, or 2 after one sentence on standard error.
+
+    Training that was stopped by SIGTERM returns 143.
+    """
     parser = _create_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from ..errors import Preempted
+
     try:
         _start(args.import_module)
         COMMANDS[args.command].run(args, rest)
     except KeyboardInterrupt:
         print("hf-rskip: interrupted", file=sys.stderr)
         return 130
+    except Preempted as stop:
+        print(f"hf-rskip: {stop}", file=sys.stderr)
+        return stop.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return 0

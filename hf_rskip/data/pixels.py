@@ -23,16 +23,18 @@ class ImageTensors(torch.utils.data.Dataset):
     Args:
         pixel_values: uint8, `(images, 3, height, width)`.
         labels: int64, `(images,)`.
+        rows: of the images in their split, int64, `(images,)`; from 0 unless given.
     """
 
-    def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor):
+    def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None):
         self.pixel_values, self.labels = pixel_values, labels
+        self.rows = torch.arange(len(labels)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index], "row": self.rows[index]}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self[torch.as_tensor(indices)]
@@ -42,7 +44,9 @@ def collate(examples: dict[str, torch.Tensor] | list[dict]) -> dict[str, torch.T
     """A batch: of [`ImageTensors`] it is one already, other examples are stacked."""
     if isinstance(examples, dict):
         return examples
-    return default_collate([{name: example[name] for name in ("pixel_values", "labels")} for example in examples])
+    return default_collate(
+        [{name: example[name] for name in ("pixel_values", "labels", "row")} for example in examples]
+    )
 
 
 def decode_images(dataset: Dataset, args: ImageDataArguments, split: str) -> ImageTensors:
@@ -77,7 +81,7 @@ def decode_images(dataset: Dataset, args: ImageDataArguments, split: str) -> Ima
     )
     chunks = [chunk.flatten().to_numpy() for chunk in decoded.data.column("pixel_values").chunks]
     pixel_values = torch.from_numpy(np.concatenate(chunks)).view(-1, 3, size, size)
-    return ImageTensors(pixel_values, torch.tensor(decoded["label"][:]))
+    return ImageTensors(pixel_values, torch.tensor(decoded["label"][:]), torch.tensor(dataset["row"][:]))
 
 
 def stream_images(dataset: IterableDataset, args: ImageDataArguments, split: str, seed: int) -> IterableDataset:
@@ -102,7 +106,7 @@ def stream_images(dataset: IterableDataset, args: ImageDataArguments, split: str
             "pixel_values": torch.from_numpy(to_pixels(example["image"], example["row"])),
             "labels": example["label"],
         },
-        remove_columns=["image", "label", "row"],
+        remove_columns=["image", "label"],
     )
 
 
@@ -124,7 +128,7 @@ class CroppedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         example = self.dataset[index]
         pixel_values = torch.from_numpy(self.to_pixels(example["image"], example["row"]))
-        return {"pixel_values": pixel_values, "labels": example["label"]}
+        return {"pixel_values": pixel_values, "labels": example["label"], "row": example["row"]}
 
 
 class _Decoder:

@@ -43,7 +43,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
-_RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
+RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
 
 
 class Pushed(NamedTuple):
@@ -79,7 +79,7 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
         raise UserError(f"{str(folder)!r} has weights that are not safetensors")
     if missing:
         raise UserError(f"{str(folder)!r} is not a complete model: it has no {', '.join(missing)}")
-    patterns = (*_MODEL_FILES, *_TOKENIZER_FILES, IMAGE_PROCESSOR_NAME, *_RESULT_FILES)
+    patterns = (*_MODEL_FILES, *_TOKENIZER_FILES, IMAGE_PROCESSOR_NAME, *RESULT_FILES)
     paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return {path.name: path for path in paths if path.suffix != ".safetensors" or path.name in weights}
 

@@ -3,9 +3,11 @@
 import math
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import UserError
 
@@ -52,6 +54,22 @@ class CommonTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
     )
+    average_checkpoints: int | None = field(
+        default=None,
+        metadata={"help": "End with the mean of so many checkpoints, which are kept whatever save_total_limit says."},
+    )
+    average_checkpoints_by: Literal["last", "best"] = field(
+        default="last", metadata={"help": "Which: the last, or the best by metric_for_best_model."}
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and save an exponential moving average of the weights, with this decay a step."},
+    )
+    loss_spike_factor: float | None = field(
+        default=None,
+        metadata={"help": "Stop before an update whose loss or gradient norm exceeds its median so many times."},
+    )
+    loss_spike_window: int = field(default=100, metadata={"help": "Steps of which that median is."})
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Start from this model, with all that belongs to it; model keys override its configuration."},
@@ -66,6 +84,7 @@ class CommonTrainingArguments(TrainingArguments):
         # Without an accelerator the Trainer would not see the other processes, nor take bf16, unless it is told so.
         self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
+        self.logging_nan_inf_filter = False  # such a loss ends the run
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         for key, least in _LEAST.items():
             check_at_least(key, getattr(self, key), least)
@@ -77,6 +96,28 @@ class CommonTrainingArguments(TrainingArguments):
             check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
             if self.eval_strategy == "no":
                 raise UserError("early_stopping_patience needs evaluations, but eval_strategy is no.")
+        if self.ema_decay is not None and self.save_only_model:
+            raise UserError("ema_decay needs whole checkpoints, without save_only_model.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be a number from 0 to below 1, not {self.ema_decay}.")
+        if self.ema_decay is not None and self.average_checkpoints is not None:
+            raise UserError("ema_decay and average_checkpoints are two averages to end with: choose one.")
+        if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
+            raise UserError(f"loss_spike_factor must be above 1, not {self.loss_spike_factor}.")
+        check_at_least("loss_spike_window", self.loss_spike_window, 1)
+        if self.average_checkpoints is not None:
+            self._check_averaging()
+
+    def _check_averaging(self) -> None:
+        check_at_least("average_checkpoints", self.average_checkpoints, 1)
+        if self.save_strategy == SaveStrategy.NO:
+            raise UserError("average_checkpoints needs checkpoints, but save_strategy is no.")
+        if self.average_checkpoints_by == "best" and self.eval_strategy == IntervalStrategy.NO:
+            raise UserError("average_checkpoints_by best needs evaluations, but eval_strategy is no.")
+        if self.average_checkpoints_by == "best" and self.metric_for_best_model is None:
+            raise UserError("average_checkpoints_by best needs a metric_for_best_model.")
+        if self.save_total_limit is not None:  # at 1, the Trainer removes all but the best at the end
+            self.save_total_limit = max(self.save_total_limit, self.average_checkpoints, 2)
 
     def check_metric_for_best_model(self, metrics: tuple[str, ...], where: str = "") -> None:
         """Raises a [`UserError`] unless `metric_for_best_model` is unset or one of `metrics`."""

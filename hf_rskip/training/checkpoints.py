@@ -1,8 +1,10 @@
-"""Finding the checkpoint from which a killed run goes on."""
+"""Checkpoints on disk: written whole or not at all, and the one from which a killed run goes on."""
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -12,6 +14,73 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 from ..errors import UserError
 
 logger = logging.get_logger(__name__)
+
+STAGING_NAME = ".incomplete"
+"""The folder, in that of the run, for checkpoints that are being written or removed."""
+_REPLACED_NAME = "replaced"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run in the order of their steps."""
+    return sorted(
+        (path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.search(r"-\d+$", path.name)),
+        key=checkpoint_step,
+    )
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written, by its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def publish_checkpoint(staged: Path, final: Path) -> None:
+    """Gives a finished checkpoint its name, once all of it has reached the disk; one of that name is replaced."""
+    for path in [*staged.rglob("*"), staged]:
+        _sync(path)
+    if final.exists():
+        _move_to(final.parent / STAGING_NAME / _REPLACED_NAME, final)
+    staged.rename(final)
+    _sync(final.parent)
+
+
+def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """Removes the oldest checkpoints beyond `limit`, but none of `keep`."""
+    checkpoints = list_checkpoints(output_dir)
+    keep = {path.name for path in keep}
+    excess = 0 if limit is None or limit <= 0 else len(checkpoints) - max(limit, len(keep))
+    remove_checkpoints(output_dir, [path for path in checkpoints if path.name not in keep][: max(0, excess)])
+
+
+def remove_checkpoints(output_dir: Path, checkpoints: Iterable[Path]) -> None:
+    """Takes checkpoints away, each at once, for [`clear_staging`] to delete.
+
+    The function of Transformers that removes them may leave a part of one if it is killed.
+    """
+    for checkpoint in checkpoints:
+        _move_to(output_dir / STAGING_NAME / "removed", checkpoint)
+
+
+def clear_staging(output_dir: str | Path) -> None:
+    """Deletes what has been removed, and what a killed run was writing; puts back what it was replacing."""
+    staging = Path(output_dir, STAGING_NAME)
+    for checkpoint in list_checkpoints(staging / _REPLACED_NAME):
+        if not Path(output_dir, checkpoint.name).exists():
+            checkpoint.rename(Path(output_dir, checkpoint.name))
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_to(folder: Path, checkpoint: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
+    checkpoint.rename(folder / checkpoint.name)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -23,10 +92,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     Raises:
         [`UserError`]: if the path is not a complete checkpoint, or if a fresh start would mix with an earlier run.
     """
-    checkpoints = sorted(
-        (path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.search(r"-\d+$", path.name)),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
+    clear_staging(output_dir)
+    checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false":
         if any(Path(output_dir, name).exists() for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME)) and not checkpoints:
             raise UserError(

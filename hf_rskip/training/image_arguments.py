@@ -40,10 +40,6 @@ class ImageTrainingArguments(CommonTrainingArguments):
         metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma, in place of a schedule."},
     )
     lr_gamma: float = field(default=0.1, metadata={"help": "What the learning rate is multiplied by at lr_milestones."})
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Evaluate and save an exponential moving average of the weights, with this decay a step."},
-    )
     channels_last: bool = field(
         default=False, metadata={"help": "Whether tensors of images lie in memory with the channels last."}
     )
@@ -77,12 +73,8 @@ class ImageTrainingArguments(CommonTrainingArguments):
             self.ddp_broadcast_buffers = False  # the Trainer averages the running statistics of all processes
         super().__post_init__()
         check_at_least("max_grad_norm", self.max_grad_norm, 0)
-        for key in ("momentum", "ema_decay"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < 1:
-                raise UserError(f"{key} must be a number from 0 to below 1, not {value}.")
-        if self.ema_decay is not None and self.save_only_model:
-            raise UserError("ema_decay needs whole checkpoints, without save_only_model.")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
         if self.nesterov and self.momentum == 0:
             raise UserError("nesterov needs a momentum above 0.")
         if self.lr_milestones is not None and (

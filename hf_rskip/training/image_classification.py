@@ -68,6 +68,7 @@ def train(recipe: Recipe) -> dict[str, float]:
 
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.use_moving_average()
+    trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
     test_metrics = trainer.predict(sets["test"], metric_key_prefix="test").metrics

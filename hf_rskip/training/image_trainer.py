@@ -15,11 +15,13 @@ from ..data.augmentation import normalize, random_crop, random_flip
 from ..data.image_arguments import ImageDataArguments
 from ..data.pixels import collate
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
-from .moving_average import MovingAverage
+from .loss_guard import LossGuardMixin
+from .moving_average import MovingAverageMixin
 from .recipe_trainer import RecipeTrainerMixin
+from .safe_trainer import SafeCheckpointMixin
 
 
-class ImageTrainer(RecipeTrainerMixin, Trainer):
+class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, RecipeTrainerMixin, Trainer):
     """`Trainer` for batches of `pixel_values` in uint8, `(batch, channels, height, width)`, and `labels`.
 
     Images are augmented and normalised here, a whole batch at a time, on the device. What is drawn for a batch depends
@@ -44,10 +46,6 @@ class ImageTrainer(RecipeTrainerMixin, Trainer):
             **kwargs,
         )
         self.data_args = data_args
-        self.moving_average = None
-        if self.args.ema_decay is not None:
-            self.moving_average = MovingAverage(self.model, self.args.ema_decay)
-            self.add_callback(self.moving_average)
         self._generator = torch.Generator(self.args.device)
         self._batch_of_step = (-1, 0)
 
@@ -62,6 +60,7 @@ class ImageTrainer(RecipeTrainerMixin, Trainer):
                 images = random_crop(images, data.crop_padding, self._generator)
             if data.horizontal_flip:
                 images = random_flip(images, self._generator)
+        inputs.pop("row", None)
         images = normalize(images, data.image_mean, data.image_std)
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -93,6 +92,9 @@ class ImageTrainer(RecipeTrainerMixin, Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def describe_batch(self, inputs: dict) -> str:
+        return f"rows {', '.join(map(str, inputs['row'].tolist()))} of the training split"
+
     # Optimisation
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -112,7 +114,7 @@ class ImageTrainer(RecipeTrainerMixin, Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # Running statistics and the moving average
+    # Running statistics
 
     def average_running_statistics(self) -> None:
         """Gives every process the mean of the running statistics of all; to be called by every process."""
@@ -127,38 +129,13 @@ class ImageTrainer(RecipeTrainerMixin, Trainer):
                     for statistic in (module.running_mean, module.running_var):
                         statistic.copy_(reduce(statistic, "mean"))
 
-    def use_moving_average(self) -> None:
-        """Ends with the average as the model, if there is one."""
-        if self.moving_average is not None:
-            self.model.load_state_dict(self.moving_average.average.module.state_dict())
-            self.remove_callback(self.moving_average)
-            self.moving_average = None
-
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         self.average_running_statistics()
-        if self.moving_average is None:
-            return super().evaluation_loop(*args, **kwargs)
-        with self.moving_average.swapped_in():
-            return super().evaluation_loop(*args, **kwargs)
+        return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.average_running_statistics()
         super().save_model(output_dir, _internal_call=_internal_call)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.moving_average is not None and self.args.should_save:
-            self.moving_average.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.moving_average is not None and checkpoint is not None:
-            self.moving_average.load(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.moving_average is not None:
-            self.moving_average.load(self.state.best_model_checkpoint)
 
 
 def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
@@ -9,10 +10,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
 from ..data.columns import read_column
+from .chunked_loss import chunked_cross_entropy
+from .loss_guard import LossGuardMixin
+from .moving_average import MovingAverageMixin
 from .recipe_trainer import RecipeTrainerMixin
+from .safe_trainer import SafeCheckpointMixin
 
 
-class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
+class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, RecipeTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` for datasets with `source_length` and `target_length` columns.
 
     Training batches are those of [`TokenBatchSampler`]. An evaluation adds the scores of translations to the loss. Logs
@@ -32,6 +37,8 @@ class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
         # The Trainer turns the cache off in the configuration, with which checkpoints are then saved.
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
+        if self.args.chunked_cross_entropy:
+            self.compute_loss_func = self._chunked_loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
         # By now `train_dataset` has lost the columns that the model does not take, lengths included.
@@ -54,7 +61,27 @@ class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        inputs = {**inputs, "use_cache": False}
+        if self.args.chunked_cross_entropy and "labels" in inputs:
+            inputs |= {"logits_to_keep": 1, "output_hidden_states": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _chunked_loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        head = self.accelerator.unwrap_model(self.model).lm_head
+        hidden = outputs.decoder_hidden_states[-1]
+        total = chunked_cross_entropy(hidden, head.weight, head.bias, labels, self.args.label_smoothing_factor)
+        return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def describe_batch(self, inputs: dict) -> str:
+        source, target = (
+            (side >= 0) & (side != self.processing_class.pad_token_id)
+            for side in (inputs["input_ids"], inputs["labels"])
+        )
+        first = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
+        return (
+            f"{len(source)} pairs of {source.sum(1).min()} to {source.sum(1).max()} source tokens and "
+            f"{target.sum(1).min()} to {target.sum(1).max()} target tokens, the first {first!r}"
+        )
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         kwargs["prediction_loss_only"] = True

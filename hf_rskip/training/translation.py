@@ -99,6 +99,8 @@ def train(recipe: Recipe) -> dict[str, float | str]:
             print(f"resuming from {checkpoint}", flush=True)
 
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.use_moving_average()
+    trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
     test_metrics = {f"test_{name}": value for name, value in score(trainer.model, "test").items()}

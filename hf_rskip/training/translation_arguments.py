@@ -70,6 +70,10 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
         default=4096,
         metadata={"help": "Budget of a batch on one device: padded tokens of the source, and of the target."},
     )
+    chunked_cross_entropy: bool = field(
+        default=False,
+        metadata={"help": "Never hold the logits of a whole batch: less memory, for one more projection a step."},
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
     )

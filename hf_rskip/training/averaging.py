@@ -1,0 +1,132 @@
+"""The mean of several checkpoints as a model: Vaswani et al. (2017), section 6.1."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.utils import CONFIG_NAME
+
+from ..conversion.output import new_folder
+from ..errors import UserError
+from ..hub.push import RESULT_FILES, collect_files
+from .checkpoints import checkpoint_step, list_checkpoints
+
+
+def average_models(output: str | Path, folders: Sequence[str | Path]) -> None:
+    """Writes the mean of models, with what belongs to the last one of them: tokenizer, generation, image processor.
+
+    Args:
+        output: a new or empty folder.
+        folders: of models or checkpoints of the same configuration and tokenizer; one that is named twice counts twice.
+
+    Raises:
+        [`UserError`]: if a folder is no complete model, or is not like the first.
+    """
+    output, folders = new_folder(output), [Path(folder) for folder in folders]
+    weights = average_weights(folders)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, path in collect_files(folders[-1]).items():
+        if name not in RESULT_FILES and not name.startswith("model"):
+            shutil.copyfile(path, output / name)
+    save_torch_state_dict(weights, output, max_shard_size="50GB")
+
+
+def average_weights(folders: Sequence[str | Path]) -> dict[str, torch.Tensor]:
+    """The mean of the weights in the safetensors files of models, computed in float64, in the type of the first.
+
+    Running statistics of batch normalisation are averaged like weights: the mean of each is that of features under
+    other weights than the averaged ones, which are near as long as the models are near each other. What is no
+    floating-point number, such as a count of batches, is that of the last model.
+
+    Raises:
+        [`UserError`]: as [`average_models`].
+    """
+    if not folders:
+        raise UserError("There is nothing to average")
+    folders = [Path(folder) for folder in folders]
+    files = [collect_files(folder) for folder in folders]
+    for folder, found in zip(folders[1:], files[1:], strict=True):
+        _check_alike(folder, found, folders[0], files[0])
+    with ExitStack() as stack:
+        models = [_open(stack, found) for found in files]
+        shapes = [{name: tensors.get_slice(name).get_shape() for name, tensors in model.items()} for model in models]
+        for folder, shape in zip(folders, shapes, strict=True):
+            if shape != shapes[0]:
+                raise UserError(f"{str(folder)!r} has other weights than {str(folders[0])!r}")
+        return {name: _mean([model[name].get_tensor(name) for model in models]) for name in models[0]}
+
+
+def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if not tensors[0].is_floating_point():
+        return tensors[-1]
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def _open(stack: ExitStack, files: dict[str, Path]) -> dict[str, safe_open]:
+    """The opened file of every tensor."""
+    model = {}
+    for name, path in files.items():
+        if name.endswith(".safetensors"):
+            try:
+                tensors = stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise UserError(f"{str(path)!r} is not a safetensors file: {error}") from error
+            model |= dict.fromkeys(tensors.keys(), tensors)
+    return model
+
+
+def _check_alike(folder: Path, files: dict[str, Path], first: Path, first_files: dict[str, Path]) -> None:
+    configs = [json.loads(found[CONFIG_NAME].read_text(encoding="utf-8")) for found in (files, first_files)]
+    for key in sorted(configs[0].keys() | configs[1].keys() - {"transformers_version"}):
+        value, expected = (config.get(key) for config in configs)
+        if key != "transformers_version" and value != expected:
+            raise UserError(f"{str(folder)!r} has {key} {value!r}, but {str(first)!r} has {expected!r}")
+    tokenizers = [found.get("tokenizer.json") for found in (files, first_files)]
+    if None not in tokenizers and tokenizers[0].read_bytes() != tokenizers[1].read_bytes():
+        raise UserError(f"{str(folder)!r} has another tokenizer than {str(first)!r}")
+
+
+def choose_checkpoints(run: str | Path, count: int, by: str, state: TrainerState | None = None) -> list[Path]:
+    """The last or the best checkpoints of a run, in the order of their steps; fewer where there are fewer.
+
+    A checkpoint that was written because of a signal only does not count, so that a run which was interrupted ends
+    with the same average as one which was not.
+
+    Args:
+        run: its `output_dir`.
+        count: how many.
+        by: "last", or "best" by the metric by which the run chooses its best model.
+        state: of the run; that of its last checkpoint unless given.
+    """
+    checkpoints = [path for path in list_checkpoints(run) if not is_out_of_turn(path)]
+    if by == "last" or not checkpoints:
+        return checkpoints[-count:]
+    state = state or TrainerState.load_from_json(str(checkpoints[-1] / TRAINER_STATE_NAME))
+    logs = {log["step"]: log for log in state.log_history if any(name.startswith("eval_") for name in log)}
+    # The one whose value the state remembers.
+    best = logs.get(state.best_global_step, {})
+    metric = next((name for name, value in best.items() if value == state.best_metric), "")
+    sign = -1 if metric.endswith("loss") else 1
+    evaluated = [path for path in checkpoints if metric in logs.get(checkpoint_step(path), {})]
+    # Of equal ones the later; sorting keeps their order.
+    ranked = sorted(evaluated, key=lambda path: sign * logs[checkpoint_step(path)][metric])
+    return sorted(ranked[-count:], key=checkpoint_step)
+
+
+def is_out_of_turn(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written at a step at which none was due."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return not state["stateful_callbacks"]["TrainerControl"]["args"]["should_save"]
+    except (OSError, ValueError, KeyError):
+        return False

@@ -1,0 +1,148 @@
+"""How a Trainer saves: whole checkpoints only, also when it is killed, told to stop, or out of space."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import reduce
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from ..errors import Preempted, UserError
+from .averaging import average_weights, choose_checkpoints, is_out_of_turn
+from .checkpoints import (
+    STAGING_NAME,
+    clear_staging,
+    list_checkpoints,
+    publish_checkpoint,
+    remove_checkpoints,
+    rotate_checkpoints,
+)
+from .preemption import TerminationSignal, outlive_signal
+
+
+class SafeCheckpointMixin:
+    """For a Trainer. A checkpoint is written under another name, and gets its own when every process has written its
+    part and all of it has reached the disk: a folder `checkpoint-N` is complete.
+
+    After SIGTERM to one of the processes all of them finish the step, save a checkpoint and raise [`Preempted`]. An
+    evaluation that was due at that step is made up for by the run that goes on, which so ends as if it had not been
+    interrupted.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._termination_signal = TerminationSignal()
+        self._is_saving = False
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING_NAME) if self._is_saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = run / STAGING_NAME / name, run / name
+        try:
+            self._is_saving = True
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step and self.control.should_save:
+                self.state.best_model_checkpoint = str(final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                publish_checkpoint(staged, final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"{str(final)!r} could not be written ({reason}): with this mended, go on with "
+                "`--resume_from_checkpoint true`"
+            ) from error
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.exists():
+            publish_checkpoint(staged, final)  # of a machine that does not share its folders with the first
+        if self.args.should_save:
+            self._remove_checkpoints(run, final)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _remove_checkpoints(self, run: Path, last: Path) -> None:
+        remove_checkpoints(run, [path for path in list_checkpoints(run) if path != last and is_out_of_turn(path)])
+        keep = {last}
+        if self.state.best_model_checkpoint is not None:
+            keep.add(Path(self.state.best_model_checkpoint))
+        if self.args.average_checkpoints is not None:
+            keep |= set(self._checkpoints_to_average(run))
+        rotate_checkpoints(run, self.args.save_total_limit, keep)
+        clear_staging(run)
+
+    def _checkpoints_to_average(self, run: Path) -> list[Path]:
+        return choose_checkpoints(run, self.args.average_checkpoints, self.args.average_checkpoints_by, self.state)
+
+    def use_average_of_checkpoints(self) -> None:
+        """Ends with the mean of the checkpoints that the arguments ask for, if they do."""
+        if self.args.average_checkpoints is None:
+            return
+        checkpoints = self._checkpoints_to_average(Path(self.args.output_dir))
+        self.model.load_state_dict(average_weights(checkpoints), strict=False)  # tied weights are in it once
+        if self.is_world_process_zero():
+            print(f"the model is the mean of {', '.join(path.name for path in checkpoints)}", flush=True)
+
+    # Pre-emption
+
+    def train(self, *args, **kwargs):
+        with self._termination_signal.caught():
+            return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataloader = super().get_train_dataloader()
+        outlive_signal(dataloader)
+        return dataloader
+
+    def _is_told_to_stop(self) -> bool:
+        if self.args.world_size == 1:
+            return self._termination_signal.received
+        return bool(reduce(torch.tensor(float(self._termination_signal.received), device=self.args.device), "sum"))
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        if not self._is_told_to_stop():
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            return
+        step, is_last = self.state.global_step, self.state.global_step >= self.state.max_steps
+        if float(self.state.epoch).is_integer():  # what is due at the end of the epoch is due now
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        if is_last:  # no step is left that could make up for anything
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if not is_last or not Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}").exists():
+            self._save_checkpoint(model, trial)  # with `self.control`, which says what was due
+        raise Preempted(f"stopped by SIGTERM after step {step}; go on with `--resume_from_checkpoint true`")
+
+    def _run_epoch(self, *, model, trial, ignore_keys_for_eval, resume_from_checkpoint, **kwargs) -> None:
+        if resume_from_checkpoint is not None and self.control.should_evaluate:
+            # As if the evaluation had come before the checkpoint: with its random numbers, and with its outcome.
+            self._load_rng_state(resume_from_checkpoint)
+            is_best = self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = is_best
+            self._save_checkpoint(model, trial)
+            resume_from_checkpoint = os.path.join(
+                self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
+        super()._run_epoch(
+            model=model,
+            trial=trial,
+            ignore_keys_for_eval=ignore_keys_for_eval,
+            resume_from_checkpoint=resume_from_checkpoint,
+            **kwargs,
+        )

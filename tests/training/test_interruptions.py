@@ -1,0 +1,226 @@
+"""Runs that are killed, told to stop, or out of space go on from a whole checkpoint, and end as if they were not."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from hf_rskip.cli.main import main
+from hf_rskip.training.checkpoints import find_checkpoint, list_checkpoints, rotate_checkpoints
+
+RESUME = ("--resume_from_checkpoint", "true")
+
+
+def assert_same_end(folder, expected):
+    """The same weights and scores, and the same evaluations on the way."""
+    weights, expected_weights = (load_file(path / "model.safetensors") for path in (folder, expected))
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(value, expected_weights[name]) for name, value in weights.items())
+    assert evaluations(folder) == evaluations(expected)
+    scores, expected_scores = (json.loads((path / "test_results.json").read_text()) for path in (folder, expected))
+    assert without_times(scores) == without_times(expected_scores)
+    assert not (folder / ".incomplete").exists()
+
+
+def evaluations(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    history = [without_times(entry) for entry in state["log_history"] if "eval_loss" in entry]
+    return history, state["best_global_step"], state["best_metric"]
+
+
+def without_times(values):
+    return {name: value for name, value in values.items() if not name.endswith(("runtime", "per_second"))}
+
+
+@pytest.fixture
+def terminate_at(monkeypatch):
+    """Sends this process SIGTERM in the middle of the steps with these numbers, counted from 1."""
+
+    def set_steps(*steps):
+        training_step = Trainer.training_step
+
+        def step_under_fire(self, *args, **kwargs):
+            if self.state.global_step + 1 in steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return training_step(self, *args, **kwargs)
+
+        monkeypatch.setattr(Trainer, "training_step", step_under_fire)
+
+    return set_steps
+
+
+def run_until_the_end(recipe, stops, capfd):
+    """Starts the run again whenever it was stopped, at each of `stops`."""
+    words = ["train", str(recipe)]
+    handler = signal.getsignal(signal.SIGTERM)
+    for step in stops:
+        assert main(words) == 143
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert error == (f"hf-rskip: stopped by SIGTERM after step {step}; go on with `--resume_from_checkpoint true`")
+        assert list_checkpoints(recipe.parent / "output")[-1].name == f"checkpoint-{step}"
+        assert signal.getsignal(signal.SIGTERM) is handler
+        words = ["train", str(recipe), *RESUME]
+    assert main(words) == 0, capfd.readouterr().err
+
+
+# SIGTERM
+
+
+@pytest.mark.slow
+def test_sigterm_in_translation(trained, write_recipe, terminate_at, capfd):
+    """After steps at which nothing is due, an evaluation is, and an epoch ends."""
+    recipe = write_recipe()
+    terminate_at(6, 8, 11, 11)
+    run_until_the_end(recipe, (6, 8, 11), capfd)
+    assert_same_end(recipe.parent / "output", trained.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_sigterm_in_image_classification(strategy, write_image_recipe, terminate_at, capfd):
+    """Likewise; the average of the weights goes on too, and so does early stopping."""
+    changes = {"ema_decay": 0.8, "early_stopping_patience": 2, "load_best_model_at_end": True}
+    changes |= {"eval_strategy": strategy, "save_strategy": strategy}
+    whole, stopped = write_image_recipe(**changes), write_image_recipe(**changes)
+    assert main(["train", str(whole)]) == 0, capfd.readouterr().err
+    terminate_at(5, 6, 9)
+    run_until_the_end(stopped, (5, 6, 9), capfd)
+    assert_same_end(stopped.parent / "output", whole.parent / "output")
+
+
+def test_sigterm_in_the_last_step(write_image_recipe, terminate_at, capfd):
+    terminate_at(9)
+    recipe = write_image_recipe(num_train_epochs=1)
+    run_until_the_end(recipe, (9,), capfd)
+    history, _, _ = evaluations(recipe.parent / "output")
+    assert [entry["step"] for entry in history] == [3, 6, 9]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, tmp_path):
+    """A scheduler tells everybody, data workers included; here, all but the first process."""
+    recipe = write_image_recipe(per_device_train_batch_size=16, num_train_epochs=200, dataloader_num_workers=1)
+    folder = recipe.parent / "output"
+    module = tmp_path / "sender.py"
+    module.write_text(
+        "import os, signal, psutil\n"
+        "from transformers import Trainer\n"
+        "training_step = Trainer.training_step\n"
+        "def step(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 4 and self.args.process_index == 1:\n"
+        "        for process in [psutil.Process(), *psutil.Process().children()]:\n"
+        "            process.send_signal(signal.SIGTERM)\n"
+        "    return training_step(self, *args, **kwargs)\n"
+        "Trainer.training_step = step\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = ["-m", "hf_rskip.cli", "train", "--import_module", "sender", str(recipe)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(
+        [*torchrun, *words], capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path
+    )
+    assert result.returncode != 0
+    assert "stopped by SIGTERM after step 5" in result.stderr, result.stderr
+    checkpoint = list_checkpoints(folder)[-1]
+    assert checkpoint.name == "checkpoint-5"
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+# SIGKILL
+
+
+def kill_at_random(start_cli, recipe, kills, seed):
+    """Kills a run again and again: while it writes a checkpoint, and at any time in the next one and a half seconds.
+
+    Returns:
+        How many of the kills left a checkpoint that was being written or removed.
+    """
+    rng, folder, torn = random.Random(seed), recipe.parent / "output", 0
+    staging = folder / ".incomplete"
+    for number in range(kills):
+        with open(recipe.parent / "log", "wb") as log:
+            process = start_cli("train", recipe, *RESUME, stdout=log, stderr=log)
+            before = len(list_checkpoints(folder)) and list_checkpoints(folder)[-1].name
+            while process.poll() is None:
+                last = len(list_checkpoints(folder)) and list_checkpoints(folder)[-1].name
+                if any(staging.glob("*/*")) if number % 2 else last != before:
+                    time.sleep(rng.uniform(0, 0.03 if number % 2 else 1.5))
+                    break
+                time.sleep(0.0005)
+            process.kill()
+            process.wait()
+        torn += staging.exists() and any(staging.glob("*/*"))
+        for checkpoint in list_checkpoints(folder):  # whatever has the name of a checkpoint is one
+            assert find_checkpoint(folder, str(checkpoint)) == checkpoint
+            torch.load(checkpoint / "optimizer.pt", weights_only=True)
+            load_file(checkpoint / "model.safetensors")
+    return torn
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(trained, write_recipe, start_cli, run_cli):
+    recipe = write_recipe()
+    kill_at_random(start_cli, recipe, kills=4, seed=0)
+    result = run_cli("train", recipe, *RESUME)
+    assert result.code == 0, result.err
+    assert_same_end(recipe.parent / "output", trained.folder)
+
+
+# A full disk
+
+
+@pytest.mark.slow
+def test_a_full_disk(trained, write_recipe, run_cli):
+    """No file may grow beyond 100 kB, as if the rest did not fit; then there is space again."""
+    recipe = write_recipe()
+    folder = recipe.parent / "output"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    stopped = run_cli("train", recipe, "--max_steps", 44, preexec_fn=limit)
+    assert stopped.code == 2
+    assert "checkpoint-4' could not be written (" in stopped.err and "with this mended, go on with" in stopped.err
+    assert list_checkpoints(folder) == []
+    result = run_cli("train", recipe, *RESUME)
+    assert result.code == 0, result.err
+    assert_same_end(folder, trained.folder)
+
+
+# The folder
+
+
+def create(folder, *steps):
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 1}')
+        for name in ("model.safetensors", "scheduler.pt", "rng_state.pth"):
+            (folder / f"checkpoint-{step}" / name).write_text(f"of {step}")
+
+
+def test_what_was_being_written_is_removed_and_what_was_being_replaced_is_put_back(tmp_path):
+    create(tmp_path, 4)
+    create(tmp_path / ".incomplete", 8)
+    create(tmp_path / ".incomplete" / "replaced", 4, 6)
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_text("the new one")
+    assert find_checkpoint(tmp_path, "true") == tmp_path / "checkpoint-6"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").read_text() == "the new one"
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(None, [4, 8, 12, 100]), (3, [8, 12, 100]), (2, [8, 100]), (1, [8, 100])], ids=str
+)
+def test_rotation_keeps_what_it_must(tmp_path, limit, kept):
+    create(tmp_path, 4, 8, 12, 100)
+    rotate_checkpoints(tmp_path, limit, [tmp_path / "checkpoint-8", tmp_path / "checkpoint-100"])
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
