@@ -35,10 +35,13 @@ class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
         # By now `train_dataset` has lost the columns that the model does not take, lengths included.
         lengths = self.train_dataset.with_format("numpy", columns=["source_length", "target_length"])[:]
+        whole_steps = self.args.global_batch_tokens is not None
         return TokenBatchSampler(
             lengths["source_length"],
             lengths["target_length"],
-            max_tokens=self.args.per_device_train_batch_tokens,
+            max_tokens=self.args.global_batch_tokens if whole_steps else self.args.per_device_train_batch_tokens,
+            shares=self.args.gradient_accumulation_steps if whole_steps else None,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             rank=self.args.process_index,
             world_size=self.args.world_size,
