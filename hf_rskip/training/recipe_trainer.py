@@ -1,7 +1,9 @@
 """What the Trainers of all tasks share: progress, throughput, and a resumed run that knows when it has ended."""
 
+import os
 import time
 
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -21,6 +23,14 @@ class RecipeTrainerMixin(HubTrainerMixin):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingLog if self.args.disable_tqdm else TrainingBar)
         self._restart_clock()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # On CPUs accelerate would forget FSDP without a word, and every process would hold the whole model.
+        state = self.accelerator.state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
 
     def _run_epoch(self, *, train_dataloader: DataLoader, **kwargs) -> None:
         # A run that was killed after its last checkpoint has nothing left to train.

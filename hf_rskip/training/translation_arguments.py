@@ -69,6 +69,9 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
     pad_to_multiple_of: int = field(
         default=1, metadata={"help": "Pad batches to such lengths, for the few shapes that torch_compile likes."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters that a step did not use: there are none."}
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
     )
