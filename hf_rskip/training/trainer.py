@@ -31,6 +31,11 @@ class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
         # The Trainer turns the cache off in the configuration, with which checkpoints are then saved.
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
+        encoder, decoder = self.model.model.encoder, self.model.model.decoder
+        if self.is_fsdp_enabled and encoder.embed_tokens.weight is decoder.embed_tokens.weight:
+            # FSDP2 refuses a parameter of two modules, unless it shards them together as accelerate does with the
+            # decoder's embedding and the projection.
+            encoder.embed_tokens = decoder.embed_tokens
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
         # By now `train_dataset` has lost the columns that the model does not take, lengths included.
