@@ -3,6 +3,7 @@
 import os
 import time
 
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
@@ -29,7 +30,9 @@ class RecipeTrainerMixin(HubTrainerMixin):
         # On CPUs accelerate would forget FSDP without a word, and every process would hold the whole model.
         state = self.accelerator.state
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
-            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            # As accelerate itself does: a later `AcceleratorState()` takes it from there.
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
     def _run_epoch(self, *, train_dataloader: DataLoader, **kwargs) -> None:

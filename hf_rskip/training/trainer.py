@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from datasets import Dataset
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -31,11 +32,24 @@ class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
         # The Trainer turns the cache off in the configuration, with which checkpoints are then saved.
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.is_fsdp_enabled:
+            self._shard_tied_embeddings()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _shard_tied_embeddings(self) -> None:
+        """FSDP2 wants the modules that share a weight sharded together; accelerate knows of two of the three."""
         encoder, decoder = self.model.model.encoder, self.model.model.decoder
-        if self.is_fsdp_enabled and encoder.embed_tokens.weight is decoder.embed_tokens.weight:
-            # FSDP2 refuses a parameter of two modules, unless it shards them together as accelerate does with the
-            # decoder's embedding and the projection.
-            encoder.embed_tokens = decoder.embed_tokens
+        embeddings = [encoder.embed_tokens, decoder.embed_tokens, self.model.lm_head]
+        tied = [module for module in embeddings if module.weight is decoder.embed_tokens.weight]
+        plugin = self.accelerator.state.fsdp_plugin
+        fully_shard(
+            tied,
+            reshard_after_forward=False,
+            mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            offload_policy=plugin.cpu_offload,
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
         # By now `train_dataset` has lost the columns that the model does not take, lengths included.
