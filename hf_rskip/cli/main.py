@@ -228,7 +228,7 @@ def _start(modules: list[str]) -> None:
 
 
 def _is_first_to_fail() -> bool:
-    """Of the processes that torchrun or accelerate started here; what the others meet is the same or its consequence."""
+    """Of the processes that torchrun started here: what the others meet is the same, or comes of it."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
         return True

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from ..errors import UserError
 
@@ -64,6 +65,8 @@ class CommonTrainingArguments(TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a file is no place for a bar
         super().__post_init__()
+        if "tensorboard" in self.report_to and not is_tensorboard_available():
+            raise UserError("report_to: tensorboard needs the package: `pip install 'hf_rskip[tensorboard]'`.")
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         for key, least in _LEAST.items():
             check_at_least(key, getattr(self, key), least)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data.augmentation import normalize, random_crop, random_flip
 from ..data.image_arguments import ImageDataArguments
 from ..data.pixels import collate
+from ..errors import UserError
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
 from .moving_average import MovingAverage
 from .recipe_trainer import RecipeTrainerMixin
@@ -43,6 +44,8 @@ class ImageTrainer(RecipeTrainerMixin, Trainer):
             preprocess_logits_for_metrics=lambda logits, labels: rank_classes(logits),
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            raise UserError("Models of images are not sharded: launch with ddp, not with FSDP.")
         self.data_args = data_args
         self.moving_average = None
         if self.args.ema_decay is not None:

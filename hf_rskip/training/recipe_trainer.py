@@ -2,13 +2,17 @@
 
 import os
 import time
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
+from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
+from ..errors import UserError
 from ..hub.trainer import HubTrainerMixin
 from .progress import TrainingBar, TrainingLog
 
@@ -34,6 +38,21 @@ class RecipeTrainerMixin(HubTrainerMixin):
             # As accelerate itself does: a later `AcceleratorState()` takes it from there.
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        """As that of the Trainer.
+
+        Raises:
+            [`UserError`]: if the checkpoint was saved under FSDP and this run is not under it, or the reverse.
+        """
+        if resume_from_checkpoint is not None:
+            sharded = any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*"))
+            if sharded != self.is_fsdp_enabled:
+                raise UserError(
+                    f"{resume_from_checkpoint} was saved {'under' if sharded else 'without'} FSDP, and a run can go on "
+                    "from it only in the same way."
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *, train_dataloader: DataLoader, **kwargs) -> None:
         # A run that was killed after its last checkpoint has nothing left to train.

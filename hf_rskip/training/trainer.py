@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 from datasets import Dataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
+from ..models import RSkipForConditionalGeneration
 from .recipe_trainer import RecipeTrainerMixin
 
 
@@ -82,6 +84,20 @@ class RSkipTrainer(RecipeTrainerMixin, Seq2SeqTrainer):
         kwargs["prediction_loss_only"] = True
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.compute_translation_metrics is not None:
-            scores = self.compute_translation_metrics(self.accelerator.unwrap_model(self.model))
+            scores = self.compute_translation_metrics(self.whole_model())
             output.metrics.update({f"{metric_key_prefix}_{name}": score for name, score in scores.items()})
         return output
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model without the wrappers of accelerate, in evaluation mode; to be called on every process.
+
+        Under FSDP a copy with all weights: processes that translate different sentences, and so differ in their number
+        of steps, would wait for each other's weights for ever.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return model.eval()
+        whole = RSkipForConditionalGeneration(model.config)
+        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        whole.generation_config = model.generation_config
+        return whole.to(self.args.device).eval()

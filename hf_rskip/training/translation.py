@@ -105,7 +105,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
-    test_metrics = {f"test_{name}": value for name, value in score(trainer.model, "test").items()}
+    test_metrics = {f"test_{name}": value for name, value in score(trainer.whole_model(), "test").items()}
     trainer.log_metrics("test", test_metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_metrics("test", test_metrics)
