@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -19,7 +20,16 @@ class Command(NamedTuple):
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="flat YAML of training keys")
-    parser.usage = "hf-rskip train CONFIG.yaml [--key value ...]"
+    launcher = parser.add_argument_group("several processes (as `accelerate launch`; given by it or by the profile)")
+    launcher.add_argument(
+        "--accelerate_config", metavar="PROFILE", help="ddp, fsdp2, cpu, multi-node, or a YAML of `accelerate config`"
+    )
+    launcher.add_argument("--num_processes", type=_count, metavar="N", help="of all machines together")
+    launcher.add_argument("--num_machines", type=_count, metavar="N")
+    launcher.add_argument("--machine_rank", type=int, metavar="R", help="of this machine, from 0")
+    launcher.add_argument("--main_process_ip", metavar="IP", help="address of the machine of rank 0")
+    launcher.add_argument("--main_process_port", type=int, metavar="PORT")
+    parser.usage = "hf-rskip train CONFIG.yaml [--accelerate_config PROFILE --num_processes N] [--key value ...]"
     parser.epilog = (
         "Keys on the command line override those of the file. `hf-rskip keys` prints them all with their defaults, "
         "`hf-rskip keys image-classification` those of the other task."
@@ -272,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _start(args.import_module)
         COMMANDS[args.command].run(args, rest)
     except KeyboardInterrupt:
-        print("hf-rskip: interrupted", file=sys.stderr)
+        if _is_first_to_fail():
+            print("hf-rskip: interrupted", file=sys.stderr)
         return 130
     except Preempted as stop:
         print(f"hf-rskip: {stop}", file=sys.stderr)
@@ -283,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        else:
+        elif _is_first_to_fail():
             print(f"hf-rskip: error: {_one_sentence(error)}", file=sys.stderr)
         return 2
     return 0
@@ -301,6 +312,20 @@ def _start(modules: list[str]) -> None:
     sys.path.insert(0, "")  # as `python -m` does, which a console script does not
     for module in modules:
         importlib.import_module(module)
+
+
+def _is_first_to_fail() -> bool:
+    """Of the processes that torchrun started here: what the others meet is the same, or comes of it."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return True
+    try:
+        Path(error_file).parents[1].joinpath("said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _one_sentence(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import UserError
@@ -85,6 +86,8 @@ class CommonTrainingArguments(TrainingArguments):
         self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         self.logging_nan_inf_filter = False  # such a loss ends the run
+        if "tensorboard" in self.report_to and not is_tensorboard_available():
+            raise UserError("report_to: tensorboard needs the package: `pip install 'hf_rskip[tensorboard]'`.")
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         for key, least in _LEAST.items():
             check_at_least(key, getattr(self, key), least)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data.augmentation import normalize, random_crop, random_flip
 from ..data.image_arguments import ImageDataArguments
 from ..data.pixels import collate
+from ..errors import UserError
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
 from .loss_guard import LossGuardMixin
 from .moving_average import MovingAverageMixin
@@ -45,6 +46,8 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             preprocess_logits_for_metrics=lambda logits, labels: rank_classes(logits),
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            raise UserError("Models of images are not sharded: launch with ddp, not with FSDP.")
         self.data_args = data_args
         self._generator = torch.Generator(self.args.device)
         self._batch_of_step = (-1, 0)

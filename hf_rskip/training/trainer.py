@@ -4,12 +4,15 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
 from ..data.columns import read_column
+from ..models import RSkipForConditionalGeneration
 from .chunked_loss import chunked_cross_entropy
 from .loss_guard import LossGuardMixin
 from .moving_average import MovingAverageMixin
@@ -40,12 +43,33 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         if self.args.chunked_cross_entropy:
             self.compute_loss_func = self._chunked_loss
 
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.is_fsdp_enabled:
+            self._shard_tied_embeddings()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _shard_tied_embeddings(self) -> None:
+        """FSDP2 wants the modules that share a weight sharded together; accelerate knows of two of the three."""
+        encoder, decoder = self.model.model.encoder, self.model.model.decoder
+        embeddings = [encoder.embed_tokens, decoder.embed_tokens, self.model.lm_head]
+        tied = [module for module in embeddings if module.weight is decoder.embed_tokens.weight]
+        plugin = self.accelerator.state.fsdp_plugin
+        fully_shard(
+            tied,
+            reshard_after_forward=False,
+            mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            offload_policy=plugin.cpu_offload,
+        )
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
         # By now `train_dataset` has lost the columns that the model does not take, lengths included.
+        whole_steps = self.args.global_batch_tokens is not None
         return TokenBatchSampler(
             read_column(self.train_dataset, "source_length"),
             read_column(self.train_dataset, "target_length"),
-            max_tokens=self.args.per_device_train_batch_tokens,
+            max_tokens=self.args.global_batch_tokens if whole_steps else self.args.per_device_train_batch_tokens,
+            shares=self.args.gradient_accumulation_steps if whole_steps else None,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -87,6 +111,20 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         kwargs["prediction_loss_only"] = True
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.compute_translation_metrics is not None:
-            scores = self.compute_translation_metrics(self.accelerator.unwrap_model(self.model))
+            scores = self.compute_translation_metrics(self.whole_model())
             output.metrics.update({f"{metric_key_prefix}_{name}": score for name, score in scores.items()})
         return output
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model without the wrappers of accelerate, in evaluation mode; to be called on every process.
+
+        Under FSDP a copy with all weights: processes that translate different sentences, and so differ in their number
+        of steps, would wait for each other's weights for ever.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return model.eval()
+        whole = RSkipForConditionalGeneration(model.config)
+        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        whole.generation_config = model.generation_config
+        return whole.to(self.args.device).eval()

@@ -65,6 +65,11 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     validation_set = validation_set.select(order[longest[order] <= model.config.max_position_embeddings])
     if len(validation_set) == 0:
         raise UserError(f"No validation pair fits max_position_embeddings {model.config.max_position_embeddings}.")
+    if model.config.max_position_embeddings % training.pad_to_multiple_of:
+        raise UserError(
+            f"pad_to_multiple_of {training.pad_to_multiple_of} must divide max_position_embeddings "
+            f"{model.config.max_position_embeddings}, so that no padding goes beyond it."
+        )
     if checkpoint:
         _check_same_model(model.config, checkpoint)
     model.set_attn_implementation(training.attn_implementation)
@@ -83,7 +88,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     trainer = RSkipTrainer(
         model=model,
         args=training,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=training.pad_to_multiple_of),
         train_dataset=train_set,
         eval_dataset=validation_set,
         processing_class=tokenizer,
@@ -103,7 +108,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
-    test_metrics = {f"test_{name}": value for name, value in score(trainer.model, "test").items()}
+    test_metrics = {f"test_{name}": value for name, value in score(trainer.whole_model(), "test").items()}
     trainer.log_metrics("test", test_metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_metrics("test", test_metrics)

@@ -74,6 +74,19 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
         default=False,
         metadata={"help": "Never hold the logits of a whole batch: less memory, for one more projection a step."},
     )
+    global_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Budget of an optimizer step over all processes: the same sentences form a step on any number of "
+            "them. Decides gradient_accumulation_steps, so that no device exceeds its budget by more than a sentence."
+        },
+    )
+    pad_to_multiple_of: int = field(
+        default=1, metadata={"help": "Pad batches to such lengths, for the few shapes that torch_compile likes."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters that a step did not use: there are none."}
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
     )
@@ -100,8 +113,11 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("per_device_train_batch_tokens", "generation_num_beams"):
+        for key in ("per_device_train_batch_tokens", "pad_to_multiple_of", "generation_num_beams"):
             check_at_least(key, getattr(self, key), 1)
+        if self.global_batch_tokens is not None:
+            check_at_least("global_batch_tokens", self.global_batch_tokens, 1)
+            self._share_out_global_batch()
         try:
             BLEU(tokenize=self.bleu_tokenize)
         except (KeyError, RuntimeError, ImportError) as error:
@@ -110,3 +126,12 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
             self.check_metric_for_best_model(("bleu", "chrf", "loss"))
         else:
             self.check_metric_for_best_model(("loss",), " without predict_with_generate")
+
+    def _share_out_global_batch(self) -> None:
+        steps = math.ceil(self.global_batch_tokens / (self.world_size * self.per_device_train_batch_tokens))
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UserError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} cannot be set with "
+                "global_batch_tokens, which decides it: set per_device_train_batch_tokens, the budget of a device."
+            )
+        self.gradient_accumulation_steps = steps

@@ -117,3 +117,53 @@ def test_a_sentence_may_fill_the_budget_but_not_exceed_it():
 def test_fewer_sentences_than_processes():
     with pytest.raises(ValueError, match="2 sentences are too few for 3 processes"):
         TokenBatchSampler([3, 3], [3, 3], 10, rank=0, world_size=3)
+
+
+def global_steps(world_size, shares, epoch=0, budget=1024, count=3000, **kwargs):
+    """The steps of an epoch, each a list of the batches of all processes."""
+    lengths, ranks = draw_lengths(count), []
+    for rank in range(world_size):
+        sampler = TokenBatchSampler(*lengths, budget, seed=0, rank=rank, world_size=world_size, shares=shares, **kwargs)
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        ranks.append([batches[start : start + shares] for start in range(0, len(batches), shares)])
+    return [sum(step, []) for step in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize(("world_size", "shares"), [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (3, 1)])
+def test_a_step_of_a_global_budget_is_the_same_on_any_number_of_processes(world_size, shares):
+    alone, together = (global_steps(*plan, epoch=1) for plan in [(1, 1), (world_size, shares)])
+    assert [sorted(sum(step, [])) for step in together] == [sorted(sum(step, [])) for step in alone]
+    assert sorted(sum(sum(together, []), [])) == list(range(3000))
+    source, target = draw_lengths(3000)
+    longest = max(source.max(), target.max())
+    for step in together:
+        sizes = [len(batch) for batch in step]
+        assert len(step) == world_size * shares and max(sizes) - min(sizes) <= 1
+        for side in (source, target):
+            assert len(sum(step, [])) * side[sum(step, [])].max() <= 1024
+            share = 1024 / (world_size * shares)
+            assert all(len(batch) * side[batch].max() <= share + longest for batch in step), "a sentence more at most"
+
+
+def test_a_step_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="as few as 2 sentences, .* 3 processes that accumulate 1 batches"):
+        TokenBatchSampler([3] * 8, [5] * 8, 10, world_size=3, shares=1)
+
+
+def test_padding_to_multiples_makes_few_shapes_within_the_budget():
+    source, target = draw_lengths(20_000)
+
+    def shapes(multiple):
+        sampler = TokenBatchSampler(source, target, 4096, pad_to_multiple_of=multiple)
+        padded = [
+            (len(batch), *(-(-int(side[batch].max()) // multiple) * multiple for side in (source, target)))
+            for batch in sampler
+        ]
+        assert all(rows * max(lengths) <= 4096 for rows, *lengths in padded)
+        cells = sum(rows * sum(lengths) for rows, *lengths in padded)
+        assert sampler.padding_fraction() == pytest.approx(1 - (source.sum() + target.sum()) / cells)
+        return {lengths for _, *lengths in map(tuple, padded) for lengths in [tuple(lengths)]}
+
+    assert len(shapes(16)) < len(shapes(1)) / 5

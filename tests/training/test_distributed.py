@@ -1,0 +1,251 @@
+"""Whole runs in several processes, launched by the command line: the same curve, the same weights, and ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+from hf_rskip.cli.launch import PROFILES, find_profile
+from hf_rskip.cli.main import main
+from hf_rskip.training import arguments
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def write(write_recipe):
+    """Recipes of a step budget, without dropout. With a large epsilon Adam does not turn zero gradients, of which
+    rounding alone is left, into whole steps; a small `max_grad_norm` makes every step a clipped one."""
+
+    def write(**changes):
+        fixed = {
+            "dropout": 0.0,
+            "adam_epsilon": 1e-3,
+            "max_grad_norm": 0.5,
+            "global_batch_tokens": 512,
+            "per_device_train_batch_tokens": 512,
+            "max_steps": STEPS,
+            "logging_steps": 1,
+            "eval_steps": 25,
+            "save_steps": 25,
+            "early_stopping_patience": None,
+            "load_best_model_at_end": False,
+            "num_beams": 1,
+        }
+        return write_recipe(**fixed | changes)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def train(write, run_cli):
+    """Trains with launcher options; returns what the folder holds afterwards."""
+
+    def train(*options, recipe=None, **changes):
+        recipe = recipe or write(**changes)
+        result = run_cli("train", recipe, *options)
+        assert result.code == 0, result.err
+        folder = recipe.parent / "output"
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return SimpleNamespace(
+            recipe=recipe,
+            folder=folder,
+            out=result.out,
+            curve={
+                key: [entry[key] for entry in history if key in entry] for key in ("loss", "grad_norm", "eval_loss")
+            },
+            weights=load_file(folder / "model.safetensors"),
+            scores=json.loads((folder / "test_results.json").read_text()),
+        )
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def alone(train):
+    return train()
+
+
+def check_same(run, alone):
+    for key, values in alone.curve.items():
+        assert run.curve[key] == pytest.approx(values, rel=1e-5), key
+    assert len(run.curve["loss"]) == STEPS
+    assert run.weights.keys() == alone.weights.keys()
+    for name, weight in alone.weights.items():
+        torch.testing.assert_close(run.weights[name], weight, rtol=0, atol=1e-5)
+    assert run.scores == alone.scores
+
+
+def launcher(profile, count):
+    return "--accelerate_config", profile, "--num_processes", count
+
+
+def test_accumulation_gives_the_same_curve(alone, train):
+    assert max(alone.curve["grad_norm"]) > 0.5, "clipped"
+    check_same(train(per_device_train_batch_tokens=200), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_give_the_same_curve(count, alone, train):
+    run = train(*launcher("cpu", count))
+    check_same(run, alone)
+    assert run.out.count("parameters, vocabulary of") == 1
+
+
+def stop_after_saving(recipe):
+    """An environment in which `--import_module stop` ends the processes hard after their next checkpoint."""
+    (recipe.parent / "stop.py").write_text(
+        "import os\n"
+        "from hf_rskip.training.trainer import RSkipTrainer\n"
+        "save = RSkipTrainer._save_checkpoint\n"
+        "def save_and_stop(self, *args, **kwargs):\n"
+        "    save(self, *args, **kwargs)\n"
+        "    self.accelerator.wait_for_everyone()\n"
+        "    os._exit(9)\n"
+        "RSkipTrainer._save_checkpoint = save_and_stop\n"
+    )
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(recipe.parent), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_processes(alone, train, write, run_cli):
+    """In the middle of an epoch of 14 steps: on one until step 17, on two until 34, and on one to the end."""
+    recipe = write(save_steps=17)
+    resume = ("--resume_from_checkpoint", "true")
+    for options in ((), (*launcher("cpu", 2), *resume)):
+        words = ("train", recipe, *options, "--import_module", "stop")
+        assert run_cli(*words, environment=stop_after_saving(recipe)).code == 9
+    check_same(train(*resume, recipe=recipe), alone)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, run_cli, capfd):
+    recipe = write()
+    stopped = run_cli(
+        "train", recipe, *launcher("fsdp2", 2), "--import_module", "stop", environment=stop_after_saving(recipe)
+    )
+    assert stopped.code == 9, stopped.err
+    checkpoint = recipe.parent / "output" / "checkpoint-25"
+    assert (checkpoint / "pytorch_model_fsdp.bin").is_file(), "sharded, and not DDP"
+    assert main(["train", str(recipe), "--resume_from_checkpoint", "true"]) == 2
+    assert "was saved under FSDP" in capfd.readouterr().err
+    run = train(*launcher("fsdp2", 2), "--resume_from_checkpoint", "true", recipe=recipe)
+    check_same(run, alone)
+    model = AutoModelForSeq2SeqLM.from_pretrained(run.folder)
+    assert sum(weight.numel() for weight in model.parameters()) == sum(map(torch.numel, alone.weights.values()))
+
+
+# The launcher
+
+
+def test_an_error_is_said_once(write, run_cli):
+    result = run_cli("train", write(dataset_name="no/such"), *launcher("cpu", 2))
+    assert result.code == 2
+    assert result.err.count("hf-rskip: error: Dataset 'no/such' cannot be loaded") == 1
+    assert "Traceback" not in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_machines(write, start_cli, alone):
+    """Both of them this one."""
+    recipe = write(use_cpu=True, max_steps=2, eval_strategy="no", save_strategy="no")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ("train", recipe, *launcher("multi-node", 2), "--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    machines = [start_cli(*words, "--machine_rank", rank) for rank in (0, 1)]
+    errors = [machine.communicate(timeout=200)[1].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses == pytest.approx(alone.curve["loss"][:2], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--accelerate_config", "no_such"), "must be one of ddp, fsdp2, cpu, multi-node or a YAML file"),
+        (("--accelerate_config", "cpu"), "needs --num_processes"),
+        (("--num_processes", "2"), "--num_processes needs --accelerate_config"),
+        (("--accelerate_config", "multi-node", "--num_processes", "2"), "on 2 machines needs --machine_rank"),
+    ],
+)
+def test_a_launch_that_cannot_be(words, message, write, capfd):
+    assert main(["train", str(write()), *words]) == 2
+    assert message in capfd.readouterr().err
+
+
+def descendants(pid):
+    rows = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.split()[2:]
+    parents = {int(child): int(parent) for child, parent in zip(rows[::2], rows[1::2], strict=True)}
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_processes(number, code, write, start_cli, tmp_path):
+    recipe = write(
+        max_steps=100_000,
+        eval_strategy="no",
+        save_strategy="no",
+        predict_with_generate=False,
+        metric_for_best_model="loss",
+    )
+    log = tmp_path / "log"
+    with open(log, "wb") as file:
+        process = start_cli("train", recipe, *launcher("cpu", 2), stdout=file, stderr=file)
+        deadline = time.monotonic() + 120
+        while not re.search(rb"step \d+ of", log.read_bytes()) and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        children = descendants(process.pid)
+        assert len(children) >= 2
+        process.send_signal(number)
+        assert process.wait(60) == code, log.read_text()
+    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert "Traceback" not in log.read_text()
+
+
+def test_accelerate_launch_is_the_same_command(write, alone):
+    """And a profile is a file that accelerate reads."""
+    recipe = write(max_steps=1, eval_strategy="no", save_strategy="no")
+    command = ["accelerate.commands.launch", "--config_file", str(find_profile("cpu")), "--num_processes", "2"]
+    words = ["-m", "hf_rskip.cli", "train", str(recipe), "--use_cpu", "true"]
+    result = subprocess.run([sys.executable, "-m", *command, *words], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert all(find_profile(name).is_file() for name in PROFILES)
+    state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["loss"] == pytest.approx(alone.curve["loss"][0], rel=1e-5)
+
+
+def test_tensorboard(write, monkeypatch, capfd):
+    from hf_rskip.cli.main import main
+
+    quick = {"report_to": "tensorboard", "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    pytest.importorskip("tensorboard")
+    recipe = write(**quick)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(recipe.parent / "board"))
+    assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(recipe.parent / "board")).Reload()
+    state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses)
+    monkeypatch.setattr(arguments, "is_tensorboard_available", lambda: False)
+    assert main(["train", str(write(**quick))]) == 2
+    assert "needs the package: `pip install 'hf_rskip[tensorboard]'`" in capfd.readouterr().err
