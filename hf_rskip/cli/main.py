@@ -158,6 +158,19 @@ def _score(args: argparse.Namespace, rest: list[str]) -> None:
     score_translations(args)
 
 
+def _add_attention_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    parser.add_argument("sentence", metavar="SENTENCE", help="in the source language")
+    parser.add_argument("output_file", metavar="PICTURE", help="such as attention.png or attention.pdf")
+    parser.add_argument("--translation", help="default: the model's own")
+
+
+def _attention(args: argparse.Namespace, rest: list[str]) -> None:
+    from .attention import attention
+
+    attention(args)
+
+
 def _add_keys_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", default="translation", choices=["translation", "image-classification"])
 
@@ -242,6 +255,7 @@ COMMANDS = {
     "compare": Command("test whether translations differ, by paired resampling", _add_compare_arguments, _compare),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
     "score": Command("print the log-probabilities of given translations", _add_score_arguments, _score),
+    "attention": Command("draw what a translation attends to", _add_attention_arguments, _attention),
     "keys": Command("print the keys of a recipe with their defaults", _add_keys_arguments, _keys),
     "convert": Command("turn a MarianMT or ResNet checkpoint into one of ours", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),

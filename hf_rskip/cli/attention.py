@@ -1,0 +1,17 @@
+"""`hf-rskip attention`."""
+
+import argparse
+
+from ..decoding.attention_plot import plot_attention
+from ..decoding.loading import load_model
+from ..decoding.translate import translate
+
+
+def attention(args: argparse.Namespace) -> None:
+    """Translates a sentence, unless a translation is given, prints it, and draws its cross-attention."""
+    model, tokenizer = load_model(args.model)
+    translation = args.translation
+    if translation is None:
+        (translation,) = translate(model, tokenizer, [args.sentence])
+    print(translation)
+    plot_attention(model, tokenizer, args.sentence, translation, args.output_file)

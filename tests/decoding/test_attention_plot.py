@@ -1,0 +1,50 @@
+"""Attention weights against the formula, and the picture of the command."""
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_rskip.cli.main import main
+from hf_rskip.decoding.attention_plot import cross_attention
+from hf_rskip.decoding.translate import translate
+
+
+def test_weights_against_the_formula(model_and_tokenizer, pairs):
+    model, tokenizer = model_and_tokenizer
+    pair = pairs["test"][0]
+    before = model.config._attn_implementation
+    weights, target_tokens, source_tokens = cross_attention(model, tokenizer, pair["en"], pair["de"])
+    assert model.config._attn_implementation == before
+    assert weights.shape == (len(target_tokens), len(source_tokens))
+    assert source_tokens[-1] == target_tokens[-1] == "</s>"
+    assert "".join(source_tokens[:-1]) == pair["en"].replace(" ", "")
+    attention = model.get_decoder().layers[-1].encoder_attn
+    seen = {}
+    hook = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs, query=args[0]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(
+            tokenizer(pair["en"], return_tensors="pt").input_ids,
+            labels=tokenizer(text_target=pair["de"], return_tensors="pt").input_ids,
+        )
+        hook.remove()
+        query, key = attention.q_proj(seen["query"][0]), attention.k_proj(seen["key_value_states"][0])
+    heads = zip(query.split(attention.head_dim, -1), key.split(attention.head_dim, -1), strict=True)
+    expected = [(q @ k.T / attention.head_dim**0.5).softmax(-1) for q, k in heads]
+    torch.testing.assert_close(weights, torch.stack(expected).mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_the_command(trained, model_and_tokenizer, tmp_path, capfd):
+    sentence = "the old cat sees $a mouse$ ."
+    assert main(["attention", str(trained.folder), sentence, str(tmp_path / "attention.png")]) == 0
+    assert capfd.readouterr().out.splitlines() == translate(*model_and_tokenizer, [sentence])
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+@pytest.mark.parametrize("name", ["no/attention.png", "attention.xyz"])
+def test_a_picture_that_cannot_be_written(trained, tmp_path, capfd, name):
+    assert main(["attention", str(trained.folder), "the cat", str(tmp_path / name), "--translation", "die Katze"]) == 2
+    *_, line = capfd.readouterr().err.splitlines()
+    assert "cannot be written" in line
