@@ -40,7 +40,8 @@ def tokenize_corpus(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: 
             "target_length": [len(ids) for ids in encoded["labels"]],
         }
 
-    ids, length = List(Value("int32")), Value("int32")
+    # An epoch maps the whole file into memory: ids take no more room than they need.
+    ids, length = List(Value("uint16" if len(tokenizer) <= 2**16 else "int32")), Value("int32")
     return dataset.map(
         tokenize,
         batched=True,

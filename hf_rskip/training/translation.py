@@ -43,19 +43,20 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     with training.main_process_first(desc="preparing the corpus"):
         checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
         corpus = load_translation_dataset(data)
-        corpus["train"], unclean = clean_corpus(corpus["train"], data)
+        # What is no longer referred to is no longer mapped into memory.
+        train_set, unclean = clean_corpus(corpus.pop("train"), data)
         if checkpoint:
             tokenizer = load_tokenizer(str(checkpoint))
         elif data.tokenizer_name or training.model_name_or_path:
             tokenizer = load_tokenizer(data.tokenizer_name or training.model_name_or_path)
         else:
             tokenizer = train_tokenizer(
-                iterate_sentences(corpus["train"], data, data.tokenizer_train_samples),
+                iterate_sentences(train_set, data, data.tokenizer_train_samples),
                 recipe.model.vocab_size,
                 data.lowercase,
                 model_max_length=recipe.model.max_position_embeddings,
             )
-        train_set, dropped = filter_by_length(tokenize_corpus(corpus["train"], tokenizer, data), data)
+        train_set, dropped = filter_by_length(tokenize_corpus(train_set, tokenizer, data), data)
         validation_set = tokenize_corpus(corpus["validation"], tokenizer, data)
     set_seed(training.seed)
     model = _create_model(recipe, tokenizer)

@@ -41,6 +41,7 @@ def test_both_sides_are_tokenized(tokenizer):
         assert row["labels"].index(EOS) == len(row["labels"]) - 1
     assert dataset[1]["source_length"] > 5  # not truncated
     assert dataset[2] == {"input_ids": [EOS], "labels": [EOS], "source_length": 1, "target_length": 1}
+    assert dataset.features["labels"].feature.dtype == "uint16", "of a vocabulary of at most 65,536"
 
 
 def test_the_direction_follows_the_languages(tokenizer):
