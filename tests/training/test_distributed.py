@@ -61,9 +61,7 @@ def train(write, run_cli):
             recipe=recipe,
             folder=folder,
             out=result.out,
-            curve={
-                key: [entry[key] for entry in history if key in entry] for key in ("loss", "grad_norm", "eval_loss")
-            },
+            curve={key: [entry[key] for entry in history if key in entry] for key in ("loss", "grad_norm")},
             weights=load_file(folder / "model.safetensors"),
             scores=json.loads((folder / "test_results.json").read_text()),
         )
@@ -144,6 +142,39 @@ def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, ru
     check_same(run, alone)
     model = AutoModelForSeq2SeqLM.from_pretrained(run.folder)
     assert sum(weight.numel() for weight in model.parameters()) == sum(map(torch.numel, alone.weights.values()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps 3 cannot be set with global_batch_tokens"),
+        ({"pad_to_multiple_of": 5}, "pad_to_multiple_of 5 must divide max_position_embeddings 64"),
+        ({"global_batch_tokens": 0}, "global_batch_tokens must be at least 1"),
+        ({"global_batch_tokens": 20}, "more than the batch budget of 20"),
+    ],
+)
+def test_a_plan_that_cannot_be(changes, message, write, capfd):
+    assert main(["train", str(write(**changes))]) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_padding_to_multiples_does_not_change_the_loss(write):
+    """One step of the whole corpus."""
+    recipe = write(
+        pad_to_multiple_of=32,
+        global_batch_tokens=100_000,
+        per_device_train_batch_tokens=100_000,
+        max_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+    )
+    losses = []
+    for multiple in (1, 32):
+        output = recipe.parent / f"output-{multiple}"
+        words = ["--pad_to_multiple_of", str(multiple), "--output_dir", str(output)]
+        assert main(["train", str(recipe), *words]) == 0
+        losses.append(json.loads((output / "trainer_state.json").read_text())["log_history"][0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # The launcher
