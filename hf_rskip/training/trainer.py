@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batching import TokenBatchSampler
 from ..data.columns import read_column
+from ..errors import UserError
 from ..models import RSkipForConditionalGeneration
 from .chunked_loss import chunked_cross_entropy
 from .loss_guard import LossGuardMixin
@@ -40,6 +41,8 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         # The Trainer turns the cache off in the configuration, with which checkpoints are then saved.
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
+        if self.is_fsdp_enabled and (self.args.ema_decay or self.args.average_checkpoints):
+            raise UserError("ema_decay and average_checkpoints do not go with FSDP: average by `hf-rskip average`.")
         if self.args.chunked_cross_entropy:
             self.compute_loss_func = self._chunked_loss
 
