@@ -33,7 +33,9 @@ def create_marian(model):
     config = model.config
     if (config.skip_type, config.skip_norm, config.skip_recursions) != ("rskip", "layer_norm", 1):
         raise SystemExit("Marian computes rskip with layer_norm and K = 1 only")
-    marian = MarianMTModel(MarianConfig(**{field: getattr(config, field) for field in _SAME_FIELDS}))
+    # Its default, to end what reaches the maximum length with token 0, is for the vocabularies of OPUS-MT.
+    fields = {field: getattr(config, field) for field in _SAME_FIELDS} | {"forced_eos_token_id": None}
+    marian = MarianMTModel(MarianConfig(**fields))
     weights = model.state_dict()
     own = {name: weights.get(_new_name(name), tensor) for name, tensor in marian.state_dict().items()}
     own["model.shared.weight"] = weights["model.encoder.embed_tokens.weight"]

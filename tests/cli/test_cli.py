@@ -140,11 +140,16 @@ def test_train_from_text_files(write_recipe, pairs, tmp_path, capfd):
             path = tmp_path / f"{split}.{language}"
             path.write_text("".join(f"{pair[language]}\n" for pair in rows), encoding="utf-8")
             files[f"{split}_files"].append(str(path))
-    recipe = write_recipe(dataset_name=None, **files)
-    assert main(["train", str(recipe), "--max_steps", "4", "--num_beams", "1"]) == 0, capfd.readouterr().err
+    recipe = write_recipe(dataset_name=None, max_new_tokens=None, **files)
+    search = {"num_beams": 3, "gnmt_length_penalty": 0.6, "max_len_a": 1.0, "max_len_b": 50}
+    words = [word for key, value in search.items() for word in (f"--{key}", str(value))]
+    assert main(["train", str(recipe), "--max_steps", "4", *words]) == 0, capfd.readouterr().err
     folder = recipe.parent / "output"
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
     assert "test_bleu" in json.loads((folder / "all_results.json").read_text())
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert {key: generation[key] for key in search} == search
+    assert not generation.keys() & {"length_penalty", "max_new_tokens"}
 
 
 def test_evaluate(trained, corpus_folder, pairs, tmp_path, capfd):

@@ -14,7 +14,13 @@ from hf_rskip.hub.push import collect_files
 from hf_rskip.hub.remote_code import find_code
 
 SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
-CODE = {"configuration_checks.py", "configuration_rskip.py", "modeling_rskip.py", "skip_connections.py"}
+CODE = {
+    "configuration_checks.py",
+    "configuration_rskip.py",
+    "generation_rskip.py",
+    "modeling_rskip.py",
+    "skip_connections.py",
+}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"README.md", "training_curve.png", "all_results.json", "trainer_state.json"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
