@@ -42,18 +42,21 @@ def tokenize_corpus(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: 
 
     # An epoch maps the whole file into memory: ids take no more room than they need.
     ids, length = List(Value("uint16" if len(tokenizer) <= 2**16 else "int32")), Value("int32")
+    features = Features({"input_ids": ids, "labels": ids, "source_length": length, "target_length": length})
     return dataset.map(
         tokenize,
         batched=True,
         remove_columns=dataset.column_names,
-        features=Features({"input_ids": ids, "labels": ids, "source_length": length, "target_length": length}),
+        features=features,
         num_proc=args.preprocessing_num_workers,
-        new_fingerprint=_fingerprint(dataset, tokenizer, args),
+        new_fingerprint=_fingerprint(dataset, tokenizer, args, features),
         desc="Tokenizing",
     )
 
 
-def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> str | None:
+def _fingerprint(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, features: Features
+) -> str | None:
     if not tokenizer.is_fast:
         return None  # no backend to describe: `datasets` hashes the Python object
     # A hash of the object, or of the whole description, changes when the tokenizer is used: calls leave their padding
@@ -61,7 +64,8 @@ def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Dat
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     del backend["padding"], backend["truncation"]
     languages = (args.source_lang, args.target_lang)
-    return Hasher.hash((dataset._fingerprint, json.dumps(backend), tokenizer.split_special_tokens, languages))
+    described = (json.dumps(backend), tokenizer.split_special_tokens, languages, str(features))
+    return Hasher.hash((dataset._fingerprint, *described))
 
 
 def filter_by_length(dataset: Dataset, args: DataArguments) -> tuple[Dataset, dict[str, int]]:
