@@ -13,7 +13,7 @@ def create_environment(folder: Path, requirements: list[str]) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
     return python
 
 
@@ -41,6 +41,12 @@ class Worker:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def describe_packages(python: Path, names: list[str]) -> str:
+    """The versions of packages in another environment."""
+    code = "import sys; from importlib.metadata import version; print(*(f'{n}=={version(n)}' for n in sys.argv[1:]))"
+    return subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def report(row: dict, output: Path | None):
