@@ -1,8 +1,8 @@
 """Some training steps of eole, timed; runs in the environment of the peer.
 
-A line of standard input is what `peer_training.py` asks for; the answer holds the target `tokens` of the measured steps,
-the `cells` of their batches, and `seconds` of processor time. eole has no decoder with layer normalization after the
-sum: its decoder is pre-LN, which costs one normalization more.
+A line of standard input is what `peer_training.py` asks for; the answer holds the target `tokens` of the measured
+steps, the `cells` of their batches, and `seconds` of processor time. The encoder is post-LN with a last normalization
+more; a post-LN decoder eole does not have, its decoder is pre-LN.
 """
 
 import json

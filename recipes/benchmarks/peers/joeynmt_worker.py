@@ -1,7 +1,7 @@
 """Some training steps of JoeyNMT, timed; runs in the environment of the peer.
 
-A line of standard input is what `peer_training.py` asks for; the answer holds the target `tokens` of the measured steps,
-the `cells` of their batches, and `seconds` of processor time.
+A line of standard input is what `peer_training.py` asks for; the answer holds the target `tokens` of the measured
+steps, the `cells` of their batches, and `seconds` of processor time.
 """
 
 import json
