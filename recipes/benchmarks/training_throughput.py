@@ -56,14 +56,14 @@ DIMENSIONS = (
 class Clock(TrainerCallback):
     """The times at the ends of some steps."""
 
-    def __init__(self, *steps: int):
-        self.steps, self.times = steps, []
+    def __init__(self, *steps: int, now):
+        self.steps, self.now, self.times = steps, now, []
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
+            self.times.append(self.now())
 
 
 class CountingCollator:
@@ -102,7 +102,7 @@ def create_models(recipe, tokenizer):
     }
 
 
-def measure(name, create_model, recipe, tokenizer, dataset, args, folder):
+def measure(name, create_model, recipe, tokenizer, dataset, args, folder, now=time.perf_counter):
     """Target tokens a second, and the part of the cells that are tokens."""
     set_seed(args.seed)
     model = create_model()
@@ -119,7 +119,7 @@ def measure(name, create_model, recipe, tokenizer, dataset, args, folder):
         "disable_tqdm": True,
         "seed": args.seed,
     }
-    clock = Clock(args.warmup, args.warmup + args.steps)
+    clock = Clock(args.warmup, args.warmup + args.steps, now=now)
     collator = CountingCollator(DataCollatorForSeq2Seq(tokenizer, model=model))
     if name == "marian":
         training = Seq2SeqTrainingArguments(**common, per_device_train_batch_size=args.batch_size)
