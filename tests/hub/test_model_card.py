@@ -89,4 +89,4 @@ def test_a_picture_without_scores(tmp_path):
 def test_every_package_is_in_the_wheel():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("hf_rskip/**/__init__.py")}
-    assert set(packages) == found | {"hf_rskip.model_cards"}
+    assert set(packages) == found | {"hf_rskip.accelerate_profiles", "hf_rskip.model_cards"}
