@@ -133,9 +133,8 @@ def recipe(corpus_folder) -> dict:
     }
 
 
-@pytest.fixture(scope="session")
-def write_recipe(recipe, tmp_path_factory):
-    """Writes the recipe with changes (`None` leaves a key out), with an `output_dir` of its own, to a YAML file."""
+def recipe_writer(recipe: dict, tmp_path_factory):
+    """Writes a recipe with changes (`None` leaves a key out), with an `output_dir` of its own, to a YAML file."""
 
     def write(**changes) -> Path:
         folder = tmp_path_factory.mktemp("run")
@@ -145,6 +144,12 @@ def write_recipe(recipe, tmp_path_factory):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_recipe(recipe, tmp_path_factory):
+    """Writes `recipe` with changes; see [`recipe_writer`]."""
+    return recipe_writer(recipe, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -174,13 +179,17 @@ def run_cli(start_cli):
     return run
 
 
-@pytest.fixture(scope="session")
-def trained(run_cli, write_recipe) -> SimpleNamespace:
-    """The tiny model, trained by `hf-rskip train`: its `recipe` (path), `folder`, and what the command printed."""
-    path = write_recipe()
+def train_by_command(run_cli, path: Path) -> SimpleNamespace:
+    """A run of `hf-rskip train`: its `recipe` (path), `folder`, and what the command printed."""
     result = run_cli("train", path)
     assert result.code == 0, result.err
     return SimpleNamespace(recipe=path, folder=path.parent / "output", out=result.out, err=result.err)
+
+
+@pytest.fixture(scope="session")
+def trained(run_cli, write_recipe) -> SimpleNamespace:
+    """The tiny translation model; see [`train_by_command`]."""
+    return train_by_command(run_cli, write_recipe())
 
 
 @pytest.fixture(scope="session")
@@ -269,22 +278,11 @@ def image_recipe(cifar_folder) -> dict:
 
 @pytest.fixture(scope="session")
 def write_image_recipe(image_recipe, tmp_path_factory):
-    """As `write_recipe`, of the ResNet."""
-
-    def write(**changes) -> Path:
-        folder = tmp_path_factory.mktemp("run")
-        values = {"output_dir": str(folder / "output"), **image_recipe, **changes}
-        path = folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-        return path
-
-    return write
+    """Writes `image_recipe` with changes; see [`recipe_writer`]."""
+    return recipe_writer(image_recipe, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def trained_resnet(run_cli, write_image_recipe) -> SimpleNamespace:
-    """The tiny ResNet, trained by `hf-rskip train`: its `recipe` (path), `folder`, and what the command printed."""
-    path = write_image_recipe()
-    result = run_cli("train", path)
-    assert result.code == 0, result.err
-    return SimpleNamespace(recipe=path, folder=path.parent / "output", out=result.out, err=result.err)
+    """The tiny ResNet; see [`train_by_command`]."""
+    return train_by_command(run_cli, write_image_recipe())

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
@@ -92,9 +93,12 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     Raises:
         [`UserError`]: if the path is not a complete checkpoint, or if a fresh start would mix with an earlier run.
     """
-    clear_staging(output_dir)
+    is_fresh = resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false"
+    # A fresh start that is about to be refused must not touch what another run may be writing at this moment.
+    if not (is_fresh and list_checkpoints(output_dir)):
+        clear_staging(output_dir)
     checkpoints = list_checkpoints(output_dir)
-    if resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false":
+    if is_fresh:
         if any(Path(output_dir, name).exists() for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME)) and not checkpoints:
             raise UserError(
                 f"{str(output_dir)!r} already holds a model: remove the folder, or choose another `output_dir`"
@@ -121,6 +125,19 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         if checkpoint is not None and not any(checkpoint.glob(pattern)):
             raise UserError(f"{str(checkpoint)!r} cannot be resumed from: it has no {pattern.strip('*')}")
     return checkpoint
+
+
+def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterable[str]) -> None:
+    """A run must not go on as another model than it began; where the weights fit all the same, nobody would notice.
+
+    Raises:
+        [`UserError`]: if one of `fields` is another in the configuration of the checkpoint.
+    """
+    before = type(config).from_pretrained(checkpoint)
+    for field in fields:
+        old, new = getattr(before, field), getattr(config, field)
+        if old != new:
+            raise UserError(f"{checkpoint} was trained with {field} {old!r} and cannot go on with {new!r}.")
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -15,7 +15,7 @@ from ..data.pixels import CroppedImages, decode_images, stream_images
 from ..errors import UserError
 from ..hub.image_model_card import write_image_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
-from .checkpoints import find_checkpoint
+from .checkpoints import check_same_model, find_checkpoint
 from .describe import describe_model
 from .image_trainer import ImageTrainer
 from .recipe import Recipe
@@ -41,7 +41,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     set_seed(training.seed)
     model = _create_model(recipe, images.class_names)
     if checkpoint:
-        _check_same_model(model.config, checkpoint)
+        check_same_model(model.config, checkpoint, [*RSkipResNetConfig.__annotations__, "id2label"])
     _check_last_batch(model.config, sets["train"], recipe)
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -168,12 +168,3 @@ def _check_last_batch(config: RSkipResNetConfig, train_set, recipe: Recipe) -> N
             f"{recipe.data.image_size}, too few for batch normalisation: set dataloader_drop_last, another "
             "per_device_train_batch_size or a larger image_size."
         )
-
-
-def _check_same_model(config: RSkipResNetConfig, checkpoint: Path) -> None:
-    """A run must not go on as another model than it began; where the weights fit all the same, nobody would notice."""
-    before = RSkipResNetConfig.from_pretrained(checkpoint)
-    for field in [*RSkipResNetConfig.__annotations__, "id2label"]:
-        old, new = getattr(before, field), getattr(config, field)
-        if old != new:
-            raise UserError(f"{checkpoint} was trained with {field} {old!r} and cannot go on with {new!r}.")

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import median
 
 import torch
@@ -19,14 +19,13 @@ class LossGuardMixin:
     that is not finite is what loss scaling for fp16 looks for, and is left to it.
     """
 
+    describe_batch: Callable[[dict], str]
+    """Which examples a batch holds, for a sentence; a method of the Trainer."""
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._batches: list[tuple[torch.Tensor, dict]] = []
         self._history = {name: deque(maxlen=self.args.loss_spike_window) for name in ("loss", "gradient norm")}
-
-    def describe_batch(self, inputs: dict) -> str:
-        """Which examples a batch holds, for a sentence."""
-        raise NotImplementedError
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)

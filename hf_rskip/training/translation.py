@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..hub.translation_model_card import write_model_card
 from ..models import RSkipConfig, RSkipForConditionalGeneration
-from .checkpoints import find_checkpoint
+from .checkpoints import check_same_model, find_checkpoint
 from .describe import describe_model
 from .recipe import Recipe
 from .trainer import RSkipTrainer
@@ -72,7 +71,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
             f"{model.config.max_position_embeddings}, so that no padding goes beyond it."
         )
     if checkpoint:
-        _check_same_model(model.config, checkpoint)
+        check_same_model(model.config, checkpoint, [*asdict(ModelArguments()), "source_lang", "target_lang"])
     model.set_attn_implementation(training.attn_implementation)
 
     def score(model: PreTrainedModel, split: str, **generate_kwargs) -> dict[str, float | str]:
@@ -167,12 +166,3 @@ def _create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFo
     model._keys_to_ignore_on_save = list(model.all_tied_weights_keys)
     model.generation_config = GenerationConfig(**generation, **special_tokens)
     return model
-
-
-def _check_same_model(config: RSkipConfig, checkpoint: Path) -> None:
-    """A run must not go on as another model than it began; where the weights fit all the same, nobody would notice."""
-    before = RSkipConfig.from_pretrained(checkpoint)
-    for field in [*asdict(ModelArguments()), "source_lang", "target_lang"]:
-        old, new = getattr(before, field), getattr(config, field)
-        if old != new:
-            raise UserError(f"{checkpoint} was trained with {field} {old!r} and cannot go on with {new!r}.")

@@ -14,7 +14,6 @@ the main process.
 """
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -176,6 +175,8 @@ def main():
         print(json.dumps({"stage": args.child, "seconds": round(seconds, 1), **memory, "about": result}))
         return
 
+    from report import append_csv  # with torch, which is not to count in the memory of a stage
+
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     for stage in args.stages:
@@ -189,13 +190,7 @@ def main():
             f"{row['about']}",
             flush=True,
         )
-        if args.output:
-            new = not args.output.exists()
-            with args.output.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+        append_csv([row], args.output)
 
 
 if __name__ == "__main__":

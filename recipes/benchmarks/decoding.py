@@ -10,15 +10,13 @@ of the ratio Marian / ours, above 1 where ours is faster, and how many translati
 """
 
 import argparse
-import csv
-import datetime
 import statistics
 import time
 from pathlib import Path
 
 import torch
 import transformers
-from resnet_step import describe_commit, describe_device
+from report import append_csv, describe_run, print_row
 from transformers import MarianConfig, MarianMTModel
 
 from hf_rskip.conversion.marian import _SAME_FIELDS, _new_name
@@ -122,20 +120,10 @@ def main():
         "batch_size": args.batch_size,
         "max_batch_tokens": args.max_batch_tokens,
         "rounds": args.rounds,
-        "device": describe_device(model.device.type),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": describe_commit(),
+        **describe_run(model.device.type),
     }
-    print("\n".join(f"{name}: {value}" for name, value in row.items()))
-    if args.output:
-        new = not args.output.exists()
-        with args.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    print_row(row)
+    append_csv([row], args.output)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ reported are medians, as seconds for the 390 full batches of an epoch, and their
 """
 
 import argparse
-import csv
-import datetime
 import statistics
 import tempfile
 import time
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from resnet_step import describe_commit, describe_device
+from report import append_csv, describe_run, print_table
 from transformers import TrainerCallback
 
 from hf_rskip import RSkipResNetConfig, RSkipResNetForImageClassification
@@ -153,11 +151,7 @@ def main():
     plain = seconds["plain loop"]
     about = {
         **{name: value for name, value in vars(args).items() if name not in ("output", "threads")},
-        "device": describe_device("cuda" if cuda else "cpu"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": describe_commit(),
+        **describe_run("cuda" if cuda else "cpu"),
     }
     rows = [
         {
@@ -168,16 +162,8 @@ def main():
         }
         for way, times in seconds.items()
     ]
-    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
-        print("  ".join(value.ljust(16) for value in row.values()).rstrip())
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    if args.output:
-        new = not args.output.exists()
-        with args.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            if new:
-                writer.writeheader()
-            writer.writerows(row | about for row in rows)
+    print_table(rows, about)
+    append_csv([row | about for row in rows], args.output)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,12 @@ and the median over the rounds of the ratio Transformers / model, above 1 where 
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from report import append_csv, describe_run, print_table
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_rskip import RSkipResNetConfig, RSkipResNetForImageClassification
@@ -89,20 +85,6 @@ def time_steps(steps, rounds, warmup, device):
     return seconds
 
 
-def describe_device(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def describe_commit():
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="resnet20-like")
@@ -141,24 +123,12 @@ def main():
                 "ratio_quartiles": f"{lower:.3f}-{upper:.3f}",
             }
         )
-    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
-        print("  ".join(value.ljust(16) for value in row.values()).rstrip())
     about = {
         **{name: value for name, value in vars(args).items() if name not in ("output", "warmup", "threads")},
-        "device": describe_device(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": describe_commit(),
+        **describe_run(device),
     }
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    if args.output:
-        new = not args.output.exists()
-        with args.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            if new:
-                writer.writeheader()
-            writer.writerows(row | about for row in rows)
+    print_table(rows, about)
+    append_csv([row | about for row in rows], args.output)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ one process; reported are the medians, and the median over the rounds of the rat
 """
 
 import argparse
-import csv
-import datetime
 import statistics
 import tempfile
 import time
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from resnet_step import describe_commit, describe_device
+from report import append_csv, describe_run, print_table
 from transformers import (
     DataCollatorForSeq2Seq,
     MarianConfig,
@@ -181,22 +179,10 @@ def main():
     about = {
         "dataset": Path(recipe.data.dataset_name).name,
         **{name: value for name, value in vars(args).items() if name != "output"},
-        "device": describe_device("cuda" if torch.cuda.is_available() else "cpu"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": describe_commit(),
+        **describe_run("cuda" if torch.cuda.is_available() else "cpu"),
     }
-    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
-        print("  ".join(value.ljust(20) for value in row.values()).rstrip())
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    if args.output:
-        new = not args.output.exists()
-        with args.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            if new:
-                writer.writeheader()
-            writer.writerows(row | about for row in rows)
+    print_table(rows, about)
+    append_csv([row | about for row in rows], args.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hf_rskip.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def test_pairs(pairs):
+def sides(pairs):
     return [pair["en"] for pair in pairs["test"]], [pair["de"] for pair in pairs["test"]]
 
 
@@ -45,25 +45,25 @@ def step_by_step(models, source, target):
 
 @pytest.mark.parametrize("budget", [1, 60, 4096])
 @pytest.mark.parametrize("count", [1, 2])
-def test_scores_against_one_step_at_a_time(model_and_tokenizer, other, test_pairs, budget, count):
+def test_scores_against_one_step_at_a_time(model_and_tokenizer, other, sides, budget, count):
     model, tokenizer = model_and_tokenizer
     models = [model, other][:count]
-    sources, targets = ([*side[:6], "", side[7]] for side in test_pairs)
+    sources, targets = ([*side[:6], "", side[7]] for side in sides)
     found = score(Ensemble(models) if count > 1 else model, tokenizer, sources, targets, budget)
     for values, source, target in zip(found, sources, targets, strict=True):
         expected = step_by_step(models, tokenizer(source).input_ids, tokenizer(text_target=target).input_ids)
         assert values == pytest.approx(expected, abs=2e-5)
 
 
-def test_a_sentence_without_positions_is_named(model_and_tokenizer, test_pairs):
+def test_a_sentence_without_positions_is_named(model_and_tokenizer, sides):
     with pytest.raises(UserError, match="Sentence 2 has .* tokens, more than the 64 positions"):
-        score(*model_and_tokenizer, ["a", "b"], ["a", " ".join(test_pairs[1])])
+        score(*model_and_tokenizer, ["a", "b"], ["a", " ".join(sides[1])])
 
 
 @pytest.mark.parametrize("penalty", [{}, {"length_penalty": 0.0}, {"gnmt_length_penalty": 0.6}])
-def test_n_best_has_the_scores_of_the_search(model_and_tokenizer, test_pairs, penalty):
+def test_n_best_has_the_scores_of_the_search(model_and_tokenizer, sides, penalty):
     model, tokenizer = model_and_tokenizer
-    sources = [*test_pairs[0][:5], " "]
+    sources = [*sides[0][:5], " "]
     found = translate_n_best(model, tokenizer, sources, 3, 200, num_beams=4, **penalty)
     assert found[5] == [("", 0.0)]
     assert [hypotheses[0].text for hypotheses in found] == translate(
@@ -88,23 +88,23 @@ def test_n_best_needs_beams(model_and_tokenizer):
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_an_ensemble_of_one_model_is_that_model(model_and_tokenizer, test_pairs, num_beams):
+def test_an_ensemble_of_one_model_is_that_model(model_and_tokenizer, sides, num_beams):
     model, tokenizer = model_and_tokenizer
     together = Ensemble([model, model, model])
-    assert translate(together, tokenizer, test_pairs[0], 300, num_beams=num_beams) == translate(
-        model, tokenizer, test_pairs[0], 300, num_beams=num_beams
+    assert translate(together, tokenizer, sides[0], 300, num_beams=num_beams) == translate(
+        model, tokenizer, sides[0], 300, num_beams=num_beams
     )
 
 
-def test_a_greedy_ensemble_against_mean_probabilities(model_and_tokenizer, other, test_pairs):
+def test_a_greedy_ensemble_against_mean_probabilities(model_and_tokenizer, other, sides):
     model, tokenizer = model_and_tokenizer
-    inputs = tokenizer(test_pairs[0][:8], return_tensors="pt", padding=True)
+    inputs = tokenizer(sides[0][:8], return_tensors="pt", padding=True)
     output = Ensemble([model, other]).generate(**inputs, num_beams=1, max_new_tokens=12)
     single = model.generate(**inputs, num_beams=1, max_new_tokens=12)
     differs = 0
     for row in range(8):
         found = until_end(output[row, 1:].tolist(), tokenizer)
-        source, expected = tokenizer(test_pairs[0][row], return_tensors="pt").input_ids, []
+        source, expected = tokenizer(sides[0][row], return_tensors="pt").input_ids, []
         while len(expected) < 12 and tokenizer.eos_token_id not in expected:
             prefix = torch.tensor([[model.config.decoder_start_token_id, *expected]])
             with torch.no_grad():
@@ -116,12 +116,12 @@ def test_a_greedy_ensemble_against_mean_probabilities(model_and_tokenizer, other
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_the_caches_of_an_ensemble_follow_the_beams(model_and_tokenizer, other, test_pairs, use_cache):
+def test_the_caches_of_an_ensemble_follow_the_beams(model_and_tokenizer, other, sides, use_cache):
     model, tokenizer = model_and_tokenizer
     options = {"num_beams": 4, "max_len_a": 1, "max_len_b": 4, "gnmt_length_penalty": 0.6}
     together = Ensemble([model, other])
-    found = translate_n_best(together, tokenizer, test_pairs[0][:5], 2, use_cache=use_cache, **options)
-    inputs = tokenizer(test_pairs[0][:5], return_tensors="pt", padding=True)
+    found = translate_n_best(together, tokenizer, sides[0][:5], 2, use_cache=use_cache, **options)
+    inputs = tokenizer(sides[0][:5], return_tensors="pt", padding=True)
     scores = together.generate(
         **inputs,
         use_cache=use_cache,
@@ -142,9 +142,9 @@ def test_models_of_different_vocabularies_do_not_mix(trained, other, tmp_path, m
         load_ensemble([str(trained.folder), str(tmp_path)])
 
 
-def test_the_commands(trained, model_and_tokenizer, other, test_pairs, corpus_folder, tmp_path, capfd):
+def test_the_commands(trained, model_and_tokenizer, other, sides, corpus_folder, tmp_path, capfd):
     model, tokenizer = model_and_tokenizer
-    sources, targets = test_pairs
+    sources, targets = sides
     second = tmp_path / "second"
     other.save_pretrained(second)
     tokenizer.save_pretrained(second)

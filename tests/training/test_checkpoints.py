@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_rskip.errors import UserError
-from hf_rskip.training.checkpoints import find_checkpoint
+from hf_rskip.training.checkpoints import STAGING_NAME, find_checkpoint
 
 
 def create(folder, **states):
@@ -78,3 +78,14 @@ def test_a_fresh_start_beside_a_finished_model_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(UserError, match="already holds a model"):
         find_checkpoint(tmp_path, None)
+
+
+def test_a_refused_start_leaves_what_another_run_is_writing(tmp_path):
+    create(tmp_path, checkpoint_5=STATE)
+    create(tmp_path / STAGING_NAME, checkpoint_6=None)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="already holds checkpoint-5"):
+        find_checkpoint(tmp_path, None)
+    assert contents(tmp_path) == before
+    find_checkpoint(tmp_path, "true")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]

@@ -1,6 +1,5 @@
-"""An environment of its own for each peer, a process in it that answers requests, and rows of one CSV file."""
+"""An environment of its own for each peer, and a process in it that answers requests."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -47,15 +46,3 @@ def describe_packages(python: Path, names: list[str]) -> str:
     """The versions of packages in another environment."""
     code = "import sys; from importlib.metadata import version; print(*(f'{n}=={version(n)}' for n in sys.argv[1:]))"
     return subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def report(row: dict, output: Path | None):
-    """Prints a row, and appends it to a CSV file."""
-    print("\n".join(f"{name}: {value}" for name, value in row.items()))
-    if output:
-        new = not output.exists()
-        with output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)

@@ -10,7 +10,6 @@ CTranslate2 stops at as many finished translations as there are beams; ours does
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -20,12 +19,11 @@ from pathlib import Path
 
 import numpy
 import torch
-import transformers
-from environments import Worker, create_environment, report
+from environments import Worker, create_environment
 
 sys.path.append(str(Path(__file__).parent.parent))
 from decoding import create_marian, translate_ours, until_end
-from resnet_step import describe_commit, describe_device
+from report import append_csv, describe_run, print_row
 
 from hf_rskip.data.arguments import DataArguments
 from hf_rskip.data.corpora import load_translation_dataset
@@ -111,13 +109,10 @@ def main():
         "hf_rskip_seconds": f"{statistics.median(seconds['hf_rskip']):.2f}",
         "ratio": f"{ratio:.2f}",
         **{name: getattr(args, name) for name in ("num_beams", "batch_size", "max_batch_tokens", "rounds")},
-        "device": describe_device("cpu"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": describe_commit(),
+        **describe_run("cpu"),
     }
-    report(row, args.output)
+    print_row(row)
+    append_csv([row], args.output)
 
 
 if __name__ == "__main__":

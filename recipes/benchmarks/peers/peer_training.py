@@ -9,7 +9,6 @@ count. The two take turns for `--rounds` rounds of `--steps` steps. Time is of t
 """
 
 import argparse
-import datetime
 import statistics
 import sys
 import tempfile
@@ -18,10 +17,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from environments import Worker, create_environment, describe_packages, report
+from environments import Worker, create_environment, describe_packages
 
 sys.path.append(str(Path(__file__).parent.parent))
-from resnet_step import describe_commit, describe_device
+from report import append_csv, describe_run, print_row
 from training_throughput import create_models, measure, read_data
 
 from hf_rskip.training.recipe import parse_recipe
@@ -106,13 +105,10 @@ def main():
         "peer_not_padding": f"{peer_part:.3f}",
         "hf_rskip_not_padding": f"{own_part:.3f}",
         **{key: getattr(args, key) for key in ("batch_tokens", "steps", "warmup", "rounds", "seed")},
-        "device": describe_device("cpu"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": describe_commit(),
+        **describe_run("cpu"),
     }
-    report(row, args.output)
+    print_row(row)
+    append_csv([row], args.output)
 
 
 if __name__ == "__main__":
