@@ -15,18 +15,8 @@ from .configuration_rskip import RSkipConfig
 from .configuration_rskip_resnet import RSkipResNetConfig
 from .modeling_rskip import RSkipForConditionalGeneration, RSkipModel
 from .modeling_rskip_resnet import RSkipResNetBackbone, RSkipResNetForImageClassification, RSkipResNetModel
-from .skip_connections import (
-    NORMS,
-    SKIP_CONNECTIONS,
-    PreNorm,
-    RSkip,
-    SampleLayerNorm,
-    SampleRMSNorm,
-    SkipConnection,
-    SublayerPosition,
-    XSkip,
-    make_norm,
-)
+from .skip_connections import SKIP_CONNECTIONS, PreNorm, RSkip, SkipConnection, SublayerPosition, XSkip
+from .skip_norms import NORMS, SampleLayerNorm, SampleRMSNorm, make_norm
 
 AutoConfig.register(RSkipConfig.model_type, RSkipConfig)
 AutoModel.register(RSkipConfig, RSkipModel)

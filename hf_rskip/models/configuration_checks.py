@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection, Iterable
 
 from transformers.activations import ACT2FN
 
-from .skip_connections import AFFINES, NORM_AXES, NORMS, SKIP_CONNECTIONS
+from .skip_connections import AFFINES, SKIP_CONNECTIONS
+from .skip_norms import NORM_AXES, NORMS
 
 
 def check(config, field: str, allowed: Callable[[object], bool], what: str) -> None:

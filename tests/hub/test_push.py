@@ -20,6 +20,7 @@ CODE = {
     "generation_rskip.py",
     "modeling_rskip.py",
     "skip_connections.py",
+    "skip_norms.py",
 }
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"README.md", "training_curve.png", "all_results.json", "trainer_state.json"}
@@ -211,6 +212,7 @@ def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
         "configuration_rskip_resnet.py",
         "modeling_rskip_resnet.py",
         "skip_connections.py",
+        "skip_norms.py",
     }
     model = RSkipResNetForImageClassification(config)
     for parameter in model.parameters():

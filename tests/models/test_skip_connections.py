@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_rskip import NORMS, SKIP_CONNECTIONS, PreNorm, RSkip, SublayerPosition, XSkip
-from hf_rskip.models.skip_connections import NORM_AXES
+from hf_rskip.models.skip_norms import NORM_AXES
 
 EPS = 1e-5
 SIZE = 6

@@ -1,0 +1,170 @@
+"""The norms of skip connections, over tensors whose features come last.
+
+Each is called as `norm(hidden, mask)` with `hidden` of shape `(..., size)` and `mask` of shape `(...)`, true at real
+tokens, or `None` when all are real; only batch normalisation looks at it. `normalize` takes gain and bias, too.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the last dimension; the mask is accepted and not needed."""
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return F.layer_norm(hidden, self.normalized_shape, weight, bias, self.eps)
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation over the last dimension: no centring and no bias."""
+
+    bias = None
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class SampleLayerNorm(nn.GroupNorm):
+    """Layer normalisation over all positions and features of a sample together, with gain and bias for each feature.
+
+    For feature maps, where it is group normalisation with one group. The norms of a text must not see its padding or,
+    in a decoder, its future: there it is of no use.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(1, size, eps=eps, affine=elementwise_affine)
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return F.group_norm(hidden.movedim(-1, 1), 1, weight, bias, self.eps).movedim(1, -1)
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class SampleRMSNorm(RMSNorm):
+    """Root-mean-square normalisation over all positions and features of a sample together; see [`SampleLayerNorm`]."""
+
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(size, eps=eps, elementwise_affine=elementwise_affine)
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        # `F.rms_norm` would rearrange the memory of maps whose channels do not lie last there.
+        dims, dtype = tuple(range(1, hidden.dim())), torch.promote_types(hidden.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden, dim=dims, keepdim=True, dtype=dtype)
+        rstd = torch.rsqrt(norm.square() / hidden.shape[1:].numel() + self.eps)
+        return hidden * (rstd if weight is None else rstd * weight).to(hidden.dtype)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of each feature over all tokens, in the manner of `nn.BatchNorm1d` but with features last.
+
+    In training the statistics are those of the tokens that `mask` keeps, so that padding never enters them; in
+    evaluation they are the running ones. Statistics are computed in float32 at least. In a causal decoder the training
+    statistics span the whole sentence, future tokens included: that is inherent to batch normalisation.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(size, eps=eps, affine=elementwise_affine)
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        if mask is None and hidden.numel() > self.num_features:
+            return self._normalize_all(hidden, weight, bias)
+        if self.training:
+            mean, variance = self._batch_statistics(hidden, mask)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        rstd = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + self.eps)
+        normalized = ((hidden - mean) * rstd).to(hidden.dtype)
+        return normalized if weight is None else normalized * weight + bias
+
+    def _normalize_all(self, hidden, weight, bias):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            hidden.movedim(-1, 1),
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        ).movedim(1, -1)
+
+    def _batch_statistics(self, hidden, mask):
+        tokens = hidden.reshape(-1, self.num_features).to(torch.promote_types(hidden.dtype, torch.float32))
+        if mask is None:
+            keep = tokens.new_ones(len(tokens), 1)
+        else:
+            keep = mask.expand(hidden.shape[:-1]).reshape(-1, 1).bool()
+            tokens = tokens.masked_fill(~keep, 0)  # a product would turn overflow into NaN
+        kept = keep.sum()
+        count = kept.clamp(min=1)
+        mean = tokens.sum(0) / count
+        variance = ((tokens - mean).square() * keep).sum(0) / count
+        with torch.no_grad():
+            # As in torch: the running variance is the unbiased one, the variance that normalises is not.
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            momentum = (self.momentum * (kept > 0)).to(self.running_mean.dtype)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+            self.num_batches_tracked.add_(1)
+        return mean, variance
+
+    def forward(self, hidden, mask=None):
+        return self.normalize(hidden, self.weight, self.bias, mask)
+
+
+class NoNorm(nn.Module):
+    """The identity, where a formula is used without a norm."""
+
+    weight = bias = None
+
+    def __init__(self, size: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__()
+
+    def normalize(self, hidden, weight, bias, mask=None):
+        return hidden
+
+    def forward(self, hidden, mask=None):
+        return hidden
+
+
+NORMS: dict[str, type[nn.Module]] = {
+    "layer_norm": LayerNorm,
+    "rms_norm": RMSNorm,
+    "batch_norm": BatchNorm,
+    "none": NoNorm,
+}
+"""Every norm by its configuration name (`skip_norm`). Called as `norm(hidden, mask)`."""
+
+SAMPLE_NORMS: dict[str, type[nn.Module]] = NORMS | {"layer_norm": SampleLayerNorm, "rms_norm": SampleRMSNorm}
+"""The same names with statistics over a whole feature map. Batch statistics are those of a channel in either table."""
+
+NORM_AXES = {"channels": NORMS, "sample": SAMPLE_NORMS}
+"""What the norms of feature maps go over (`skip_norm_axes`): the channels of each position, or all of a sample."""
+
+
+def make_norm(norm: str | type[nn.Module], size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
+    """The norm of that name in [`NORMS`], or of that class, for `size` features.
+
+    Raises:
+        `ValueError`: if there is no norm of that name.
+    """
+    if isinstance(norm, str):
+        if norm not in NORMS:
+            raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, not {norm!r}")
+        norm = NORMS[norm]
+    return norm(size, eps=eps, elementwise_affine=elementwise_affine)
+
+
+def norm_of(config) -> type[nn.Module]:
+    """The class of norm that `config` asks for: its `skip_norm`, for images over its `skip_norm_axes`."""
+    return NORM_AXES[getattr(config, "skip_norm_axes", "channels")][config.skip_norm]
