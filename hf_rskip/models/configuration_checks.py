@@ -60,5 +60,7 @@ def check_skip_fields(config) -> None:
     check_name(config, "skip_norm_affine", AFFINES)
     if hasattr(config, "skip_norm_axes"):
         check_name(config, "skip_norm_axes", NORM_AXES)
+        if not SKIP_CONNECTIONS[config.skip_type].for_images:
+            raise ValueError(f"`skip_type` {config.skip_type!r} is not for a ResNet")
     if config.skip_norm == "none" and SKIP_CONNECTIONS[config.skip_type].requires_norm:
         raise ValueError(f"`skip_norm` must be a norm, not 'none', with `skip_type` {config.skip_type!r}")

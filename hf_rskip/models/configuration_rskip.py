@@ -38,9 +38,10 @@ class RSkipConfig(PreTrainedConfig):
         lm_head_bias (`bool`, defaults to `False`):
             Whether the output projection has a bias, one trained number a target token, as in Marian.
         skip_type (`str`, defaults to `"rskip"`):
-            The kind of skip connection, a key of `SKIP_CONNECTIONS`: `"rskip"`, `"xskip"`, `"pre_norm"`.
+            The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or `"pre_norm"`.
         skip_recursions (`int`, defaults to 2):
-            K, the number of recursions of `"rskip"`, at least 1; K = 1 is post-LN. Other kinds ignore it.
+            K, the number of recursions of `"rskip"` (and of `"rskip_detached"`), at least 1; K = 1 is post-LN. Other
+            kinds ignore it.
         skip_scale (`float`, defaults to 1.0):
             s, the fixed scale of `"xskip"`. Other kinds ignore it.
         skip_norm (`str`, defaults to `"layer_norm"`):

@@ -106,7 +106,8 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
             Stochastic depth: the rate at which the branch of the last block is dropped; those before it in proportion
             to their depth (Huang et al., 2016).
         skip_type (`str`, defaults to `"rskip"`):
-            The kind of skip connection, a key of `SKIP_CONNECTIONS`: `"rskip"`, `"xskip"`, `"pre_norm"`.
+            The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or `"pre_norm"`;
+            `"deep_norm"`, `"b2t"` and `"rskip_detached"` are for Transformers only.
         skip_recursions (`int`, defaults to 2):
             K, the number of recursions of `"rskip"`, at least 1. Other kinds ignore it.
         skip_scale (`float`, defaults to 1.0):

@@ -151,19 +151,27 @@ class RSkipMLP(nn.Module):
         return self.fc2(hidden_states)
 
 
-def _skip_connection(config: RSkipConfig, stack: str, layer: int, sublayer: int) -> SkipConnection:
-    position = SublayerPosition(stack, layer, sublayer)
-    return SKIP_CONNECTIONS[config.skip_type].from_config(config, config.d_model, position)
+def _skip_connections(
+    config: RSkipConfig, stack: str, layer: int
+) -> tuple[list[SkipConnection], SkipConnection | None]:
+    """The skip connections of a layer's sublayers, and the one around the layer."""
+    kind = SKIP_CONNECTIONS[config.skip_type]
+    layers, sublayers = {"encoder": (config.encoder_layers, 2), "decoder": (config.decoder_layers, 3)}[stack]
+    positions = [SublayerPosition(stack, layer, sublayer, layers, sublayers) for sublayer in range(sublayers)]
+    skips = [kind.from_config(config, config.d_model, position) for position in positions]
+    return skips, kind.around_layer(config, config.d_model)
 
 
 class RSkipEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RSkipConfig, layer_idx: int):
         super().__init__()
         self.dropout = config.dropout
+        skips, around = _skip_connections(config, "encoder", layer_idx)
         self.self_attn = RSkipAttention(config, config.encoder_attention_heads, layer_idx)
-        self.self_attn_skip = _skip_connection(config, "encoder", layer_idx, 0)
+        self.self_attn_skip = skips[0]
         self.mlp = RSkipMLP(config, config.encoder_ffn_dim)
-        self.mlp_skip = _skip_connection(config, "encoder", layer_idx, 1)
+        self.mlp_skip = skips[1]
+        self.layer_skip = around
 
     def forward(
         self,
@@ -172,25 +180,29 @@ class RSkipEncoderLayer(GradientCheckpointingLayer):
         token_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        layer_input = hidden_states
         branch, _ = self.self_attn(self.self_attn_skip.before(hidden_states, token_mask), attention_mask, **kwargs)
         branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
         hidden_states = self.self_attn_skip(hidden_states, branch, token_mask)
 
         branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
         branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
-        return self.mlp_skip(hidden_states, branch, token_mask)
+        hidden_states = self.mlp_skip(hidden_states, branch, token_mask)
+        return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
 
 
 class RSkipDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RSkipConfig, layer_idx: int):
         super().__init__()
         self.dropout = config.dropout
+        skips, around = _skip_connections(config, "decoder", layer_idx)
         self.self_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx, is_causal=True)
-        self.self_attn_skip = _skip_connection(config, "decoder", layer_idx, 0)
+        self.self_attn_skip = skips[0]
         self.encoder_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx)
-        self.encoder_attn_skip = _skip_connection(config, "decoder", layer_idx, 1)
+        self.encoder_attn_skip = skips[1]
         self.mlp = RSkipMLP(config, config.decoder_ffn_dim)
-        self.mlp_skip = _skip_connection(config, "decoder", layer_idx, 2)
+        self.mlp_skip = skips[2]
+        self.layer_skip = around
 
     def forward(
         self,
@@ -202,6 +214,7 @@ class RSkipDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        layer_input = hidden_states
         branch, _ = self.self_attn(
             self.self_attn_skip.before(hidden_states, token_mask),
             attention_mask,
@@ -223,7 +236,8 @@ class RSkipDecoderLayer(GradientCheckpointingLayer):
 
         branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
         branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
-        return self.mlp_skip(hidden_states, branch, token_mask)
+        hidden_states = self.mlp_skip(hidden_states, branch, token_mask)
+        return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
 
 
 class RSkipPreTrainedModel(PreTrainedModel):
@@ -260,7 +274,8 @@ class RSkipPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (RSkipEncoderLayer, RSkipDecoderLayer)):
             for name, child in module.named_children():
                 if isinstance(child, SkipConnection):
-                    child.init_weights(branch=getattr(module, name.removesuffix("_skip")))
+                    is_around = name == "layer_skip"
+                    child.init_weights(branch=module if is_around else getattr(module, name.removesuffix("_skip")))
         else:
             super()._init_weights(module)
 

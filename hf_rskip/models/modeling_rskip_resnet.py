@@ -148,7 +148,7 @@ class RSkipResNetLayer(nn.Module):
             channels = width
         self.layer.append(RSkipResNetConvLayer(channels, *convolutions[-1], normalize=not preactivation))
         self.drop_path = RSkipResNetDropPath(drop_path_rate)
-        position = SublayerPosition("encoder", layer_idx, 0, branch_size=in_channels)
+        position = SublayerPosition("encoder", layer_idx, 0, sum(config.depths), 1, branch_size=in_channels)
         self.skip = SKIP_CONNECTIONS[config.skip_type].from_config(config, out_channels, position)
         self.activation = nn.Identity() if preactivation else ACT2FN[activation]
 

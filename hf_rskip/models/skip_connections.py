@@ -7,17 +7,28 @@ A skip connection has a step before the branch and a step after it, so that one 
 | `skip_type` | class | formula |
 |---|---|---|
 | `rskip` | [`RSkip`] | y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K |
-| `xskip` | [`XSkip`] | LN(s * x + F), or s * x + F without a norm |
+| `rskip_detached` | [`DetachedRSkip`] | LN(r_K x + F), the weight r_K that rSkip gives x, constant to the gradient |
+| `xskip` | [`XSkip`] | LN(s x + F), or s x + F without a norm |
+| `deep_norm` | [`DeepNorm`] | LN(alpha x + F), alpha by depth, branches start smaller |
+| `admin` | [`Admin`] | LN(w x + F), w learned for each feature, starts by depth |
+| `admin_fixed` | [`FixedAdmin`] | LN(w x + F), w by depth |
+| `rezero` | [`ReZero`] | LN(x + a F), or x + a F without a norm, a learned, starts at 0 |
+| `b2t` | [`B2T`] | post-LN, and the last norm of a layer adds the layer's input, too |
 | `pre_norm` | [`PreNorm`] | x + F(LN(x)), one more LN at the end of the stack |
+| `peri_norm` | [`PeriNorm`] | x + LN(F(LN(x))), one more LN at the end of the stack |
+| `keel` | [`Keel`] | LN(alpha x + F(LN(x))), alpha by depth |
 
-F is the branch, K the number of recursions, s the scale; LN may be any norm of [`NORMS`]. Post-LN is `rskip` with K = 1
-and `xskip` with s = 1. To add a kind, subclass [`SkipConnection`] and enter the class in [`SKIP_CONNECTIONS`].
+F is the branch, K the number of recursions, s a fixed scale; LN may be any norm of [`NORMS`]. Post-LN is `rskip` with
+K = 1 and `xskip` with s = 1. To add a kind, subclass [`SkipConnection`] and enter the class in [`SKIP_CONNECTIONS`].
+
+Not here: ResiDual (Xie et al., 2023), whose second stream, the sum of all branches, would have to pass through every
+layer beside x.
 
 Features come last: tokens are `(batch, length, features)`, and feature maps, `(batch, channels, height, width)` in a
 convolution, are seen here as `(batch, height, width, channels)`, which is a view and costs nothing.
 
 Source: Liu, Ren, Zhang, Sun and Zou, "Rethinking Skip Connection with Layer Normalization in Transformers and ResNets",
-COLING 2020 (https://arxiv.org/abs/2105.07205); pre-norm: Wang et al., ACL 2019 (https://arxiv.org/abs/1906.01787).
+COLING 2020 (https://arxiv.org/abs/2105.07205); of the other forms, each class names its own.
 """
 
 import math
@@ -25,8 +36,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
-from .skip_norms import NoNorm, make_norm, norm_of
+from .skip_norms import LayerNorm, NoNorm, make_norm, norm_of
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
@@ -42,8 +54,17 @@ class SublayerPosition:
     """Index of the layer in its stack, from 0."""
     sublayer: int
     """Index of the sublayer in its layer, from 0."""
+    num_layers: int
+    """Number of layers of the stack."""
+    num_sublayers: int
+    """Number of sublayers of each of its layers."""
     branch_size: int | None = None
     """Number of features that the branch takes, where a shortcut changes that of x; `None` where both are the same."""
+
+    @property
+    def depth(self) -> int:
+        """Number of sublayers of the stack."""
+        return self.num_layers * self.num_sublayers
 
 
 class SkipConnection(nn.Module):
@@ -59,6 +80,8 @@ class SkipConnection(nn.Module):
 
     requires_norm = False
     """Whether `skip_norm="none"` would leave a formula that is not of this kind."""
+    for_images = True
+    """Whether a ResNet can have it."""
     options: tuple[str, ...] = ()
     """The fields of the configuration that this kind reads beside `skip_norm`."""
 
@@ -74,14 +97,19 @@ class SkipConnection(nn.Module):
         return ", ".join(f"{field}: {getattr(config, field)}" for field in fields if hasattr(config, field))
 
     @classmethod
+    def around_layer(cls, config, size: int) -> "SkipConnection | None":
+        """A skip connection around each layer of a Transformer, with the sublayers for its branch: none by default."""
+        return None
+
+    @classmethod
     def final_norm(cls, config, size: int) -> nn.Module:
         """The norm that ends a stack of blocks of this kind, called as `norm(hidden, mask)`: none by default."""
         return NoNorm(size)
 
     def init_weights(self, branch: nn.Module) -> None:
         """This kind's part of the initialisation, after the model's own; `branch` is the module that computes F: an
-        attention with `q_proj`, `k_proj`, `v_proj` and `out_proj`, an MLP with `fc1` and `fc2`, or the sequence of
-        convolutional layers of a ResNet block.
+        attention with `q_proj`, `k_proj`, `v_proj` and `out_proj`, an MLP with `fc1` and `fc2`, a whole layer (see
+        `around_layer`), or the sequence of convolutional layers of a ResNet block.
 
         Parameters are to be filled with the functions of `transformers.initialization`, which leave loaded weights
         alone.
@@ -189,8 +217,174 @@ class XSkip(SkipConnection):
         return f"scale={self.scale}"
 
 
+class DetachedRSkip(SkipConnection):
+    """LN(r_K x + F), where r_K is the weight that rSkip with K recursions gives x, but constant to the gradient.
+
+    r_1 = 1 and r_{k+1} = r_k + std(r_k x + F), a number for each token. The outputs are, but for `eps`, those of rSkip
+    with gain and bias at the last step; only the gradient does not see how x and F make the weight.
+    """
+
+    requires_norm = True
+    for_images = False
+    options = ("skip_recursions",)
+
+    def __init__(self, size: int, recursions: int = 2, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+        super().__init__()
+        if norm not in ("layer_norm", LayerNorm):
+            raise ValueError(f"`norm` must be 'layer_norm', whose standard deviation is meant, not {norm!r}")
+        self.recursions = recursions
+        self.norm = make_norm(norm, size, eps)
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        return cls(size, config.skip_recursions, config.skip_norm, config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.norm(self.weight_of_x(x, branch) * x + branch, mask)
+
+    @torch.no_grad()
+    def weight_of_x(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """r_K, `(..., 1)`."""
+        weight = torch.ones_like(x[..., :1])
+        for _ in range(self.recursions - 1):
+            variance = (weight * x + branch).var(-1, correction=0, keepdim=True)
+            weight = weight + torch.sqrt(variance + self.norm.eps)
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"recursions={self.recursions}"
+
+
+class DeepNorm(XSkip):
+    """LN(alpha x + F), alpha growing with the depth, and branches that start smaller by beta.
+
+    For N encoder and M decoder layers: alpha = .81 (N^4 M)^(1/16) and beta = .87 (N^4 M)^(-1/16) in the encoder,
+    alpha = (3 M)^(1/4) and beta = (12 M)^(-1/4) in the decoder; beta is the Xavier gain of `fc1`, `fc2`, `v_proj` and
+    `out_proj`. Source: Wang et al., 2022 (https://arxiv.org/abs/2203.00555). Not for a ResNet, whose branches normalise
+    away how large their weights are.
+    """
+
+    requires_norm = True
+    for_images = False
+    options = ()
+
+    def __init__(
+        self, size: int, scale: float, beta: float, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5
+    ):
+        super().__init__(size, scale, norm, eps)
+        self.beta = beta
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        if position.stack == "encoder":
+            depth = config.encoder_layers**4 * config.decoder_layers
+            alpha, beta = 0.81 * depth ** (1 / 16), 0.87 * depth ** (-1 / 16)
+        else:
+            alpha, beta = (3 * config.decoder_layers) ** (1 / 4), (12 * config.decoder_layers) ** (-1 / 4)
+        return cls(size, alpha, beta, norm_of(config), config.layer_norm_eps)
+
+    def init_weights(self, branch):
+        for name, module in branch.named_children():
+            if name in ("fc1", "fc2", "v_proj", "out_proj"):
+                init.xavier_uniform_(module.weight, gain=self.beta)
+
+
+def admin_scale(depth: int) -> float:
+    """Admin's weight of x in a stack of `depth` sublayers, sqrt((L + 1) / ln(L + 1) - 1)."""
+    return math.sqrt((depth + 1) / math.log(depth + 1) - 1)
+
+
+class Admin(SkipConnection):
+    """LN(w x + F), with w learned for each feature; it starts at sqrt((L + 1) / ln(L + 1) - 1) for L sublayers.
+
+    Source: Liu et al., 2020 (https://arxiv.org/abs/2004.08249), which measures the first w in a pass over data; the
+    constant is the one of its authors' admin-torch.
+    """
+
+    requires_norm = True
+
+    def __init__(self, size: int, scale: float, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+        super().__init__()
+        self.first_scale = scale
+        self.scale = nn.Parameter(torch.full((size,), scale))
+        self.norm = make_norm(norm, size, eps)
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        return cls(size, admin_scale(position.depth), norm_of(config), config.layer_norm_eps)
+
+    def init_weights(self, branch):
+        init.constant_(self.scale, self.first_scale)
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.norm(self.scale * x + branch, mask)
+
+
+class FixedAdmin(XSkip):
+    """LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers: [`Admin`] without learning it."""
+
+    requires_norm = True
+    options = ()
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        return cls(size, admin_scale(position.depth), norm_of(config), config.layer_norm_eps)
+
+
+class ReZero(SkipConnection):
+    """LN(x + a F), or x + a F with `norm="none"`, with one learned number a that starts at 0.
+
+    Source: Bachlechner et al., 2020 (https://arxiv.org/abs/2003.04887).
+    """
+
+    def __init__(self, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+        super().__init__()
+        self.branch_scale = nn.Parameter(torch.zeros(()))
+        self.norm = make_norm(norm, size, eps)
+
+    def init_weights(self, branch):
+        init.zeros_(self.branch_scale)
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.norm(x + self.branch_scale * branch, mask)
+
+
+class B2T(XSkip):
+    """Post-LN, and the last norm of a layer adds the layer's input, too: a path past all norms but the last.
+
+    The output projections of the branches, `out_proj` and `fc2`, start smaller by N^(-1/2) in a stack of N layers; that
+    these are the weights to scale is our reading. Source: Takase et al., 2023 (https://arxiv.org/abs/2206.00330).
+    """
+
+    requires_norm = True
+    for_images = False
+    options = ()
+
+    def __init__(self, size: int, num_layers: int = 1, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+        super().__init__(size, 1.0, norm, eps)
+        self.num_layers = num_layers
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        # The norm behind the last sublayer stands around the layer.
+        is_last = position.sublayer == position.num_sublayers - 1
+        return cls(size, position.num_layers, NoNorm if is_last else norm_of(config), config.layer_norm_eps)
+
+    @classmethod
+    def around_layer(cls, config, size):
+        return XSkip(size, 1.0, norm_of(config), config.layer_norm_eps)
+
+    def init_weights(self, branch):
+        for name, module in branch.named_children():
+            if name in ("out_proj", "fc2"):
+                init.xavier_uniform_(module.weight, gain=self.num_layers**-0.5)
+
+
 class PreNorm(SkipConnection):
-    """Pre-norm residual: x + F(LN(x)), with one final norm at the end of the stack."""
+    """Pre-norm residual: x + F(LN(x)), with one final norm at the end of the stack.
+
+    Source: Wang et al., ACL 2019 (https://arxiv.org/abs/1906.01787).
+    """
 
     requires_norm = True
 
@@ -215,9 +409,70 @@ class PreNorm(SkipConnection):
         return x + branch
 
 
+class PeriNorm(PreNorm):
+    """Norms on both sides of the branch: x + LN(F(LN(x))), with one final norm at the end of the stack.
+
+    Source: Kim et al., "Peri-LN", 2025 (https://arxiv.org/abs/2502.02732). In the models here dropout comes before the
+    second norm.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        branch_size: int | None = None,
+        norm: str | type[nn.Module] = "layer_norm",
+        eps: float = 1e-5,
+    ):
+        super().__init__(branch_size or size, norm, eps)
+        self.branch_norm = make_norm(norm, size, eps)
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        return cls(size, position.branch_size, norm_of(config), config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return x + self.branch_norm(branch, mask)
+
+
+class Keel(XSkip):
+    """LN(alpha x + F(LN(x))), alpha the number of sublayers of the stack.
+
+    Source: Chen and Wei, 2026 (https://arxiv.org/abs/2601.19895), as others describe it.
+    """
+
+    requires_norm = True
+    options = ()
+
+    def __init__(
+        self,
+        size: int,
+        scale: float,
+        branch_size: int | None = None,
+        norm: str | type[nn.Module] = "layer_norm",
+        eps: float = 1e-5,
+    ):
+        super().__init__(size, scale, norm, eps)
+        self.branch_norm = make_norm(norm, branch_size or size, eps)
+
+    @classmethod
+    def from_config(cls, config, size, position):
+        return cls(size, float(position.depth), position.branch_size, norm_of(config), config.layer_norm_eps)
+
+    def before(self, x, mask=None):
+        return self.branch_norm(x, mask)
+
+
 SKIP_CONNECTIONS: dict[str, type[SkipConnection]] = {
     "rskip": RSkip,
+    "rskip_detached": DetachedRSkip,
     "xskip": XSkip,
+    "deep_norm": DeepNorm,
+    "admin": Admin,
+    "admin_fixed": FixedAdmin,
+    "rezero": ReZero,
+    "b2t": B2T,
     "pre_norm": PreNorm,
+    "peri_norm": PeriNorm,
+    "keel": Keel,
 }
 """Every kind of skip connection by its configuration name (`skip_type`)."""

@@ -28,7 +28,9 @@ def test_the_cache_changes_nothing(build, batch, kind, num_beams):
     assert torch.equal(generate(model, batch, num_beams=num_beams, use_cache=False), tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param({"skip_type": kind}, id=kind) for kind in ("b2t", "peri_norm", "keel", "admin"))]
+)
 def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(build, batch, kind):
     model = build(**kind)
     tokens = generate(model, batch, no_repeat_ngram_size=0, eos_token_id=None)

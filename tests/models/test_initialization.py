@@ -1,52 +1,13 @@
-"""Initialisation, and skip connections defined by somebody else: one class and one row in the table."""
+"""Initialisation: the model's own, and that of the skip connections."""
 
 import math
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForSeq2SeqLM
-from transformers import initialization as init
 
-from hf_rskip import SKIP_CONNECTIONS, RSkipForConditionalGeneration, SkipConnection, XSkip
-
-
-class DeepNorm(XSkip):
-    """LN(alpha * x + F), with the branch initialised smaller by beta (Wang et al., arXiv 2203.00555, figure 2)."""
-
-    @classmethod
-    def from_config(cls, config, size, position):
-        encoder, decoder = config.encoder_layers, config.decoder_layers
-        depth = encoder**4 * decoder if position.stack == "encoder" else None
-        alpha = 0.81 * depth ** (1 / 16) if depth else (3 * decoder) ** 0.25
-        skip = cls(size, alpha, config.skip_norm, config.layer_norm_eps)
-        skip.beta = 0.87 * depth ** (-1 / 16) if depth else (12 * decoder) ** -0.25
-        return skip
-
-    def init_weights(self, branch):
-        for name, module in branch.named_children():
-            if name in ("fc1", "fc2", "v_proj", "out_proj"):
-                init.xavier_uniform_(module.weight, gain=self.beta)
-
-
-class ReZero(SkipConnection):
-    """x + alpha * F with a learned alpha that starts at 0 (Bachlechner et al., arXiv 2003.04887)."""
-
-    def __init__(self, size, norm="none", eps=1e-5):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.empty(()))
-
-    def init_weights(self, branch):
-        init.zeros_(self.alpha)
-
-    def forward(self, x, branch, mask=None):
-        return x + self.alpha * branch
-
-
-@pytest.fixture(autouse=True)
-def kinds(monkeypatch):
-    monkeypatch.setitem(SKIP_CONNECTIONS, "deep_norm", DeepNorm)
-    monkeypatch.setitem(SKIP_CONNECTIONS, "rezero", ReZero)
+from hf_rskip import RSkipForConditionalGeneration
+from hf_rskip.models.skip_connections import DeepNorm, ReZero
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +24,7 @@ def assert_xavier_uniform(weight, gain=1.0):
 
 
 @pytest.mark.parametrize("skip_norm", ["layer_norm", "rms_norm", "batch_norm"])
-@pytest.mark.parametrize("skip_type", ["rskip", "xskip", "pre_norm"])
+@pytest.mark.parametrize("skip_type", ["rskip", "xskip", "pre_norm", "peri_norm", "keel", "admin_fixed"])
 def test_initialization(tiny_config, skip_type, skip_norm):
     torch.manual_seed(0)
     config = tiny_config(skip_type=skip_type, skip_norm=skip_norm, vocab_size=300, tie_word_embeddings=False)
@@ -140,7 +101,7 @@ def test_rezero(tiny_config, batch, tmp_path):
     embedded = encoder.embed_tokens(batch["input_ids"]) * 4 + encoder.embed_positions.weight[:7]
     torch.testing.assert_close(states, embedded)
 
-    alphas = [module.alpha for module in model.modules() if isinstance(module, ReZero)]
+    alphas = [module.branch_scale for module in model.modules() if isinstance(module, ReZero)]
     assert len(alphas) == 10
     for _ in range(2):
         model(**batch).loss.backward()
@@ -155,6 +116,39 @@ def test_weights_that_a_checkpoint_lacks_are_initialized_and_the_others_kept(bui
     loaded, info = AutoModelForSeq2SeqLM.from_pretrained(
         tmp_path, skip_type="rezero", skip_norm="none", output_loading_info=True
     )
-    assert all(name.endswith("_skip.alpha") for name in info["missing_keys"])
+    assert all(name.endswith("_skip.branch_scale") for name in info["missing_keys"])
     for name, parameter in loaded.named_parameters():
         torch.testing.assert_close(parameter, dict(model.named_parameters()).get(name, torch.zeros(())))
+
+
+def test_admin(tiny_config, tmp_path):
+    model = RSkipForConditionalGeneration(tiny_config(skip_type="admin", encoder_layers=3))
+    for stack, sublayers in ((model.model.encoder, 6), (model.model.decoder, 6)):
+        scale = math.sqrt((sublayers + 1) / math.log(sublayers + 1) - 1)
+        for layer in stack.layers:
+            assert torch.all(layer.mlp_skip.scale == torch.tensor(scale))
+    with torch.no_grad():
+        model.model.encoder.layers[0].mlp_skip.scale.uniform_()
+    save_and_load(model, tmp_path)
+
+
+def test_b2t(tiny_config, batch, tmp_path):
+    torch.manual_seed(0)
+    model = RSkipForConditionalGeneration(tiny_config(skip_type="b2t", encoder_layers=3, d_model=32)).eval()
+    for layer in model.model.encoder.layers:
+        for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
+            assert_xavier_uniform(linear.weight, 3**-0.5)
+        for linear in (layer.self_attn.v_proj, layer.mlp.fc1):
+            assert_xavier_uniform(linear.weight)
+    assert_xavier_uniform(model.model.decoder.layers[0].encoder_attn.out_proj.weight, 2**-0.5)
+
+    # A layer as its paper writes it.
+    layer = model.model.encoder.layers[0]
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        first = torch.layer_norm(x + layer.self_attn(x)[0], [32])
+        expected = torch.layer_norm(x + first + layer.mlp(first), [32])
+        torch.testing.assert_close(layer(x, None, None), expected)
+    assert len(list(layer.self_attn_skip.parameters())) == 2 and not list(layer.mlp_skip.parameters())
+    loaded = save_and_load(model, tmp_path)
+    torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss, rtol=0, atol=0)

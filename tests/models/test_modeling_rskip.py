@@ -7,12 +7,16 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
-from hf_rskip import RSkip, RSkipForConditionalGeneration, RSkipModel
+from hf_rskip import SKIP_CONNECTIONS, RSkip, RSkipForConditionalGeneration, RSkipModel
 
 KINDS = [
     pytest.param({"skip_type": skip_type, "skip_norm": skip_norm}, id=f"{skip_type}-{skip_norm}")
     for skip_type in ("rskip", "xskip", "pre_norm")
     for skip_norm in ("layer_norm", "rms_norm", "batch_norm")
+] + [
+    pytest.param({"skip_type": skip_type}, id=skip_type)
+    for skip_type in SKIP_CONNECTIONS
+    if skip_type not in ("rskip", "xskip", "pre_norm")
 ]
 EMBEDDINGS = [
     pytest.param({}, 1, id="shared"),

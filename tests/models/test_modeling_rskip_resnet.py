@@ -24,6 +24,11 @@ KINDS = [
     pytest.param({"skip_recursions": 3, "skip_norm": "batch_norm", "skip_norm_affine": "last"}, id="rskip-batch_norm"),
     pytest.param({"skip_type": "xskip", "skip_scale": 2.414, "skip_norm_axes": "channels"}, id="xskip-channels"),
     pytest.param({"skip_type": "pre_norm", "skip_norm": "rms_norm"}, id="pre_norm-rms_norm"),
+    pytest.param({"skip_type": "admin"}, id="admin"),
+    pytest.param({"skip_type": "admin_fixed"}, id="admin_fixed"),
+    pytest.param({"skip_type": "rezero"}, id="rezero"),
+    pytest.param({"skip_type": "peri_norm"}, id="peri_norm"),
+    pytest.param({"skip_type": "keel", "skip_norm": "batch_norm"}, id="keel"),
 ]
 EPS, BATCH_EPS = 1e-3, 1e-5
 TINY = {
@@ -90,10 +95,21 @@ class Reference:
 
     def join(self, x, branch, name):
         config = self.config
+        blocks = sum(config.depths)
+        scales = {
+            "xskip": config.skip_scale,
+            "admin": self.weights.get(f"{name}.scale", torch.ones(1))[:, None, None],
+            "admin_fixed": math.sqrt((blocks + 1) / math.log(blocks + 1) - 1),
+            "keel": blocks,
+        }
         if config.skip_type == "pre_norm":
             return x + branch
-        if config.skip_type == "xskip":
-            return self.skip_norm(config.skip_scale * x + branch, f"{name}.norm")
+        if config.skip_type == "peri_norm":
+            return x + self.skip_norm(branch, f"{name}.branch_norm")
+        if config.skip_type == "rezero":
+            return self.skip_norm(x + self.weights[f"{name}.branch_scale"] * branch, f"{name}.norm")
+        if config.skip_type in scales:
+            return self.skip_norm(scales[config.skip_type] * x + branch, f"{name}.norm")
         for step in range(config.skip_recursions):
             branch = self.skip_norm(x + branch, f"{name}.norm.{step}")
         return branch
@@ -108,7 +124,8 @@ class Reference:
 
     def block(self, x, name, channels, stride):
         config, act = self.config, F.silu
-        start = self.skip_norm(x, f"{name}.skip.norm") if config.skip_type == "pre_norm" else x
+        before = {"pre_norm": "norm", "peri_norm": "norm", "keel": "branch_norm"}.get(config.skip_type)
+        start = self.skip_norm(x, f"{name}.skip.{before}") if before else x
         if config.layer_type == "basic":
             strides = [stride, 1]
         else:
@@ -138,7 +155,7 @@ class Reference:
             for index in range(depth):
                 halves = index == 0 and (stage > 0 or config.downsample_in_first_stage)
                 h = self.block(h, f"resnet.encoder.stages.{stage}.layers.{index}", channels, 2 if halves else 1)
-        if config.skip_type == "pre_norm":
+        if config.skip_type in ("pre_norm", "peri_norm"):
             h = self.skip_norm(h, "resnet.encoder.final_norm")
         if config.preactivation:
             h = act(self.batch_norm(h, "resnet.encoder.final_activation"))
@@ -429,4 +446,11 @@ def test_it_learns(kind, preactivation):
 
 
 def test_every_kind_of_the_table_is_tested_here():
-    assert {RSkipResNetConfig(**param.values[0]).skip_type for param in KINDS} == set(SKIP_CONNECTIONS)
+    possible = {name for name, kind in SKIP_CONNECTIONS.items() if kind.for_images}
+    assert {RSkipResNetConfig(**param.values[0]).skip_type for param in KINDS} == possible
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in SKIP_CONNECTIONS.items() if not kind.for_images])
+def test_kinds_that_are_not_for_a_resnet_are_named(kind):
+    with pytest.raises(ValueError, match=f"^`skip_type` '{kind}' is not for a ResNet$"):
+        RSkipResNetConfig(skip_type=kind)

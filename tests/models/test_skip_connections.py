@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_rskip import NORMS, SKIP_CONNECTIONS, PreNorm, RSkip, SublayerPosition, XSkip
+from hf_rskip.models.skip_connections import B2T, Admin, DeepNorm, DetachedRSkip, FixedAdmin, Keel, PeriNorm, ReZero
 from hf_rskip.models.skip_norms import NORM_AXES
 
 EPS = 1e-5
@@ -179,6 +180,75 @@ def test_affines_are_one_function_at_initialisation(norm, recursions):
         assert_same_function(RSkip(SIZE, recursions, norm, affine).double()(x, branch), expected, [x, branch])
 
 
+# The neighbours
+
+
+def apply(formula, norm, x):
+    """`formula` with the gain and bias of `norm`."""
+    return formula(x) * norm.weight + (0.0 if norm.bias is None else norm.bias)
+
+
+SCALED = {
+    # kind: arguments, and the input of the norm behind the branch
+    DeepNorm: ({"scale": 1.7, "beta": 0.5}, lambda skip, x, branch: 1.7 * x + branch),
+    Admin: ({"scale": 1.7}, lambda skip, x, branch: skip.scale * x + branch),
+    FixedAdmin: ({"scale": 1.7}, lambda skip, x, branch: 1.7 * x + branch),
+    ReZero: ({}, lambda skip, x, branch: x + skip.branch_scale * branch),
+    B2T: ({}, lambda skip, x, branch: x + branch),
+    Keel: ({"scale": 12.0}, lambda skip, x, branch: 12 * x + branch),
+}
+
+
+@pytest.mark.parametrize("norm", FORMULAS)
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_forms_are_their_formulas(kind, norm):
+    x, branch = random_inputs(3, 5, SIZE)
+    options, argument = SCALED[kind]
+    skip = randomized(kind(SIZE, **options, norm=norm, eps=EPS))
+    expected = apply(FORMULAS[norm], skip.norm, argument(skip, x, branch))
+    behind = [parameter for name, parameter in skip.named_parameters() if not name.startswith("branch_norm")]
+    assert_same_function(skip(x, branch), expected, [x, branch, *behind])
+    if kind is Keel:
+        before = apply(FORMULAS[norm], skip.branch_norm, x)
+        assert_same_function(skip.before(x), before, [x, *skip.branch_norm.parameters()])
+    else:
+        assert skip.before(x) is x
+
+
+@pytest.mark.parametrize("norm", FORMULAS)
+def test_peri_norm_is_its_formula(norm):
+    x, branch = random_inputs(3, 5, SIZE)
+    skip = randomized(PeriNorm(SIZE, norm=norm, eps=EPS))
+    assert_same_function(skip.before(x), apply(FORMULAS[norm], skip.norm, x), [x, *skip.norm.parameters()])
+    expected = x + apply(FORMULAS[norm], skip.branch_norm, branch)
+    assert_same_function(skip(x, branch), expected, [x, branch, *skip.branch_norm.parameters()])
+
+
+def test_rezero_without_a_norm():
+    x, branch = random_inputs(3, SIZE)
+    skip = randomized(ReZero(SIZE, "none"))
+    assert_same_function(skip(x, branch), x + skip.branch_scale * branch, [x, branch, skip.branch_scale])
+
+
+@pytest.mark.parametrize("recursions", RECURSIONS)
+def test_detached_rskip_has_the_values_of_rskip_and_the_gradient_of_a_constant_weight(recursions):
+    x, branch = random_inputs(20, SIZE)
+    skip = randomized(DetachedRSkip(SIZE, recursions, eps=0))  # which stands at another place of the formula
+    peer = RSkip(SIZE, recursions, affine="last", eps=0).double()
+    peer.norm[-1].load_state_dict(skip.norm.state_dict())
+    torch.testing.assert_close(skip(x, branch), peer(x, branch))
+    with torch.no_grad():
+        weight = torch.ones(20, 1, dtype=torch.float64)
+        for _ in range(recursions - 1):
+            argument = centred(weight * x + branch)
+            weight = weight + torch.sqrt((argument * argument).mean(-1, keepdim=True))
+    expected = apply(standardized, skip.norm, weight * x + branch)
+    assert_same_function(skip(x, branch), expected, [x, branch, *skip.parameters()])
+    upstream = torch.randn(20, SIZE, dtype=torch.float64)
+    gradients = [torch.autograd.grad(module(x, branch), x, upstream)[0] for module in (skip, peer)]
+    assert torch.allclose(*gradients) == (recursions == 1)
+
+
 # Facts that follow from the formulas (unit gains)
 
 
@@ -273,12 +343,15 @@ KINDS = [
     pytest.param(kind, {"norm": norm, **options}, id="-".join([kind.__name__, norm, *map(str, options.values())]))
     for kind, choices in {
         RSkip: [{"recursions": 1}, {"recursions": 3}, {"affine": "shared"}, {"affine": "last"}],
+        DetachedRSkip: [{}],
         XSkip: [{}, {"scale": 2.414}],
         PreNorm: [{}],
+        PeriNorm: [{}],
+        **{kind: [options] for kind, (options, _) in SCALED.items()},
     }.items()
     for options in choices
     for norm in NORMS
-    if not (norm == "none" and kind.requires_norm)
+    if not (norm == "none" and kind.requires_norm or norm != "layer_norm" and kind is DetachedRSkip)
 ]
 
 
@@ -299,7 +372,8 @@ def test_every_kind_of_the_table_is_tested_here():
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_every_kind_trains_in_a_module_of_ones_own(kind, options):
     torch.manual_seed(0)
-    block = Block(kind(8, **options))
+    skip = kind(8, **options)
+    block = Block(skip)
     x, target = torch.randn(2, 4, 5, 8)
     mask = torch.rand(4, 5) < 0.7
     optimizer = torch.optim.SGD(block.parameters(), lr=0.05)
@@ -310,7 +384,9 @@ def test_every_kind_trains_in_a_module_of_ones_own(kind, options):
         loss = (y - target)[mask].square().mean()
         optimizer.zero_grad()
         loss.backward()
-        assert all(parameter.grad.abs().max() > 0 for parameter in block.parameters())
+        # ReZero's branch begins to learn with the second step.
+        learning = [skip.branch_scale] if kind is ReZero and not losses else block.parameters()
+        assert all(parameter.grad.abs().max() > 0 for parameter in learning)
         optimizer.step()
         losses.append(loss.item())
     assert losses[1] < losses[0]
@@ -331,12 +407,29 @@ def test_from_config_is_the_constructor(kind):
     config = SimpleNamespace(
         skip_norm="rms_norm", skip_recursions=3, skip_scale=0.5, skip_norm_affine="shared", layer_norm_eps=1e-3
     )
+    if kind == "rskip_detached":
+        config.skip_norm = "layer_norm"
+    config.encoder_layers, config.decoder_layers = 4, 2
+    common = {"norm": config.skip_norm, "eps": 1e-3}
+    admin = math.sqrt(9 / math.log(9) - 1)  # L = 8
     direct = {
-        "rskip": lambda: RSkip(8, recursions=3, norm="rms_norm", affine="shared", eps=1e-3),
-        "xskip": lambda: XSkip(8, scale=0.5, norm="rms_norm", eps=1e-3),
-        "pre_norm": lambda: PreNorm(8, norm="rms_norm", eps=1e-3),
+        "rskip": lambda: RSkip(8, recursions=3, affine="shared", **common),
+        "rskip_detached": lambda: DetachedRSkip(8, recursions=3, **common),
+        "xskip": lambda: XSkip(8, scale=0.5, **common),
+        "deep_norm": lambda: DeepNorm(8, 0.81 * 512 ** (1 / 16), 0.87 * 512 ** (-1 / 16), **common),
+        "admin": lambda: Admin(8, admin, **common),
+        "admin_fixed": lambda: FixedAdmin(8, admin, **common),
+        "rezero": lambda: ReZero(8, **common),
+        "b2t": lambda: B2T(8, 4, **common),
+        "pre_norm": lambda: PreNorm(8, **common),
+        "peri_norm": lambda: PeriNorm(8, **common),
+        "keel": lambda: Keel(8, 8.0, **common),
     }[kind]()
-    assert str(SKIP_CONNECTIONS[kind].from_config(config, 8, SublayerPosition("encoder", 0, 0))) == str(direct)
+    found = SKIP_CONNECTIONS[kind].from_config(config, 8, SublayerPosition("encoder", 0, 0, 4, 2))
+    assert str(found) == str(direct)
+    for name in ("beta", "num_layers"):
+        assert getattr(found, name, None) == getattr(direct, name, None)
+    assert all(map(torch.equal, found.parameters(), direct.parameters()))
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -366,6 +459,11 @@ def test_any_leading_shape(shape, size, recursions, contiguous):
         (RSkip, {"affine": "first"}, "`affine` must be one of per_step, shared, last, not 'first'"),
         (XSkip, {"scale": math.nan}, "`scale` must be a finite number, not nan"),
         (PreNorm, {"norm": "none"}, "`norm` must be a norm, not 'none'"),
+        (
+            DetachedRSkip,
+            {"norm": "rms_norm"},
+            "`norm` must be 'layer_norm', whose standard deviation is meant, not 'rms_norm'",
+        ),
         *(
             (kind, {"norm": "group_norm"}, f"`norm` must be one of {', '.join(NORMS)}, not 'group_norm'")
             for kind in (RSkip, XSkip, PreNorm)
@@ -427,7 +525,7 @@ def config_of(norm, axes, **options):
 
 def skip_from(kind, config, branch_size=None):
     return randomized(
-        SKIP_CONNECTIONS[kind].from_config(config, MAP[1], SublayerPosition("encoder", 0, 0, branch_size))
+        SKIP_CONNECTIONS[kind].from_config(config, MAP[1], SublayerPosition("encoder", 0, 0, 2, 1, branch_size))
     )
 
 
@@ -494,6 +592,23 @@ def test_pre_norm_of_maps_is_its_formula(name, axes, memory_format):
     gain, bias = affine_of(final_norm)
     expected = map_norm(name, axes)(x) * gain + bias
     assert_same_function(on_maps(final_norm)(x), expected, [x, *final_norm.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["peri_norm", "keel"])
+@pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
+def test_norms_on_both_sides_of_a_branch_of_other_channels(name, axes, kind):
+    x, branch = random_maps()
+    wider = torch.randn(3, 7, 5, 2, dtype=torch.float64)
+    skip = skip_from(kind, config_of(name, axes), 7)
+    norms = {"peri_norm": (skip.norm, skip.branch_norm), "keel": (skip.branch_norm, skip.norm)}[kind]
+    (gain, bias), (gain_behind, bias_behind) = map(affine_of, norms)
+    formula = map_norm(name, axes)
+    torch.testing.assert_close(on_maps(skip.before)(wider), formula(wider) * gain + bias)
+    if kind == "peri_norm":
+        expected = x + formula(branch) * gain_behind + bias_behind
+    else:
+        expected = formula(2 * x + branch) * gain_behind + bias_behind
+    assert_same_function(on_maps(skip)(x, branch), expected, [x, branch])
 
 
 @pytest.mark.parametrize(("name", "axes"), MAP_NORMS)
