@@ -284,17 +284,18 @@ def test_another_model_cannot_go_on(trained_resnet, tmp_path, capsys):
 
 def test_a_residual_kind_of_ones_own(write_image_recipe):
     """The class of the README, which knows nothing of images."""
-    code = next(code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "ReZero" in code)
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = next(example for example in examples if "LayerScale" in example)
     exec(code, {"__name__": "kinds"})
     try:
-        path = write_image_recipe(skip_type="rezero", num_train_epochs=1)
+        path = write_image_recipe(skip_type="layer_scale", num_train_epochs=1)
         assert main(["train", str(path)]) == 0
         weights = load_file(path.parent / "output" / "model.safetensors")
         scales = [value for name, value in weights.items() if name.endswith("skip.scale")]
-        assert len(scales) == 2 and all(scale != 0 for scale in scales)
+        assert len(scales) == 2 and all((scale != 0.1).any() for scale in scales)
         assert "import kinds  # defines its skip connection" in (path.parent / "output" / "README.md").read_text()
     finally:
-        del SKIP_CONNECTIONS["rezero"]
+        del SKIP_CONNECTIONS["layer_scale"]
 
 
 @pytest.mark.slow
