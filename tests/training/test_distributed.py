@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 from hf_rskip.cli.launch import PROFILES, find_profile
 from hf_rskip.cli.main import main
 from hf_rskip.training import arguments
+from hf_rskip.training.averaging import average_weights
 
 STEPS = 50
 
@@ -179,6 +180,32 @@ def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, ru
     check_same(run, alone)
     model = AutoModelForSeq2SeqLM.from_pretrained(run.folder)
     assert sum(weight.numel() for weight in model.parameters()) == sum(map(torch.numel, alone.weights.values()))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_ends_with_the_average_of_its_checkpoints(train):
+    short = {"average_checkpoints": 2, "max_steps": 4, "save_steps": 2, "eval_strategy": "no"}
+    run = train(*launcher("fsdp2", 2), **short)
+    checkpoints = [run.folder / f"checkpoint-{step}" for step in (2, 4)]
+    expected, last = average_weights(checkpoints), load_file(checkpoints[-1] / "model.safetensors")
+    assert run.weights.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in run.weights.items())
+    assert not any(torch.equal(weight, last[name]) for name, weight in run.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"average_checkpoints": 2}, "average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED"),
+        ({"ema_decay": 0.9}, "ema_decay does not go with FSDP: average_checkpoints does."),
+    ],
+)
+def test_an_average_that_shards_cannot_make(changes, message, write, run_cli, tmp_path):
+    profile = tmp_path / "sharded.yaml"
+    profile.write_text(find_profile("fsdp2").read_text().replace("FULL_STATE", "SHARDED_STATE"))
+    result = run_cli("train", write(**changes), *launcher(profile, 2))
+    assert result.code == 2 and message in result.err
 
 
 @pytest.mark.parametrize(
