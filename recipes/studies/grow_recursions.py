@@ -70,6 +70,7 @@ def main():
         **{name: getattr(args, name) for name in ("max_steps", "learning_rate", "seed")},
         **{"warmup_steps": args.max_steps // 10, "output_dir": folder.name, "report_to": "none"},
         **{"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": "false", "disable_tqdm": "true"},
+        "early_stopping_patience": "null",
     }
     recipe = parse_recipe(args.recipe, [f"--{name}={value}" for name, value in options.items()])
     trained, tokenizer = load_model(args.model)
