@@ -30,7 +30,7 @@ def train(write_recipe, monkeypatch, capfd):
     def train(**changes):
         shapes.clear()
         fixed = {"max_steps": STEPS, "logging_steps": 1, "eval_steps": 15, "save_steps": 15, "dropout": 0.0}
-        # With larger steps, differences of rounding grow tenfold in ten of them.
+        # With a learning rate of 1e-2 differences of rounding have grown to 1.4e-5 after 30 steps.
         fixed |= {"learning_rate": "1e-3", "adam_epsilon": 1e-3, "per_device_train_batch_tokens": 256}
         recipe = write_recipe(**fixed, **changes)
         assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
