@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 
 from ..errors import UserError
 from ..training import image_classification, translation
+from ..training.output_lock import locked
 from ..training.recipe import parse_recipe
 from .launch import LAUNCH_OPTIONS, launch
 
@@ -23,4 +25,5 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} needs --accelerate_config.")
     recipe = parse_recipe(args.config, rest)
-    _TRAIN[recipe.task](recipe)
+    with locked(recipe.training.output_dir) if recipe.training.process_index == 0 else nullcontext():
+        _TRAIN[recipe.task](recipe)

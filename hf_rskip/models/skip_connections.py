@@ -181,10 +181,7 @@ class RSkip(SkipConnection):
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         y = branch
         for norm in self.norm:
-            if self.affine == "shared":
-                y = norm.normalize(x + y, self.norm[0].weight, self.norm[0].bias, mask)
-            else:
-                y = norm(x + y, mask)  # a call, so that the hooks that bring offloaded weights back are run
+            y = self.norm[0](x + y, mask, norm) if self.affine == "shared" else norm(x + y, mask)
         return y
 
     def extra_repr(self) -> str:

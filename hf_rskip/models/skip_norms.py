@@ -9,17 +9,26 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class LayerNorm(nn.LayerNorm):
+class _Norm:
+    """How the norms here are called.
+
+    `statistics_of` is a norm of the same class that takes the place of this one but for gain and bias. Weights are
+    looked up in the call of the module that has them: hooks that bring them back from the disk run at no other time.
+    """
+
+    def forward(self, hidden, mask=None, statistics_of=None):
+        norm = self if statistics_of is None else statistics_of
+        return norm.normalize(hidden, self.weight, self.bias, mask)
+
+
+class LayerNorm(_Norm, nn.LayerNorm):
     """Layer normalisation over the last dimension; the mask is accepted and not needed."""
 
     def normalize(self, hidden, weight, bias, mask=None):
         return F.layer_norm(hidden, self.normalized_shape, weight, bias, self.eps)
 
-    def forward(self, hidden, mask=None):
-        return self.normalize(hidden, self.weight, self.bias, mask)
 
-
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(_Norm, nn.RMSNorm):
     """Root-mean-square normalisation over the last dimension: no centring and no bias."""
 
     bias = None
@@ -27,11 +36,8 @@ class RMSNorm(nn.RMSNorm):
     def normalize(self, hidden, weight, bias, mask=None):
         return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
 
-    def forward(self, hidden, mask=None):
-        return self.normalize(hidden, self.weight, self.bias, mask)
 
-
-class SampleLayerNorm(nn.GroupNorm):
+class SampleLayerNorm(_Norm, nn.GroupNorm):
     """Layer normalisation over all positions and features of a sample together, with gain and bias for each feature.
 
     For feature maps, where it is group normalisation with one group. The norms of a text must not see its padding or,
@@ -43,9 +49,6 @@ class SampleLayerNorm(nn.GroupNorm):
 
     def normalize(self, hidden, weight, bias, mask=None):
         return F.group_norm(hidden.movedim(-1, 1), 1, weight, bias, self.eps).movedim(1, -1)
-
-    def forward(self, hidden, mask=None):
-        return self.normalize(hidden, self.weight, self.bias, mask)
 
 
 class SampleRMSNorm(RMSNorm):
@@ -62,7 +65,7 @@ class SampleRMSNorm(RMSNorm):
         return hidden * (rstd if weight is None else rstd * weight).to(hidden.dtype)
 
 
-class BatchNorm(nn.BatchNorm1d):
+class BatchNorm(_Norm, nn.BatchNorm1d):
     """Batch normalisation of each feature over all tokens, in the manner of `nn.BatchNorm1d` but with features last.
 
     In training the statistics are those of the tokens that `mask` keeps, so that padding never enters them; in
@@ -118,11 +121,8 @@ class BatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked.add_(1)
         return mean, variance
 
-    def forward(self, hidden, mask=None):
-        return self.normalize(hidden, self.weight, self.bias, mask)
 
-
-class NoNorm(nn.Module):
+class NoNorm(_Norm, nn.Module):
     """The identity, where a formula is used without a norm."""
 
     weight = bias = None
@@ -131,9 +131,6 @@ class NoNorm(nn.Module):
         super().__init__()
 
     def normalize(self, hidden, weight, bias, mask=None):
-        return hidden
-
-    def forward(self, hidden, mask=None):
         return hidden
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import reduce
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -95,7 +96,8 @@ class SafeCheckpointMixin:
         if self.args.average_checkpoints is None:
             return
         checkpoints = self._checkpoints_to_average(Path(self.args.output_dir))
-        self.model.load_state_dict(average_weights(checkpoints), strict=False)  # tied weights are in it once
+        options = StateDictOptions(full_state_dict=True, strict=False)  # tied weights are in it once
+        set_model_state_dict(self.model, average_weights(checkpoints), options=options)
         if self.is_world_process_zero():
             print(f"the model is the mean of {', '.join(path.name for path in checkpoints)}", flush=True)
 

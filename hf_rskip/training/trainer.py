@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from datasets import Dataset
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_shard
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -41,10 +41,18 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         # The Trainer turns the cache off in the configuration, with which checkpoints are then saved.
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
-        if self.is_fsdp_enabled and (self.args.ema_decay or self.args.average_checkpoints):
-            raise UserError("ema_decay and average_checkpoints do not go with FSDP: average by `hf-rskip average`.")
+        if self.is_fsdp_enabled:
+            self._check_averaging()
         if self.args.chunked_cross_entropy:
             self.compute_loss_func = self._chunked_loss
+
+    def _check_averaging(self) -> None:
+        if self.args.ema_decay is not None:
+            raise UserError("ema_decay does not go with FSDP: average_checkpoints does.")
+        if self.args.average_checkpoints is not None:
+            kind = self.accelerator.state.fsdp_plugin.state_dict_type
+            if kind != StateDictType.FULL_STATE_DICT:
+                raise UserError(f"average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not {kind.name}.")
 
     def _prepare_for_training(self, *args, **kwargs):
         if self.is_fsdp_enabled:

@@ -82,7 +82,8 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
         },
     )
     pad_to_multiple_of: int = field(
-        default=1, metadata={"help": "Pad batches to such lengths, for the few shapes that torch_compile likes."}
+        default=1,
+        metadata={"help": "Pad batches to such lengths, which tensor cores and compiled kernels divide evenly."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for parameters that a step did not use: there are none."}

@@ -41,8 +41,9 @@ import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_rskip.conversion.growth import grow_recursions
+from hf_rskip.data.cleaning import clean_corpus
 from hf_rskip.data.corpora import load_translation_dataset
-from hf_rskip.data.preprocessing import tokenize_corpus
+from hf_rskip.data.preprocessing import filter_by_length, tokenize_corpus
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.evaluation.evaluate import evaluate_translation, split_languages
 from hf_rskip.training.progress import TrainingLog
@@ -69,11 +70,14 @@ def main():
         **{name: getattr(args, name) for name in ("max_steps", "learning_rate", "seed")},
         **{"warmup_steps": args.max_steps // 10, "output_dir": folder.name, "report_to": "none"},
         **{"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": "false", "disable_tqdm": "true"},
+        "early_stopping_patience": "null",
     }
     recipe = parse_recipe(args.recipe, [f"--{name}={value}" for name, value in options.items()])
     trained, tokenizer = load_model(args.model)
-    corpus = load_translation_dataset(recipe.data)
-    splits = {split: tokenize_corpus(corpus[split], tokenizer, recipe.data) for split in ("train", "validation")}
+    corpus = load_translation_dataset(recipe.data, ("train", "validation"))
+    corpus["train"], _ = clean_corpus(corpus["train"], recipe.data)
+    splits = {split: tokenize_corpus(corpus[split], tokenizer, recipe.data) for split in corpus}
+    splits["train"], _ = filter_by_length(splits["train"], recipe.data)
     splits["validation"] = splits["validation"].select(np.argsort(splits["validation"]["target_length"]))
     sentences = split_languages(corpus["validation"], recipe.data.source_lang, recipe.data.target_lang)
 

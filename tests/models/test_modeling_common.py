@@ -20,6 +20,10 @@ KINDS = [
     pytest.param({"skip_type": "xskip", "skip_norm": "none", "skip_scale": 0.5}, id="xskip-none"),
     pytest.param({"skip_norm": "batch_norm"}, id="rskip-batch_norm"),
 ]
+SHARED = [
+    pytest.param({"skip_norm_affine": "shared"}, id="rskip-shared"),
+    pytest.param({"skip_norm_affine": "shared", "skip_norm": "batch_norm"}, id="rskip-shared-batch_norm"),
+]
 UNTIED = {"tie_word_embeddings": False}
 SEPARATE = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 33}
 # Without these a random model repeats one token and no row ever ends.
@@ -347,7 +351,7 @@ def test_a_compiled_step_with_a_static_cache(build, batch):
 # Devices
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *SHARED])
 @pytest.mark.parametrize("place", ["auto", "disk"])
 def test_layers_off_the_device(build, batch, tmp_path, kind, place):
     pytest.importorskip("accelerate")

@@ -24,6 +24,7 @@ from hf_rskip import (
     RSkipResNetModel,
 )
 from hf_rskip.models.modeling_rskip_resnet import RSkipResNetLayer
+from hf_rskip.models.skip_connections import AFFINES
 
 PLAIN = {"skip_type": "xskip", "skip_norm": "none"}
 KINDS = pytest.mark.parametrize(
@@ -338,7 +339,7 @@ def test_exported_with_a_dynamic_batch(kind, images):
     torch.testing.assert_close(program.module()(pixel_values=more).logits, model(more).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("affine", ["per_step", "last"])
+@pytest.mark.parametrize("affine", AFFINES)
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
 def test_blocks_off_the_device(affine, norm, images, tmp_path):
     pytest.importorskip("accelerate")

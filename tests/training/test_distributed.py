@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 from hf_rskip.cli.launch import PROFILES, find_profile
 from hf_rskip.cli.main import main
 from hf_rskip.training import arguments
+from hf_rskip.training.averaging import average_weights
 
 STEPS = 50
 
@@ -94,26 +96,30 @@ def test_accumulation_gives_the_same_curve(alone, train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_give_the_same_curve(count, alone, train):
-    run = train(*launcher("cpu", count))
+@pytest.mark.parametrize(("profile", "count"), [("cpu", 2), ("cpu", 4), ("fsdp2", 4)])
+def test_processes_give_the_same_curve(profile, count, alone, train):
+    run = train(*launcher(profile, count))
     check_same(run, alone)
     assert run.out.count("parameters, vocabulary of") == 1
 
 
-def stop_after_saving(recipe):
-    """An environment in which `--import_module stop` ends the processes hard after their next checkpoint."""
-    (recipe.parent / "stop.py").write_text(
-        "import os\n"
-        "from hf_rskip.training.trainer import RSkipTrainer\n"
-        "save = RSkipTrainer._save_checkpoint\n"
-        "def save_and_stop(self, *args, **kwargs):\n"
-        "    save(self, *args, **kwargs)\n"
-        "    self.accelerator.wait_for_everyone()\n"
-        "    os._exit(9)\n"
-        "RSkipTrainer._save_checkpoint = save_and_stop\n"
-    )
+def module_for(recipe, source):
+    """An environment in which `--import_module beside` runs this in every process."""
+    (recipe.parent / "beside.py").write_text(textwrap.dedent(source))
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(recipe.parent), os.environ.get("PYTHONPATH", "")])}
+
+
+# Hard, after the next checkpoint.
+STOP = """
+    import os
+    from hf_rskip.training.trainer import RSkipTrainer
+    save = RSkipTrainer._save_checkpoint
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        self.accelerator.wait_for_everyone()
+        os._exit(9)
+    RSkipTrainer._save_checkpoint = save_and_stop
+"""
 
 
 @pytest.mark.slow
@@ -122,17 +128,49 @@ def test_a_run_goes_on_on_another_number_of_processes(alone, train, write, run_c
     recipe = write(save_steps=17)
     resume = ("--resume_from_checkpoint", "true")
     for options in ((), (*launcher("cpu", 2), *resume)):
-        words = ("train", recipe, *options, "--import_module", "stop")
-        assert run_cli(*words, environment=stop_after_saving(recipe)).code == 9
+        words = ("train", recipe, *options, "--import_module", "beside")
+        assert run_cli(*words, environment=module_for(recipe, STOP)).code == 9
     check_same(train(*resume, recipe=recipe), alone)
+
+
+TERMINATE = """
+    import os, signal, time
+    from hf_rskip.training.trainer import RSkipTrainer
+    step = RSkipTrainer.training_step
+    def step_under_fire(self, *args, **kwargs):
+        targets = {20: os.getppid(), 37: os.getpid()}  # the launcher, which passes it on, and a process alone
+        if self.args.process_index == 1 and self.state.global_step in targets:
+            os.kill(targets[self.state.global_step], signal.SIGTERM)
+            while not self._termination_signal.received:
+                time.sleep(0.01)
+        return step(self, *args, **kwargs)
+    RSkipTrainer.training_step = step_under_fire
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli):
+    """In the middle of an epoch of 14 steps, with dropout, whose random numbers each process has of its own."""
+    whole = train(*launcher("cpu", 2), dropout=0.1)
+    recipe, resume = write(dropout=0.1), ()
+    for step in (21, 38):
+        words = ("train", recipe, *launcher("cpu", 2), *resume, "--import_module", "beside")
+        stopped = run_cli(*words, environment=module_for(recipe, TERMINATE))
+        assert stopped.code == 143, stopped.err
+        assert f"stopped by SIGTERM after step {step}" in stopped.err
+        resume = ("--resume_from_checkpoint", "true")
+    run = train(*launcher("cpu", 2), *resume, recipe=recipe)
+    for key, values in whole.curve.items():  # of the steps that were saved at once there is no log
+        assert run.curve[key] == values[:20] + values[21:37] + values[38:], key
+    assert all(torch.equal(weight, whole.weights[name]) for name, weight in run.weights.items())
+    assert run.scores == whole.scores
 
 
 @pytest.mark.slow
 def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, run_cli, capfd):
     recipe = write()
-    stopped = run_cli(
-        "train", recipe, *launcher("fsdp2", 2), "--import_module", "stop", environment=stop_after_saving(recipe)
-    )
+    words = ("train", recipe, *launcher("fsdp2", 2), "--import_module", "beside")
+    stopped = run_cli(*words, environment=module_for(recipe, STOP))
     assert stopped.code == 9, stopped.err
     checkpoint = recipe.parent / "output" / "checkpoint-25"
     assert (checkpoint / "pytorch_model_fsdp.bin").is_file(), "sharded, and not DDP"
@@ -142,6 +180,32 @@ def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, ru
     check_same(run, alone)
     model = AutoModelForSeq2SeqLM.from_pretrained(run.folder)
     assert sum(weight.numel() for weight in model.parameters()) == sum(map(torch.numel, alone.weights.values()))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_ends_with_the_average_of_its_checkpoints(train):
+    short = {"average_checkpoints": 2, "max_steps": 4, "save_steps": 2, "eval_strategy": "no"}
+    run = train(*launcher("fsdp2", 2), **short)
+    checkpoints = [run.folder / f"checkpoint-{step}" for step in (2, 4)]
+    expected, last = average_weights(checkpoints), load_file(checkpoints[-1] / "model.safetensors")
+    assert run.weights.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in run.weights.items())
+    assert not any(torch.equal(weight, last[name]) for name, weight in run.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"average_checkpoints": 2}, "average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED"),
+        ({"ema_decay": 0.9}, "ema_decay does not go with FSDP: average_checkpoints does."),
+    ],
+)
+def test_an_average_that_shards_cannot_make(changes, message, write, run_cli, tmp_path):
+    profile = tmp_path / "sharded.yaml"
+    profile.write_text(find_profile("fsdp2").read_text().replace("FULL_STATE", "SHARDED_STATE"))
+    result = run_cli("train", write(**changes), *launcher(profile, 2))
+    assert result.code == 2 and message in result.err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""One run at a time in a folder: two would overwrite and remove each other's checkpoints."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+LOCK_NAME = ".lock"
+"""The empty file, in the folder of a run, that the run holds locked; it stays, as only its lock says something."""
+
+
+@contextmanager
+def locked(output_dir: str | Path) -> Iterator[None]:
+    """Keeps other processes out of the folder of a run, which is created; the lock ends with the process at the latest.
+
+    Where the file system has no locks nobody is kept out.
+
+    Raises:
+        [`UserError`]: if another process is in it.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(output_dir, LOCK_NAME), "wb") as file:
+        try:
+            # Of this process alone: with `flock`, workers that outlive a killed run for a moment would have it too.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"Another run is writing into {str(output_dir)!r}: wait for its end, or choose another `output_dir`"
+            ) from None
+        except OSError:
+            pass
+        yield

@@ -1,0 +1,70 @@
+"""Two runs never write into one folder."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+
+import pytest
+
+from hf_rskip.cli.main import main
+from hf_rskip.errors import UserError
+from hf_rskip.training.output_lock import locked
+
+HOLD = """
+import sys
+from hf_rskip.training.output_lock import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder():
+    """Starts a process that holds a folder until it is killed."""
+    started = []
+
+    def hold(folder):
+        command = [sys.executable, "-c", HOLD, str(folder)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout.readline() == b"held\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("words", [(), ("--resume_from_checkpoint", "true")], ids=["fresh", "resumed"])
+def test_a_second_run_is_refused(words, holder, write_recipe, write_image_recipe, capfd):
+    for recipe in (write_recipe(), write_image_recipe()):
+        folder = recipe.parent / "output"
+        holder(folder)
+        (folder / ".incomplete" / "checkpoint-4").mkdir(parents=True)
+        assert main(["train", str(recipe), *words]) == 2
+        assert f"Another run is writing into {str(folder)!r}" in capfd.readouterr().err
+        assert (folder / ".incomplete" / "checkpoint-4").is_dir(), "what the first is writing"
+
+
+def test_a_killed_run_holds_nothing(holder, tmp_path):
+    folder = tmp_path / "new" / "output"
+    process = holder(folder)
+    with pytest.raises(UserError), locked(folder):
+        pass
+    process.kill()
+    process.wait()
+    with locked(folder):
+        pass
+    holder(folder)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def lockf(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with locked(tmp_path):
+        pass
