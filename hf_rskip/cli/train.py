@@ -4,11 +4,9 @@ import argparse
 import sys
 
 from ..errors import UserError
-from ..training import image_classification, translation
 from ..training.recipe import parse_recipe
+from ..training.train import train_recipe
 from .launch import LAUNCH_OPTIONS, launch
-
-_TRAIN = {"translation": translation.train, "image-classification": image_classification.train}
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -22,5 +20,4 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     for name in LAUNCH_OPTIONS:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} needs --accelerate_config.")
-    recipe = parse_recipe(args.config, rest)
-    _TRAIN[recipe.task](recipe)
+    train_recipe(parse_recipe(args.config, rest))
