@@ -1,33 +1,37 @@
 """`hf-rskip study`."""
 
 import argparse
+import shlex
 
 from ..errors import UserError
-from ..studies.running import check_folders, describe_state, run_cells, start_server
+from ..studies.report import format_tables, write_report
+from ..studies.results import gather_results
+from ..studies.running import check_folders, describe_state, run_cells
 from ..studies.study import read_study
 
 
 def study(args: argparse.Namespace, rest: list[str]) -> None:
     """Runs the cells of a study and reports them; `rest` are keys of the recipe for all cells."""
-    runs = not (args.list or args.report)
-    if runs:
-        start_server(args.jobs)
     study = read_study(args.study, rest, args.output_dir)
     check_folders(study.cells)
+    words = ["hf-rskip", "study", args.study]
+    words += [f"--output_dir={args.output_dir}"] * bool(args.output_dir)
+    words += [f"--import_module={module}" for module in args.import_module]
+    if args.list:
+        for cell in study.cells:
+            command = shlex.join([*words, f"--cell={cell.number}", *rest])
+            print(f"{cell.number}\t{describe_state(cell)}\t{cell}\t{command}")
+        return
     cells = study.cells
     if args.cell is not None:
         if args.cell > len(cells):
             raise UserError(f"--cell {args.cell}: the study has {len(cells)} cells.")
         cells = [cells[args.cell - 1]]
-    if args.list:
-        words = [f"--output_dir {args.output_dir}"] * bool(args.output_dir) + rest
-        for cell in cells:
-            command = " ".join(["hf-rskip study", args.study, f"--cell {cell.number}", *words])
-            print(f"{cell.number}\t{describe_state(cell)}\t{cell}\t{command}")
-        return
     try:
-        if runs:
+        if not args.report:
             run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
     finally:
         if args.cell is None:
-            pass
+            results = gather_results(study)
+            write_report(results, shlex.join([*words, *rest]))
+            print(f"\n{format_tables(results)}\n\nreport: {study.output_dir / 'report.md'}", flush=True)

@@ -27,7 +27,7 @@ from ..evaluation.predictions import PREDICTIONS_NAME
 from ..training.checkpoints import list_checkpoints
 from ..training.recipe import parse_recipe
 from ..training.train import train_recipe
-from .study import Cell, find_difference, write_recipe
+from .study import METRICS, Cell, find_difference, write_recipe
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TAKEN = 75
@@ -110,7 +110,7 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
     try:
         recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
         metrics = train_recipe(recipe)
-        outcome = {"state": FINISHED, **_describe_run(cell.run_folder, metrics)}
+        outcome = {"state": FINISHED, **_describe_run(recipe.task, cell.run_folder, metrics)}
     except Preempted as stop:
         print(f"hf-rskip: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)
@@ -160,7 +160,7 @@ def _follow_study() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _describe_run(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+def _describe_run(task: str, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     evaluations = [entry for entry in state["log_history"] if any(key.startswith("eval_") for key in entry)]
     config = AutoConfig.from_pretrained(folder)
@@ -169,7 +169,8 @@ def _describe_run(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "test": {key.removeprefix("test_"): value for key, value in metrics.items() if key.startswith("test_")},
         "validation": [
-            {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith(("eval_", "step"))}
+            {"step": entry["step"]}
+            | {name: entry[f"eval_{name}"] for name in ("loss", *METRICS[task]) if f"eval_{name}" in entry}
             for entry in evaluations
         ],
         "kept_step": state["best_global_step"] or state["global_step"],

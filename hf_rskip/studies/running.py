@@ -16,17 +16,6 @@ _PATIENCE = 30
 """Seconds that a cell gets to save a checkpoint when the study is stopped."""
 
 
-def start_server(jobs: int) -> None:
-    """Starts the process from which those of the cells are forked: it imports what they need, once, meanwhile.
-
-    The cells share the cores of the machine, unless `OMP_NUM_THREADS` says how many threads each is to have.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // jobs)))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_rskip.studies.cell"])
-    multiprocessing.forkserver.ensure_running()
-
-
 def check_folders(cells: Sequence[Cell]) -> None:
     """Raises a [`UserError`] if a cell's folder holds a result, or a checkpoint, of another recipe."""
     for cell in cells:
@@ -48,7 +37,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
         [`UserError`]: if cells have failed; it names them.
     """
     surroundings = Surroundings(tuple(modules), _find_commit(), keep_models)
-    context = multiprocessing.get_context("forkserver")
+    context = _start_server(jobs)
     waiting = [cell for cell in cells if not is_done(cell)]
     running: dict[multiprocessing.Process, Cell] = {}
     with _stopping(running):
@@ -84,6 +73,17 @@ def describe_state(cell: Cell) -> str:
     if result["state"] == DIVERGED:
         return f"diverged at step {result['step']}"
     return f"failed: {result['message']}"
+
+
+def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
+    """Starts the process from which those of the cells are forked, and which has imported what they need.
+
+    The cells share the cores of the machine, unless `OMP_NUM_THREADS` says how many threads each is to have.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // jobs)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_rskip.studies.cell"])
+    return context
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Study:
         output_dir: of its results.
         task: of its recipe.
         metric: by which forms are compared, a name of [`METRICS`].
+        bleu_tokenize: sacreBLEU's `tokenize`; `None` where the task does not translate.
         baseline: the form that others are compared with.
         forms: all names, in order.
         settings: the points of the grid, in order; a single empty one without a grid.
@@ -75,6 +76,7 @@ class Study:
     output_dir: Path
     task: str
     metric: str
+    bleu_tokenize: str | None
     baseline: str
     forms: list[str]
     settings: list[Setting]
@@ -137,6 +139,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         output_dir=folder,
         task=recipe.task,
         metric=_choose_metric(file.metric, recipe),
+        bleu_tokenize=getattr(recipe.training, "bleu_tokenize", None),
         baseline=file.baseline or next(iter(forms)),
         forms=list(forms),
         settings=settings,
