@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 
 from ..errors import UserError
 from ..studies.report import format_tables, write_report
@@ -11,7 +12,10 @@ from ..studies.study import read_study
 
 
 def study(args: argparse.Namespace, rest: list[str]) -> None:
-    """Runs the cells of a study and reports them; `rest` are keys of the recipe for all cells."""
+    """Runs the cells of a study and reports them; `rest` are keys of the recipe for all cells.
+
+    Where cells have failed, it ends with exit code 1.
+    """
     study = read_study(args.study, rest, args.output_dir)
     check_folders(study.cells)
     words = ["hf-rskip", "study", args.study]
@@ -27,11 +31,14 @@ def study(args: argparse.Namespace, rest: list[str]) -> None:
         if args.cell > len(cells):
             raise UserError(f"--cell {args.cell}: the study has {len(cells)} cells.")
         cells = [cells[args.cell - 1]]
-    try:
-        if not args.report:
-            run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
-    finally:
-        if args.cell is None:
-            results = gather_results(study)
-            write_report(results, shlex.join([*words, *rest]))
-            print(f"\n{format_tables(results)}\n\nreport: {study.output_dir / 'report.md'}", flush=True)
+    failed = []
+    if not args.report:
+        failed = run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
+    if args.cell is None:
+        results = gather_results(study)
+        write_report(results, shlex.join([*words, *rest]))
+        print(f"\n{format_tables(results)}\n\nreport: {study.output_dir / 'report.md'}", flush=True)
+    if failed:
+        names = "; ".join(f"{cell} ({describe_state(cell)})" for cell in failed)
+        print(f"hf-rskip: error: {len(failed)} of {len(study.cells)} cells failed: {names}", file=sys.stderr)
+        sys.exit(1)

@@ -77,14 +77,15 @@ class Surroundings:
         )
 
 
-def run_cell(cell: Cell, surroundings: Surroundings) -> None:
-    """The whole life of a cell's process, which ends with `TAKEN` if another one has the cell.
+def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
+    """The whole life of a cell's process, which ends with `TAKEN` if another one has the cell for `patience` seconds.
 
     What it prints goes to `log.txt`. It ends by itself, with a checkpoint where it can, when the study dies.
     """
+    _follow_study()
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(cell.folder / "lock", blocking=False).acquire()
+        lock = FileLock(cell.folder / "lock", timeout=patience).acquire()
     except Timeout:
         sys.exit(TAKEN)
     with lock:
@@ -93,7 +94,6 @@ def run_cell(cell: Cell, surroundings: Surroundings) -> None:
 
 
 def _train(cell: Cell, surroundings: Surroundings) -> None:
-    _follow_study()
     sys.path.insert(0, "")
     for module in surroundings.modules:
         importlib.import_module(module)

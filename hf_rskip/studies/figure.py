@@ -64,8 +64,8 @@ def draw_curves(results: Results, unit: str, path: Path) -> Path | None:
         panel.grid(alpha=0.3)
     for panel in list(panels)[len(curves) :]:
         panel.remove()
-    figure.supxlabel(f"step (dashed: {_shorten(baseline)})", fontsize="medium")
-    figure.supylabel(f"validation {unit}: mean and range over seeds", fontsize="medium")
+    figure.supxlabel(f"step (mean and range over seeds; dashed: {_shorten(baseline)})", fontsize="medium")
+    figure.supylabel(f"validation {unit}", fontsize="medium")
     return _save(figure, path)
 
 

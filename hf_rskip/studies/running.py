@@ -13,7 +13,7 @@ from .cell import DIVERGED, FAILED, FINISHED, TAKEN, Surroundings, is_done, read
 from .study import Cell, find_difference
 
 _PATIENCE = 30
-"""Seconds that a cell gets to save a checkpoint when the study is stopped."""
+"""Seconds that a cell gets to save a checkpoint and end when its study is stopped."""
 
 
 def check_folders(cells: Sequence[Cell]) -> None:
@@ -27,39 +27,49 @@ def check_folders(cells: Sequence[Cell]) -> None:
                 )
 
 
-def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[str], keep_models: bool) -> None:
+def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[str], keep_models: bool) -> list[Cell]:
     """Runs what is not done of `cells`, and says so, a line each; `total` is how many the study has.
 
     A cell that another process is running is left to it.
 
+    Returns:
+        The cells that have failed, or were stopped by somebody.
+
     Raises:
-        [`Preempted`]: after SIGTERM, when the cells have saved their checkpoints.
-        [`UserError`]: if cells have failed; it names them.
+        [`Preempted`]: after SIGTERM, when the running cells have saved their checkpoints.
     """
     surroundings = Surroundings(tuple(modules), _find_commit(), keep_models)
-    context = _start_server(jobs)
-    waiting = [cell for cell in cells if not is_done(cell)]
-    running: dict[multiprocessing.Process, Cell] = {}
+    waiting, taken, failed = [cell for cell in cells if not is_done(cell)], [], []
+    context = _start_server(jobs) if waiting else None
+    running: dict[multiprocessing.Process, tuple[Cell, float]] = {}
     with _stopping(running):
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                cell = waiting.pop(0)
-                process = context.Process(target=run_cell, args=(cell, surroundings), name=str(cell))
+        while waiting or taken or running:
+            while (waiting or (taken and not running)) and len(running) < jobs:
+                # What somebody has is tried again at the end: it may have been a study that was killed just now.
+                cell, patience = (waiting.pop(0), 0) if waiting else (taken.pop(0), _PATIENCE)
+                process = context.Process(target=run_cell, args=(cell, surroundings, patience))
                 process.start()
-                running[process] = cell
+                running[process] = cell, patience
             ended = connection.wait([process.sentinel for process in running])
             for process in [process for process in running if process.sentinel in ended]:
+                cell, patience = running.pop(process)
                 process.join()
-                cell = running.pop(process)
-                if process.exitcode not in (0, TAKEN, Preempted.exit_code) and not is_done(cell):
-                    how = f"exit code {process.exitcode}"
-                    if process.exitcode < 0:
-                        how = signal.Signals(-process.exitcode).name
-                    record(cell, surroundings, {"state": FAILED, "message": f"its process was ended by {how}"})
-                print(f"[{cell.number} of {total}] {cell}: {describe_state(cell)}", flush=True)
-    failed = [str(cell) for cell in cells if (read_result(cell) or {}).get("state") == FAILED]
-    if failed:
-        raise UserError(f"{len(failed)} of {total} cells failed: {'; '.join(failed)}")
+                if process.exitcode == TAKEN and not patience:
+                    taken.append(cell)
+                    continue
+                if process.exitcode != TAKEN and not is_done(cell):
+                    failed.append(cell)
+                    _record_crash(cell, surroundings, process.exitcode)
+                said = "run by another process" if process.exitcode == TAKEN else describe_state(cell)
+                print(f"[{cell.number} of {total}] {cell}: {said}", flush=True)
+    return failed
+
+
+def _record_crash(cell: Cell, surroundings: Surroundings, code: int) -> None:
+    """For a process that has left no result itself, unless it can go on."""
+    if read_result(cell) is None and code != Preempted.exit_code:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        record(cell, surroundings, {"state": FAILED, "message": f"its process was ended by {how}"})
 
 
 def describe_state(cell: Cell) -> str:
@@ -82,7 +92,7 @@ def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // jobs)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_rskip.studies.cell"])
+    context.set_forkserver_preload(["hf_rskip.studies.cell", "matplotlib.figure", "matplotlib.backends.backend_agg"])
     return context
 
 
@@ -110,14 +120,11 @@ def _count_cores() -> int:
 
 
 def _find_commit() -> str | None:
+    """Of the package, if it is run from a working tree of git; an installed one may lie in somebody else's."""
+    folder = os.path.dirname(__file__)
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=os.path.dirname(__file__),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        for command in (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty", "--abbrev=12"]):
+            answer = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+    return answer.stdout.strip()

@@ -16,7 +16,7 @@ from transformers import (
 
 from ..data.cleaning import clean_corpus
 from ..data.corpora import iterate_sentences, load_translation_dataset
-from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
+from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus, tokenizer_cache_file
 from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
@@ -55,6 +55,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
                 recipe.model.vocab_size,
                 data.lowercase,
                 model_max_length=recipe.model.max_position_embeddings,
+                cache_file=tokenizer_cache_file(train_set, data, recipe.model.vocab_size),
             )
         train_set, dropped = filter_by_length(tokenize_corpus(train_set, tokenizer, data), data)
         validation_set = tokenize_corpus(corpus["validation"], tokenizer, data)
