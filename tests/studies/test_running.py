@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_rskip.cli.main import main
+
 OWN_KIND = '''
 import torch
 from hf_rskip import SKIP_CONNECTIONS, SkipConnection, make_norm
@@ -159,7 +161,7 @@ def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cell_is_run_by_one_process(start_cli, run_cli, write_recipe, tmp_path):
+def test_a_cell_is_run_by_one_process(start_cli, write_recipe, tmp_path, capsys):
     path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, keep_models=True)
     processes = [start_cli("study", path, "--cell", "1") for _ in range(2)]
     said = [process.communicate(timeout=120)[0].decode() for process in processes]
@@ -168,12 +170,19 @@ def test_a_cell_is_run_by_one_process(start_cli, run_cli, write_recipe, tmp_path
     assert (cell / "log.txt").read_text().count("model: ") == 1
     assert (cell / "run/model.safetensors").exists()
     assert sum("finished, bleu" in text for text in said) >= 1
-    listed = run_cli("study", path, "--list").out.splitlines()
-    assert [line.split("\t")[2] for line in listed] == ["a, seed 1", "a, seed 2"]
-    assert listed[0].split("\t")[1].startswith("finished, bleu")
-    assert listed[1].split("\t")[1:] == ["not run", "a, seed 2", f"hf-rskip study {path} --cell=2"]
-    assert run_cli("study", path, "--cell", "3").err == "hf-rskip: error: --cell 3: the study has 2 cells.\n"
-    assert "1 of 2 cells: 1 finished, 1 not run." in run_cli("study", path, "--report").out
+    capsys.readouterr()
+
+    def answer(*words):
+        code, captured = main(["study", str(path), *words]), capsys.readouterr()
+        return code, captured.out, captured.err
+
+    listed = [line.split("\t") for line in answer("--list")[1].splitlines()]
+    assert [line[2] for line in listed] == ["a, seed 1", "a, seed 2"]
+    assert listed[0][1].startswith("finished, bleu")
+    assert listed[1] == ["2", "not run", "a, seed 2", f"hf-rskip study {path} --cell=2"]
+    assert answer("--cell", "3") == (2, "", "hf-rskip: error: --cell 3: the study has 2 cells.\n")
+    code, out, _ = answer("--report")
+    assert code == 0 and "1 of 2 cells: 1 finished, 1 not run." in out
 
 
 @pytest.mark.slow

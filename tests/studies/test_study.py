@@ -88,11 +88,9 @@ def test_mistakes_are_named(write_study, changes, words, message):
 
 
 def test_a_folder_of_another_recipe_is_told_by_its_key(write_study):
-    cell = read_study(write_study(), [])
-    cell = cell.cells[0]
+    cell = read_study(write_study(), []).cells[0]
     cell.folder.mkdir(parents=True)
-    write_recipe_of = write_recipe  # of studies, not the fixture
-    write_recipe_of(cell)
+    write_recipe(cell)
     assert find_difference(cell) is None
     same = read_study(write_study(), ["--learning_rate", "0.01"]).cells[0]  # the recipe says 1e-2
     assert find_difference(same) is None
