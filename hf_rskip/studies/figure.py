@@ -31,7 +31,7 @@ def draw_scores(results: Results, unit: str, path: Path) -> Path | None:
             axes.axvline(group.test_mean, color=_BLACK, linestyle="--", linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(groups)), [_label(group, results) for group in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlabel(f"test {unit}: mean and standard deviation (diamond), seeds (circles)")
+    figure.supxlabel(f"test {unit} (diamonds: mean and standard deviation; circles: seeds)", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     return _save(figure, path)
 
@@ -64,7 +64,7 @@ def draw_curves(results: Results, unit: str, path: Path) -> Path | None:
         panel.grid(alpha=0.3)
     for panel in list(panels)[len(curves) :]:
         panel.remove()
-    figure.supxlabel(f"step (mean and range over seeds; dashed: {_shorten(baseline)})", fontsize="medium")
+    figure.supxlabel(f"optimizer step (mean and range over seeds; dashed: {_shorten(baseline)})", fontsize="medium")
     figure.supylabel(f"validation {unit}", fontsize="medium")
     return _save(figure, path)
 
@@ -113,7 +113,7 @@ def draw_grid(results: Results, unit: str, path: Path) -> Path | None:
     figure.supxlabel(across, fontsize="medium")
     if down:
         figure.supylabel(down, fontsize="medium")
-    figure.colorbar(image, ax=panels, label=f"validation {unit}, mean over seeds (\u00d7: diverged)")
+    figure.colorbar(image, ax=panels, label=f"validation {unit}, mean of the seeds that finished (\u00d7: diverged)")
     return _save(figure, path)
 
 

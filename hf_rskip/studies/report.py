@@ -39,8 +39,8 @@ def write_report(results: Results, command: str) -> None:
     (folder / "report.md").write_text(_describe(results, command, pictures), encoding="utf-8")
 
 
-def format_tables(results: Results) -> str:
-    """How much is done, and the tables, in Markdown."""
+def format_tables(results: Results, every_setting: bool = True) -> str:
+    """How much is done, and the tables, in Markdown: of each form at its best, and of every setting of a grid."""
     study = results.study
     states = Counter(result.state for result in results.cells)
     counts = [f"{states[state]} {state}" for state in (FINISHED, DIVERGED, FAILED, "not run") if states[state]]
@@ -50,7 +50,7 @@ def format_tables(results: Results) -> str:
         return "\n\n".join([*parts, _format_groups(results, results.groups)])
     parts.append("Each form at its own best setting, by the mean validation score:")
     parts.append(_format_best(results))
-    for setting in study.settings:
+    for setting in study.settings if every_setting else ():
         groups = [group for group in results.groups if group.setting == setting]
         if any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in groups):
             parts += [f"At {', '.join(describe_setting(setting))}:", _format_groups(results, groups)]
@@ -149,7 +149,8 @@ def _describe(results: Results, command: str, pictures: dict[str, str]) -> str:
     parts += ["## Commands", "All of it:", f"```bash\n{command}\n```"]
     commands = "\n".join(result.record["command"] for result in results.cells if "command" in result.record)
     if commands:
-        parts += ["Each cell alone, whose recipe is whole:", f"```bash\n{commands}\n```"]
+        summary = "Each cell alone, by its own recipe, which is whole:"
+        parts += [f"<details><summary>{summary}</summary>", f"```bash\n{commands}\n```", "</details>"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -163,7 +164,7 @@ def _explain(results: Results) -> str:
         "differ on other sentences. `p seeds` is of Welch's t-test over seeds: whether the forms would differ with "
         "other seeds, on this test set. Both are two-sided, and not corrected for the number of forms. Seconds are of "
         "training with its evaluations, without cells that were interrupted."
-    ).replace("sentences):", "sentences):")
+    )
     if study.metric == "accuracy":
         text = text.replace("`p sentences`", "`p images`").replace("other sentences", "other images")
     if len(study.settings) > 1:
