@@ -113,7 +113,7 @@ def test_the_report_has_every_form(small_study):
 
 
 @pytest.mark.slow
-def test_nothing_is_run_twice(small_study, run_cli):
+def test_nothing_is_run_twice(small_study, run_cli, capsys):
     folder, path, _ = small_study
     kept = [path for path in (folder / "output/cells").glob("*/*") if "broken" not in str(path)]
     before = {path: path.stat().st_mtime_ns for path in kept}
@@ -122,9 +122,8 @@ def test_nothing_is_run_twice(small_study, run_cli):
     told = [line for line in result.out.splitlines() if line.startswith("[")]
     assert [line.split(":")[0] for line in told] == ["[9 of 10] broken, seed 1", "[10 of 10] broken, seed 2"]
     assert {path: path.stat().st_mtime_ns for path in kept} == before
-    refused = run_cli("study", path, "--import_module", "own_kind", "--dropout", "0.3", cwd=folder)
-    assert refused.code == 2
-    assert "was run with dropout 0.1, not 0.3: remove it, or choose another output_dir" in refused.err
+    assert main(["study", str(path), "--dropout", "0.3"]) == 2
+    assert "was run with dropout 0.1, not 0.3: remove it, or choose another output_dir" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -151,7 +150,7 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
 def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
     path = write_study(tmp_path, write_recipe(num_train_epochs=500, early_stopping_patience=None), forms={"a": {}})
     cell = tmp_path / "output/cells/a-seed-1"
-    process = start_cli("study", path, "--jobs", "2")
+    process = start_cli("study", path)
     wait_for(lambda: list(cell.glob("run/checkpoint-*")))
     process.terminate()
     _, err = process.communicate(timeout=60)
