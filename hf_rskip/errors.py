@@ -8,6 +8,18 @@ class UserError(ValueError):
     """
 
 
+class Diverged(UserError):
+    """A training was stopped because its loss or gradient was no number, or had jumped.
+
+    Attributes:
+        step: the optimizer step, from 1, that was not made.
+    """
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"Step {step}: {what}")
+        self.step = step
+
+
 class Preempted(Exception):
     """A run was asked to stop by SIGTERM, and has saved a checkpoint to go on from."""
 

@@ -42,6 +42,29 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     train(args, rest)
 
 
+def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY.yaml", help="recipe, forms, seeds, grid, output_dir, ...")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="cells at once (default: 1)")
+    parser.add_argument("--output_dir", help="in place of that of the file")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--cell", type=_count, metavar="N", help="run this cell alone, and report nothing")
+    action.add_argument("--list", action="store_true", help="print number, state and command of every cell")
+    action.add_argument("--report", action="store_true", help="run nothing: report what is there")
+    parser.usage = "hf-rskip study STUDY.yaml [--jobs N | --cell N | --list | --report] [--key value ...]"
+    parser.epilog = (
+        "Other keys override those of the recipe in all cells. What has been run is not run again. On a cluster, give "
+        "each cell to a job of its own, `sbatch --array=1-60 --wrap 'hf-rskip study STUDY.yaml --cell "
+        "$SLURM_ARRAY_TASK_ID'`, or `seq 60 | xargs -P 4 -I{} hf-rskip study STUDY.yaml --cell {}`, and gather by "
+        "`hf-rskip study STUDY.yaml --report`."
+    )
+
+
+def _study(args: argparse.Namespace, rest: list[str]) -> None:
+    from .study import study
+
+    study(args, rest)
+
+
 def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {word!r}")
@@ -251,6 +274,7 @@ def _env(args: argparse.Namespace, rest: list[str]) -> None:
 
 COMMANDS = {
     "train": Command("train a model from a recipe", _add_train_arguments, _train),
+    "study": Command("train forms of a model with several seeds, and compare them", _add_study_arguments, _study),
     "evaluate": Command("score a model on a dataset: sacreBLEU, or accuracy", _add_evaluate_arguments, _evaluate),
     "compare": Command("test whether translations differ, by paired resampling", _add_compare_arguments, _compare),
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
@@ -288,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _create_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "study"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from ..errors import Preempted
 

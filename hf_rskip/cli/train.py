@@ -2,15 +2,11 @@
 
 import argparse
 import sys
-from contextlib import nullcontext
 
 from ..errors import UserError
-from ..training import image_classification, translation
-from ..training.output_lock import locked
 from ..training.recipe import parse_recipe
+from ..training.train import train_recipe
 from .launch import LAUNCH_OPTIONS, launch
-
-_TRAIN = {"translation": translation.train, "image-classification": image_classification.train}
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -24,6 +20,4 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     for name in LAUNCH_OPTIONS:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} needs --accelerate_config.")
-    recipe = parse_recipe(args.config, rest)
-    with locked(recipe.training.output_dir) if recipe.training.process_index == 0 else nullcontext():
-        _TRAIN[recipe.task](recipe)
+    train_recipe(parse_recipe(args.config, rest))

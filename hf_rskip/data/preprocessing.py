@@ -1,8 +1,11 @@
 """From sentence pairs to token ids, once, and without the pairs that training cannot use."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
+import tokenizers
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -66,6 +69,20 @@ def _fingerprint(
     languages = (args.source_lang, args.target_lang)
     described = (json.dumps(backend), tokenizer.split_special_tokens, languages, str(features))
     return Hasher.hash((dataset._fingerprint, *described))
+
+
+def tokenizer_cache_file(dataset: Dataset, args: DataArguments, vocab_size: int) -> Path | None:
+    """Where the tokenizer that is trained on a dataset is cached: beside it, if it is on disk; `None` if it is not.
+
+    Training one takes seconds, which many runs on one corpus need not spend each.
+    """
+    if not dataset.cache_files:
+        return None
+    folder = Path(dataset.cache_files[0]["filename"]).parent
+    if not os.access(folder, os.W_OK):
+        return None
+    options = (vocab_size, args.lowercase, args.tokenizer_train_samples, args.source_lang, args.target_lang)
+    return folder / f"tokenizer-{Hasher.hash((dataset._fingerprint, *options, tokenizers.__version__))}.json"
 
 
 def filter_by_length(dataset: Dataset, args: DataArguments) -> tuple[Dataset, dict[str, int]]:

@@ -1,6 +1,8 @@
 """The joint subword vocabulary of both languages."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -11,7 +13,11 @@ PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, lowercase: bool = False, model_max_length: int | None = None
+    texts: Iterable[str],
+    vocab_size: int,
+    lowercase: bool = False,
+    model_max_length: int | None = None,
+    cache_file: Path | None = None,
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer.
 
@@ -19,11 +25,12 @@ def train_tokenizer(
     if `lowercase`). `</s>` is appended to every sequence. The same texts in the same order give the same vocabulary.
 
     Args:
-        texts: Sentences of both languages; read once.
+        texts: Sentences of both languages; read once, if at all.
         vocab_size: Largest number of tokens, including 256 bytes and 4 special tokens. Texts with fewer different
             subwords give a smaller vocabulary: `len(tokenizer)` is the actual size.
         lowercase: Whether the tokenizer lower-cases all text.
         model_max_length: Number of tokens beyond which `truncation=True` truncates, `None` for no limit.
+        cache_file: Holds what was trained from the same texts before, or will; `None` for no such file.
 
     Returns:
         A tokenizer that `save_pretrained` writes so that plain `AutoTokenizer.from_pretrained` can load it.
@@ -38,24 +45,14 @@ def train_tokenizer(
             f"vocab_size must be at least {minimum} ({len(alphabet)} bytes and {len(SPECIAL_TOKENS)} special tokens), "
             f"not {vocab_size}."
         )
-    tokenizer = Tokenizer(models.BPE())
-    # The first word of a sentence gets the space that other words have, so that both are the same token. ByteLevel's
-    # own `add_prefix_space` adds none to text that starts with one, and decoding could not tell the two apart.
-    case = [normalizers.Lowercase()] if lowercase else []
-    tokenizer.normalizer = normalizers.Sequence([*case, normalizers.NFC(), normalizers.Prepend(" ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,  # a subword that occurs once cannot be learned
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
-    )
+    if cache_file is not None and cache_file.exists():
+        tokenizer = Tokenizer.from_file(str(cache_file))
+    else:
+        tokenizer = _train_backend(texts, vocab_size, lowercase)
+        if cache_file is not None:
+            staged = cache_file.with_suffix(f".{os.getpid()}")
+            tokenizer.save(str(staged))
+            staged.replace(cache_file)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -68,6 +65,28 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # "</s>" in a user's sentence is four characters, not the end of it
     )
+
+
+def _train_backend(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    # The first word of a sentence gets the space that other words have, so that both are the same token. ByteLevel's
+    # own `add_prefix_space` adds none to text that starts with one, and decoding could not tell the two apart.
+    case = [normalizers.Lowercase()] if lowercase else []
+    tokenizer.normalizer = normalizers.Sequence([*case, normalizers.NFC(), normalizers.Prepend(" ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a subword that occurs once cannot be learned
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

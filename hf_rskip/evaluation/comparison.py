@@ -102,7 +102,7 @@ def compare_systems(
     for name, translations in systems.items():
         check_translations(name, translations, references)
     check_settings(bleu_tokenize)
-    metrics = {"BLEU": _create_bleu(bleu_tokenize), "chrF": CHRF()}
+    metrics = {"BLEU": create_bleu(bleu_tokenize), "chrF": CHRF()}
     p_values, signatures = _run_paired_tests(systems, references, metrics, n_samples)
     statistics = {
         metric: [
@@ -110,15 +110,15 @@ def compare_systems(
         ]
         for metric, scorer in metrics.items()
     }
-    weights = _draw_resamples(len(references), n_samples or _N_SAMPLES["bs"])
+    weights = draw_resamples(len(references), n_samples or _N_SAMPLES["bs"])
     resampled = {
-        metric: [_compute_scores(scorer, weights @ counts) for counts in statistics[metric]]
+        metric: [compute_scores(scorer, weights @ counts) for counts in statistics[metric]]
         for metric, scorer in metrics.items()
     }
     compared = []
     for index, (name, translations) in enumerate(systems.items()):
         scores = {
-            metric: float(_compute_scores(scorer, statistics[metric][index].sum(0, keepdims=True))[0])
+            metric: float(compute_scores(scorer, statistics[metric][index].sum(0, keepdims=True))[0])
             for metric, scorer in metrics.items()
         }
         differences = {}
@@ -128,17 +128,19 @@ def compare_systems(
                 samples = resampled[metric][index] - resampled[metric][0]
                 # sacreBLEU counts the trials strictly beyond the difference: none where two systems are the same.
                 p = [values[metric][index - 1] if difference else 1.0 for values in p_values.values()]
-                differences[metric] = Difference(difference, _interval(samples), float((samples > 0).mean()), *p)
+                differences[metric] = Difference(
+                    difference, percentile_interval(samples), float((samples > 0).mean()), *p
+                )
         length, reference_length = statistics["BLEU"][index][:, :2].sum(0)
         compared.append(
             SystemScores(
                 name,
                 list(translations),
                 scores,
-                {metric: _interval(resampled[metric][index]) for metric in metrics},
+                {metric: percentile_interval(resampled[metric][index]) for metric in metrics},
                 differences,
                 length_ratio=float(length / max(reference_length, 1)),
-                sentence_chrf=_compute_scores(metrics["chrF"], statistics["chrF"][index]),
+                sentence_chrf=compute_scores(metrics["chrF"], statistics["chrF"][index]),
             )
         )
     return Comparison(list(sources), list(references), compared, signatures)
@@ -146,7 +148,7 @@ def compare_systems(
 
 def check_settings(bleu_tokenize: str) -> None:
     """Raises the [`UserError`] of [`compare_systems`] about the tokenizer or the seed."""
-    _create_bleu(bleu_tokenize)
+    create_bleu(bleu_tokenize)
     _read_seed()
 
 
@@ -158,9 +160,11 @@ def check_translations(name: str, translations: Sequence[str], references: Seque
         )
 
 
-def _create_bleu(tokenize: str) -> BLEU:
+def create_bleu(tokenize: str, references: Sequence[str] | None = None) -> BLEU:
+    """sacreBLEU's BLEU, which looks at `references` once only if they are given here."""
     try:
-        return BLEU(tokenize=tokenize, force=True)  # or it warns of text that looks tokenized, once a test and system
+        # Not forced, it warns of text that looks tokenized, once a test and system.
+        return BLEU(tokenize=tokenize, force=True, references=None if references is None else [references])
     # An unknown name, a package that is not installed, a model that cannot be downloaded.
     except (KeyError, ValueError, ImportError, RuntimeError, OSError) as error:
         raise UserError(f"The tokenizer {tokenize!r} is not to be had from sacreBLEU.") from error
@@ -193,17 +197,18 @@ def _run_paired_tests(
     return p_values, signatures
 
 
-def _draw_resamples(sentences: int, n_samples: int) -> np.ndarray:
+def draw_resamples(sentences: int, n_samples: int) -> np.ndarray:
     """How often each sentence stands in each bootstrap resample, `(n_samples, sentences)`; sacreBLEU's resamples."""
     drawn = np.random.default_rng(_read_seed()).choice(sentences, size=(n_samples, sentences), replace=True)
     return np.stack([np.bincount(row, minlength=sentences) for row in drawn])
 
 
-def _compute_scores(metric: Metric, statistics: np.ndarray) -> np.ndarray:
+def compute_scores(metric: Metric, statistics: np.ndarray) -> np.ndarray:
     """The score of each row of sufficient statistics, 0 to 100."""
     return np.array([metric._compute_score_from_stats(row).score for row in statistics])
 
 
-def _interval(samples: np.ndarray) -> tuple[float, float]:
+def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
+    """From the 2.5th to the 97.5th percentile."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)

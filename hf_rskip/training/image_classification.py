@@ -13,6 +13,7 @@ from ..data.image_processor import make_image_processor
 from ..data.images import ImageDatasets, load_image_dataset
 from ..data.pixels import CroppedImages, decode_images, stream_images
 from ..errors import UserError
+from ..evaluation.predictions import write_predictions
 from ..hub.image_model_card import write_image_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from .checkpoints import check_same_model, find_checkpoint
@@ -71,12 +72,14 @@ def train(recipe: Recipe) -> dict[str, float]:
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
-    test_metrics = trainer.predict(sets["test"], metric_key_prefix="test").metrics
+    predicted = trainer.predict(sets["test"], metric_key_prefix="test")
+    test_metrics = predicted.metrics
     trainer.log_metrics("test", test_metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_metrics("test", test_metrics)
     metrics = {**result.metrics, **test_metrics}
     if trainer.is_world_process_zero():
+        write_predictions(training.output_dir, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
         write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics)
         print(f"model, card and scores: {training.output_dir}", flush=True)
     if training.push_to_hub:

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from accelerate.utils import gather_object, reduce
 
-from ..errors import UserError
+from ..errors import Diverged
 
 
 class LossGuardMixin:
@@ -58,9 +58,9 @@ class LossGuardMixin:
         found = [(finite, self._name_batches(batches))]
         found = gather_object(found) if self.args.world_size > 1 else found
         bad = [name for finite, name in found if not finite] or [name for _, name in found]
-        raise UserError(
-            f"Step {self.state.global_step + 1}: {what}; the update was not made, and the checkpoints are from before "
-            f"it; batch: {'; '.join(bad)}"
+        raise Diverged(
+            self.state.global_step + 1,
+            f"{what}; the update was not made, and the checkpoints are from before it; batch: {'; '.join(bad)}",
         )
 
     def _name_batches(self, batches: Iterable[tuple[torch.Tensor, dict]]) -> str:

@@ -102,13 +102,18 @@ def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     Raises:
         [`UserError`]: if the file is not a flat YAML mapping, or a key is unknown or its value of the wrong type.
     """
-    values, overrides = _unset(_read_yaml(Path(path)), overrides)
+    return parse_values(read_yaml(Path(path)), overrides, str(path))
+
+
+def parse_values(values: dict[str, Any], overrides: list[str], where: str) -> Recipe:
+    """As [`parse_recipe`], of what has been read; `where` names its place in errors."""
+    values, overrides = _unset(values, overrides)
     task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
     parser = _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False)
     for key, value in values.items():
-        _check_key(key, parser.keys(), str(path), task)
+        _check_key(key, parser.keys(), where, task)
         if isinstance(value, list) and key not in parser.list_keys():
-            raise UserError(f"{key} takes one value, not a list, in {path}")
+            raise UserError(f"{key} takes one value, not a list, in {where}")
     for word in overrides:
         if word.startswith("--"):
             _check_key(word[2:].split("=")[0], parser.keys(), "the command line", task, prefix="--")
@@ -190,17 +195,18 @@ def describe_keys(task: str) -> str:
     return "\n".join(lines[1:])
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, what: str = "recipe") -> dict:
+    """The mapping that a YAML file holds; raises a [`UserError`], in which `what` names the file's kind."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
     except FileNotFoundError:
-        raise UserError(f"There is no recipe {str(path)!r}.") from None
+        raise UserError(f"There is no {what} {str(path)!r}.") from None
     except IsADirectoryError:
-        raise UserError(f"{str(path)!r} is a folder, not a recipe.") from None
+        raise UserError(f"{str(path)!r} is a folder, not a {what}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UserError(f"The {what} {str(path)!r} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"The recipe {str(path)!r} must be a mapping of keys to values.")
+        raise UserError(f"The {what} {str(path)!r} must be a mapping of keys to values.")
     return values
 
 

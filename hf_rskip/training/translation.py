@@ -16,10 +16,11 @@ from transformers import (
 
 from ..data.cleaning import clean_corpus
 from ..data.corpora import iterate_sentences, load_translation_dataset
-from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
+from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus, tokenizer_cache_file
 from ..data.tokenizer import load_tokenizer, train_tokenizer
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
+from ..evaluation.predictions import write_predictions
 from ..hub.translation_model_card import write_model_card
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .checkpoints import check_same_model, find_checkpoint
@@ -54,6 +55,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
                 recipe.model.vocab_size,
                 data.lowercase,
                 model_max_length=recipe.model.max_position_embeddings,
+                cache_file=tokenizer_cache_file(train_set, data, recipe.model.vocab_size),
             )
         train_set, dropped = filter_by_length(tokenize_corpus(train_set, tokenizer, data), data)
         validation_set = tokenize_corpus(corpus["validation"], tokenizer, data)
@@ -74,12 +76,12 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         check_same_model(model.config, checkpoint, [*asdict(ModelArguments()), "source_lang", "target_lang"])
     model.set_attn_implementation(training.attn_implementation)
 
-    def score(model: PreTrainedModel, split: str, **generate_kwargs) -> dict[str, float | str]:
+    def score(model: PreTrainedModel, split: str, **generate_kwargs) -> tuple[dict[str, float | str], list[str]]:
         sentences = split_languages(corpus[split], data.source_lang, data.target_lang)
-        return evaluate_translation(model, tokenizer, *sentences, training.bleu_tokenize, **generate_kwargs)[0]
+        return evaluate_translation(model, tokenizer, *sentences, training.bleu_tokenize, **generate_kwargs)
 
     def validation_metrics(model: PreTrainedModel) -> dict[str, float]:
-        scores = score(model, "validation", num_beams=training.generation_num_beams)
+        scores, _ = score(model, "validation", num_beams=training.generation_num_beams)
         return {name: scores[name] for name in ("bleu", "chrf")}
 
     callbacks = []
@@ -108,12 +110,15 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
-    test_metrics = {f"test_{name}": value for name, value in score(trainer.whole_model(), "test").items()}
+    scores, translations = score(trainer.whole_model(), "test")
+    test_metrics = {f"test_{name}": value for name, value in scores.items()}
     trainer.log_metrics("test", test_metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_metrics("test", test_metrics)
     metrics = {**result.metrics, **test_metrics}
     if trainer.is_world_process_zero():
+        _, references = split_languages(corpus["test"], data.source_lang, data.target_lang)
+        write_predictions(training.output_dir, translations, references)
         example = corpus["test"][0]["translation"][data.source_lang]
         write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, example)
         print(f"model, card and scores: {training.output_dir}", flush=True)

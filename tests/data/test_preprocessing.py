@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from hf_rskip.data.arguments import DataArguments
 from hf_rskip.data.corpora import load_translation_dataset
-from hf_rskip.data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
+from hf_rskip.data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus, tokenizer_cache_file
 from hf_rskip.data.tokenizer import load_tokenizer, train_tokenizer
 from hf_rskip.errors import UserError
 
@@ -73,6 +73,20 @@ def test_the_result_is_cached_for_the_same_tokenizer_and_languages(tokenizer, tm
     swapped = arguments(source_lang="de", target_lang="en")
     for changed in (tokenize_corpus(dataset, other, args), tokenize_corpus(dataset, tokenizer, swapped)):
         assert changed.cache_files != first.cache_files and changed._fingerprint != first._fingerprint
+
+
+def test_a_tokenizer_is_cached_for_its_corpus_and_options(corpus_folder):
+    args = arguments(dataset_name=corpus_folder)
+    train_set = load_translation_dataset(args)["train"]
+    file = tokenizer_cache_file(train_set, args, 300)
+    assert file == tokenizer_cache_file(load_translation_dataset(args)["train"], args, 300)
+    others = [
+        tokenizer_cache_file(train_set, args, 301),
+        tokenizer_cache_file(train_set, arguments(dataset_name=corpus_folder, lowercase=True), 300),
+        tokenizer_cache_file(train_set.select(range(100, 300)), args, 300),
+    ]
+    assert len({file, *others}) == 4 and {other.parent for other in others} == {file.parent}
+    assert tokenizer_cache_file(corpus([("a", "b")]), args, 300) is None  # in memory, nowhere beside it
 
 
 def test_more_processes_give_the_same_ids(tokenizer):

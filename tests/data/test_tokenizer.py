@@ -167,3 +167,13 @@ def test_tokenizers_that_cannot_be_used(tokenizer, tmp_path):
         with pytest.raises(UserError) as error:
             load_tokenizer(str(tmp_path))
         assert str(error.value) == f"The tokenizer {str(tmp_path)!r} {sentence}"
+
+
+def test_a_tokenizer_is_trained_once(tmp_path):
+    texts, file = ["ein Haus", "zwei Häuser", "ein Haus"] * 5, tmp_path / "tokenizer.json"
+    first = train_tokenizer(texts, 300, cache_file=file)
+    again = train_tokenizer(iter([]), 300, cache_file=file)  # there is nothing to read
+    assert again.get_vocab() == first.get_vocab() and len(first) > 260
+    assert again("zwei Häuser").input_ids == first("zwei Häuser").input_ids
+    assert again("Haus").input_ids[-1] == again.eos_token_id
+    assert list(tmp_path.iterdir()) == [file]

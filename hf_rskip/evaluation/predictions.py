@@ -1,0 +1,18 @@
+"""What a trained model made of its test split, kept for the statistics that compare it with others."""
+
+import json
+from pathlib import Path
+
+PREDICTIONS_NAME = "test_predictions.json"
+
+
+def write_predictions(folder: str | Path, predictions: list, references: list) -> None:
+    """Writes `PREDICTIONS_NAME`: translations and references, or the numbers of the predicted and the right classes."""
+    content = {"predictions": predictions, "references": references}
+    Path(folder, PREDICTIONS_NAME).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_predictions(path: Path) -> tuple[list, list]:
+    """The predictions and the references of [`write_predictions`]."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["predictions"], content["references"]

@@ -1,0 +1,186 @@
+"""One cell: the training in a process of its own, and the result that it leaves."""
+
+import datetime
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import AutoConfig
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .. import models
+from ..errors import Diverged, Preempted, UserError
+from ..evaluation.predictions import PREDICTIONS_NAME
+from ..training.checkpoints import list_checkpoints
+from ..training.recipe import parse_recipe
+from ..training.train import train_recipe
+from .study import METRICS, Cell, find_difference, write_recipe
+
+FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+TAKEN = 75
+"""Exit code of a process whose cell another one is running: EX_TEMPFAIL of sysexits.h."""
+_PACKAGES = ("hf_rskip", "torch", "transformers", "datasets", "accelerate", "tokenizers", "sacrebleu")
+
+
+def read_result(cell: Cell) -> dict[str, Any] | None:
+    """What the cell has come to, or `None` if it has not yet; a failure counts until it is tried again."""
+    try:
+        return json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_result(cell: Cell, **values) -> None:
+    """Writes `result.json`, whole or not at all."""
+    staged = cell.folder / f".result-{os.getpid()}.json"
+    staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staged.replace(cell.folder / "result.json")
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether there is nothing left to run: a divergence is a result, a failure is none."""
+    result = read_result(cell)
+    return result is not None and result["state"] != FAILED
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a cell's result says of where it was run.
+
+    Attributes:
+        modules: imported first, as by `--import_module`.
+        commit: of the working tree, if it is one of git.
+        keep_models: whether weights and checkpoints stay.
+    """
+
+    modules: tuple[str, ...] = ()
+    commit: str | None = None
+    keep_models: bool = False
+
+    def command(self, cell: Cell) -> str:
+        """That trains the cell alone."""
+        return " ".join(
+            ["hf-rskip train", str(cell.recipe_path), *(f"--import_module {module}" for module in self.modules)]
+        )
+
+
+def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
+    """The whole life of a cell's process, which ends with `TAKEN` if another one has the cell for `patience` seconds.
+
+    What it prints goes to `log.txt`. It ends by itself, with a checkpoint where it can, when the study dies.
+    """
+    _follow_study()
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(cell.folder / "lock", timeout=patience).acquire()
+    except Timeout:
+        sys.exit(TAKEN)
+    with lock:
+        if not is_done(cell):
+            _train(cell, surroundings)
+
+
+def _train(cell: Cell, surroundings: Surroundings) -> None:
+    sys.path.insert(0, "")
+    for module in surroundings.modules:
+        importlib.import_module(module)
+    with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    if find_difference(cell) and not list_checkpoints(cell.run_folder):
+        shutil.rmtree(cell.run_folder, ignore_errors=True)
+    write_recipe(cell)
+    (cell.folder / "result.json").unlink(missing_ok=True)
+    started, resumed = time.perf_counter(), bool(list_checkpoints(cell.run_folder))
+    if not resumed:
+        shutil.rmtree(cell.run_folder, ignore_errors=True)
+    try:
+        recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
+        metrics = train_recipe(recipe)
+        outcome = {"state": FINISHED, **_describe_run(recipe.task, cell.run_folder, metrics)}
+    except Preempted as stop:
+        print(f"hf-rskip: {stop}", file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
+    except Diverged as stop:
+        outcome = {"state": DIVERGED, "step": stop.step, "message": str(stop)}
+    except Exception as error:
+        traceback.print_exc()
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        outcome = {"state": FAILED, "message": name + " ".join(str(error).split())}
+    outcome |= {
+        "wall_seconds": round(time.perf_counter() - started, 1),
+        "resumed": resumed,
+        "device": _name_device(),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+    if outcome["state"] == FINISHED:
+        shutil.copy(cell.run_folder / PREDICTIONS_NAME, cell.folder)
+    record(cell, surroundings, outcome)
+    if outcome["state"] != FAILED and not surroundings.keep_models:
+        shutil.rmtree(cell.run_folder, ignore_errors=True)
+
+
+def record(cell: Cell, surroundings: Surroundings, outcome: dict[str, Any]) -> None:
+    """Writes what a cell has come to, with what it was."""
+    write_result(
+        cell,
+        form=cell.form,
+        setting=dict(cell.setting),
+        seed=cell.seed,
+        **outcome,
+        commit=surroundings.commit,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=surroundings.command(cell),
+    )
+
+
+def _follow_study() -> None:
+    """Ctrl-C is for the study, which then sends SIGTERM; its death has the same effect."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    study = parent_process()
+
+    def watch():
+        connection.wait([study.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if study is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _describe_run(task: str, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    evaluations = [entry for entry in state["log_history"] if any(key.startswith("eval_") for key in entry)]
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        parameters = getattr(models, config.architectures[0])(config).num_parameters()
+    return {
+        "test": {key.removeprefix("test_"): value for key, value in metrics.items() if key.startswith("test_")},
+        "validation": [
+            {"step": entry["step"]}
+            | {name: entry[f"eval_{name}"] for name in ("loss", *METRICS[task]) if f"eval_{name}" in entry}
+            for entry in evaluations
+        ],
+        "kept_step": state["best_global_step"] or state["global_step"],
+        "steps": state["global_step"],
+        "parameters": parameters,
+        "seconds": round(metrics["train_runtime"], 1),
+    }
+
+
+def _name_device() -> str:
+    if torch.accelerator.is_available():
+        return torch.get_device_module().get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

@@ -1,0 +1,235 @@
+"""A study on paper: tables, the numbers behind them, and how to repeat it."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+from tabulate import tabulate
+
+from ..training.recipe import read_yaml
+from .cell import DIVERGED, FAILED, FINISHED
+from .figure import draw_curves, draw_grid, draw_scores
+from .results import N_SAMPLES, Difference, Group, Results
+from .study import describe_setting
+
+UNITS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}
+"""What tables call a metric, in points of 100."""
+
+
+def write_report(results: Results, command: str) -> None:
+    """Writes `report.md`, `results.csv`, `summary.csv` and the pictures to the folder of the study.
+
+    Args:
+        results: of all cells, run or not.
+        command: that runs the study.
+    """
+    folder = results.study.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_cells(results, folder / "results.csv")
+    _write_groups(results, folder / "summary.csv")
+    unit = UNITS[results.study.metric]
+    pictures = {
+        "Test scores": draw_scores(results, unit, folder / "scores.png"),
+        "Learning curves": draw_curves(results, unit, folder / "curves.png"),
+        "Validation scores over the grid": draw_grid(results, unit, folder / "grid.png"),
+    }
+    pictures = {title: path.name for title, path in pictures.items() if path is not None}
+    (folder / "report.md").write_text(_describe(results, command, pictures), encoding="utf-8")
+
+
+def format_tables(results: Results, every_setting: bool = True) -> str:
+    """How much is done, and the tables, in Markdown: of each form at its best, and of every setting of a grid."""
+    study = results.study
+    states = Counter(result.state for result in results.cells)
+    counts = [f"{states[state]} {state}" for state in (FINISHED, DIVERGED, FAILED, "not run") if states[state]]
+    done = states[FINISHED] + states[DIVERGED]
+    parts = [f"{done} of {len(results.cells)} cells: {', '.join(counts)}."]
+    if len(study.settings) == 1:
+        return "\n\n".join([*parts, _format_groups(results, results.groups)])
+    parts.append("Each form at its own best setting, by the mean validation score:")
+    parts.append(_format_best(results))
+    for setting in study.settings if every_setting else ():
+        groups = [group for group in results.groups if group.setting == setting]
+        if any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in groups):
+            parts += [f"At {', '.join(describe_setting(setting))}:", _format_groups(results, groups)]
+    return "\n\n".join(parts)
+
+
+def _format_groups(results: Results, groups: Iterable[Group]) -> str:
+    headers = ["form", "finished", *_score_headers(results), "parameters", "seconds"]
+    rows = [
+        [
+            _escape(group.form),
+            _format_states(group),
+            *_format_scores(group, results),
+            _format(group.parameters, ","),
+            _format(group.seconds, ",.0f"),
+        ]
+        for group in groups
+    ]
+    return _format_table(headers, rows)
+
+
+def _format_best(results: Results) -> str:
+    headers = ["form", "trains in", "best setting", "validation", "finished", *_score_headers(results), "parameters"]
+    rows = []
+    for best in results.best:
+        row = [_escape(best.form), f"{best.trained} of {best.tried}"]
+        if best.group is not None:
+            row += [", ".join(describe_setting(best.group.setting)), _format(best.group.validation_mean, ".2f")]
+            row += [_format_states(best.group), *_format_scores(best.group, results)]
+            row.append(_format(best.group.parameters, ","))
+        rows.append(row + [""] * (len(headers) - len(row)))
+    return _format_table(headers, rows)
+
+
+def _score_headers(results: Results) -> list[str]:
+    return [f"test {UNITS[results.study.metric]}", "sd", "difference", "95%", "p sentences", "p seeds"]
+
+
+def _format_scores(group: Group, results: Results) -> list[str]:
+    row = [_format(group.test_mean, ".2f"), _format(group.test_sd, ".2f")]
+    difference = group.difference
+    if difference is None:
+        is_baseline = group.form == results.study.baseline
+        return [*row, "baseline" if is_baseline and group.test_mean is not None else "", "", "", ""]
+    low, high = difference.interval
+    p_values = [_format(p, ".4f") for p in (difference.p_bootstrap, difference.p_seeds)]
+    return [*row, f"{difference.score:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p_values]
+
+
+def _format_states(group: Group) -> str:
+    """`2/3, 1 diverged at step 7`."""
+    parts = [f"{len(group.of_state(FINISHED))}/{len(group.results)}"]
+    steps = sorted(result.record["step"] for result in group.of_state(DIVERGED))
+    if steps:
+        parts.append(f"{len(steps)} diverged at step {', '.join(map(str, steps))}")
+    return ", ".join(parts)
+
+
+def _format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+def _format(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def _escape(name: str) -> str:
+    return name.replace("|", "\\|")
+
+
+def _describe(results: Results, command: str, pictures: dict[str, str]) -> str:
+    study = results.study
+    records = [result.record for result in results.cells if result.state in (FINISHED, DIVERGED)]
+    finished = [result for result in results.cells if result.state == FINISHED]
+    parts = [f"# {study.path.stem}", format_tables(results), _explain(results)]
+    parts += [f"![{title}]({name})" for title, name in pictures.items()]
+    facts = {"seeds": map(str, study.seeds), "device": (record["device"] for record in records)}
+    if finished:
+        signature = f"{study.metric}_signature"
+        facts["signature"] = (f"`{result.record['test'].get(signature, 'top-1')}`" for result in finished)
+    facts["versions"] = (", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records)
+    facts["commit"] = (record["commit"] for record in records if record["commit"])
+    dates = sorted(record["date"][:10] for record in records)
+    facts["date"] = dict.fromkeys([*dates[:1], *dates[-1:]])
+    lines = [f"- {name}: {'; '.join(values)}" for name, told in facts.items() if (values := dict.fromkeys(told))]
+    parts += ["## How it was measured", "\n".join(lines)]
+    problems = [
+        f"- {result.cell}: {' '.join(result.record['message'].split())}"
+        for result in results.cells
+        if result.state in (DIVERGED, FAILED)
+    ]
+    if problems:
+        parts += ["## Diverged and failed", "\n".join(problems)]
+    parts += ["## Forms", _format_yaml(read_yaml(study.path, "study")["forms"])]
+    parts += ["## Commands", "All of it:", f"```bash\n{command}\n```"]
+    commands = "\n".join(result.record["command"] for result in results.cells if "command" in result.record)
+    if commands:
+        summary = "Each cell alone, by its own recipe, which is whole:"
+        parts += [f"<details><summary>{summary}</summary>", f"```bash\n{commands}\n```", "</details>"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _explain(results: Results) -> str:
+    study = results.study
+    units = "test images" if study.metric == "accuracy" else "test sentences"
+    text = (
+        "Scores are means over the finished seeds, with the standard deviation of a sample. The difference is that to "
+        f"{study.baseline}; its 95% interval and `p sentences` are of a paired bootstrap over {units} ({N_SAMPLES:,} "
+        "resamples, the same for all forms and seeds, scores averaged over seeds): whether these trained models would "
+        "differ on other sentences. `p seeds` is of Welch's t-test over seeds: whether the forms would differ with "
+        "other seeds, on this test set. Both are two-sided, and not corrected for the number of forms. Seconds are of "
+        "training with its evaluations, without cells that were interrupted."
+    )
+    if study.metric == "accuracy":
+        text = text.replace("`p sentences`", "`p images`").replace("other sentences", "other images")
+    if len(study.settings) > 1:
+        trains = "all cells finish"
+        if study.trains_at is not None:
+            trains += f" with a validation score of at least {study.trains_at:g}"
+        text += (
+            f" A form trains in a setting if {trains}. Settings were chosen by validation, never by test scores; a "
+            "diverged cell counts as 0 there. In the first table, differences are to the baseline at its own best "
+            "setting."
+        )
+    return text
+
+
+def _format_yaml(values: dict) -> str:
+    return f"```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()}\n```"
+
+
+def _write_cells(results: Results, path: Path) -> None:
+    """A row for each cell; scores as the metric prints them."""
+    rows = []
+    for result in results.cells:
+        cell, record = result.cell, result.record
+        row = {"cell": cell.number, "form": cell.form, **dict(cell.setting), "seed": cell.seed, "state": result.state}
+        row |= {"step": record.get("step"), "message": record.get("message")}
+        row |= {f"test_{name}": value for name, value in record.get("test", {}).items() if isinstance(value, float)}
+        row[f"validation_{results.study.metric}"] = result.validation
+        row |= {name: record.get(name) for name in ("steps", "kept_step", "parameters", "seconds", "resumed")}
+        row |= {name: record.get(name) for name in ("device", "commit", "date", "command")}
+        row["versions"] = "; ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
+        rows.append(row)
+    _write_csv(path, rows)
+
+
+def _write_groups(results: Results, path: Path) -> None:
+    """A row for each form and setting; scores in points of 100."""
+    rows = []
+    for group in results.groups:
+        row = {"form": group.form, **dict(group.setting), "cells": len(group.results)}
+        row |= {
+            state.replace(" ", "_"): len(group.of_state(state)) for state in (FINISHED, DIVERGED, FAILED, "not run")
+        }
+        row |= {"test_mean": group.test_mean, "test_sd": group.test_sd, "validation_mean": group.validation_mean}
+        row |= _flatten(group.difference)
+        row |= {"parameters": group.parameters, "seconds": group.seconds}
+        rows.append(row)
+    _write_csv(path, rows)
+
+
+def _flatten(difference: Difference | None) -> dict[str, float | None]:
+    if difference is None:
+        return dict.fromkeys(("difference", "difference_low", "difference_high", "p_sentences", "p_seeds"))
+    low, high = difference.interval
+    return {
+        "difference": difference.score,
+        "difference_low": low,
+        "difference_high": high,
+        "p_sentences": difference.p_bootstrap,
+        "p_seeds": difference.p_seeds,
+    }
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

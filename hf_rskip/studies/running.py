@@ -1,0 +1,130 @@
+"""Runs the cells of a study, some at a time, each in a process of its own."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+
+from ..errors import Preempted, UserError
+from .cell import DIVERGED, FAILED, FINISHED, TAKEN, Surroundings, is_done, read_result, record, run_cell
+from .study import Cell, find_difference
+
+_PATIENCE = 30
+"""Seconds that a cell gets to save a checkpoint and end when its study is stopped."""
+
+
+def check_folders(cells: Sequence[Cell]) -> None:
+    """Raises a [`UserError`] if a cell's folder holds a result, or a checkpoint, of another recipe."""
+    for cell in cells:
+        if is_done(cell) or any(cell.run_folder.glob("checkpoint-*")):
+            difference = find_difference(cell)
+            if difference:
+                raise UserError(
+                    f"{str(cell.folder)!r} was run with {difference}: remove it, or choose another output_dir."
+                )
+
+
+def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[str], keep_models: bool) -> list[Cell]:
+    """Runs what is not done of `cells`, and says so, a line each; `total` is how many the study has.
+
+    A cell that another process is running is left to it.
+
+    Returns:
+        The cells that have failed, or were stopped by somebody.
+
+    Raises:
+        [`Preempted`]: after SIGTERM, when the running cells have saved their checkpoints.
+    """
+    surroundings = Surroundings(tuple(modules), _find_commit(), keep_models)
+    waiting, taken, failed = [cell for cell in cells if not is_done(cell)], [], []
+    context = _start_server(jobs) if waiting else None
+    running: dict[multiprocessing.Process, tuple[Cell, float]] = {}
+    with _stopping(running):
+        while waiting or taken or running:
+            while (waiting or (taken and not running)) and len(running) < jobs:
+                # What somebody has is tried again at the end: it may have been a study that was killed just now.
+                cell, patience = (waiting.pop(0), 0) if waiting else (taken.pop(0), _PATIENCE)
+                process = context.Process(target=run_cell, args=(cell, surroundings, patience))
+                process.start()
+                running[process] = cell, patience
+            ended = connection.wait([process.sentinel for process in running])
+            for process in [process for process in running if process.sentinel in ended]:
+                cell, patience = running.pop(process)
+                process.join()
+                if process.exitcode == TAKEN and not patience:
+                    taken.append(cell)
+                    continue
+                if process.exitcode != TAKEN and not is_done(cell):
+                    failed.append(cell)
+                    _record_crash(cell, surroundings, process.exitcode)
+                said = "run by another process" if process.exitcode == TAKEN else describe_state(cell)
+                print(f"[{cell.number} of {total}] {cell}: {said}", flush=True)
+    return failed
+
+
+def _record_crash(cell: Cell, surroundings: Surroundings, code: int) -> None:
+    """For a process that has left no result itself, unless it can go on."""
+    if read_result(cell) is None and code != Preempted.exit_code:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        record(cell, surroundings, {"state": FAILED, "message": f"its process was ended by {how}"})
+
+
+def describe_state(cell: Cell) -> str:
+    """What has become of a cell, in a few words."""
+    result = read_result(cell)
+    if result is None:
+        return "begun" if cell.recipe_path.exists() else "not run"
+    if result["state"] == FINISHED:
+        scores = [f"{name} {value:.4g}" for name, value in result["test"].items() if name in ("bleu", "accuracy")]
+        return ", ".join([FINISHED, *scores, f"{result['seconds']:.0f} s"])
+    if result["state"] == DIVERGED:
+        return f"diverged at step {result['step']}"
+    return f"failed: {result['message']}"
+
+
+def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
+    """Starts the process from which those of the cells are forked, and which has imported what they need.
+
+    The cells share the cores of the machine, unless `OMP_NUM_THREADS` says how many threads each is to have.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // jobs)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_rskip.studies.cell", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    return context
+
+
+@contextmanager
+def _stopping(running: dict):
+    """Whatever ends the study ends its cells; SIGTERM is turned into [`Preempted`]."""
+
+    def stop(signum, frame):
+        raise Preempted("stopped by SIGTERM; the same command goes on")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(_PATIENCE)
+            process.kill()
+
+
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _find_commit() -> str | None:
+    """Of the package, if it is run from a working tree of git; an installed one may lie in somebody else's."""
+    folder = os.path.dirname(__file__)
+    try:
+        for command in (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty", "--abbrev=12"]):
+            answer = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,260 @@
+"""What a study is: one recipe, forms of it, seeds, and perhaps a grid of settings; each combination is a cell."""
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..training.recipe import Recipe, parse_recipe, parse_values, read_yaml
+
+METRICS = {"translation": ("bleu", "chrf"), "image-classification": ("accuracy",)}
+"""By which a study of each task can judge, its default first."""
+_OF_THE_STUDY = ("seed", "output_dir", "resume_from_checkpoint", "task")
+"""Keys of a recipe that forms and grids cannot set."""
+
+Setting = tuple[tuple[str, Any], ...]
+"""A point of the grid: pairs of key and value; empty without a grid."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a study.
+
+    Attributes:
+        number: from 1, in the order of the study.
+        form: its name in the study.
+        setting: its point of the grid.
+        seed: of the training.
+        keys: of its recipe.
+        folder: of its own: `recipe.yaml`, `log.txt`, `result.json`, and the training's output folder `run`.
+    """
+
+    number: int
+    form: str
+    setting: Setting
+    seed: int
+    keys: dict[str, Any]
+    folder: Path
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / "run"
+
+    def __str__(self) -> str:
+        return ", ".join([self.form, *describe_setting(self.setting), f"seed {self.seed}"])
+
+
+@dataclass(frozen=True)
+class Study:
+    """A parsed study.
+
+    Attributes:
+        path: of its file.
+        output_dir: of its results.
+        task: of its recipe.
+        metric: by which forms are compared, a name of [`METRICS`].
+        bleu_tokenize: sacreBLEU's `tokenize`; `None` where the task does not translate.
+        baseline: the form that others are compared with.
+        forms: all names, in order.
+        settings: the points of the grid, in order; a single empty one without a grid.
+        seeds: of each form at each setting.
+        trains_at: the validation score, in points of 100, that a cell which trains reaches at least.
+        keep_models: whether finished cells keep weights and checkpoints.
+        cells: all of them, in order.
+    """
+
+    path: Path
+    output_dir: Path
+    task: str
+    metric: str
+    bleu_tokenize: str | None
+    baseline: str
+    forms: list[str]
+    settings: list[Setting]
+    seeds: list[int]
+    trains_at: float | None
+    keep_models: bool
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class _StudyFile:
+    """The keys of a study."""
+
+    recipe: str
+    output_dir: str
+    seeds: list
+    forms: dict
+    baseline: str | None = None
+    grid: dict | None = None
+    metric: str | None = None
+    trains_at: float | None = None
+    keep_models: bool = False
+
+
+def read_study(path: str | Path, overrides: list[str], output_dir: str | None = None) -> Study:
+    """Reads a study and parses the recipes of all its cells.
+
+    Args:
+        path: of the YAML.
+        overrides: keys of the recipe for all cells, as words of a command line.
+        output_dir: in place of that of the file.
+
+    Raises:
+        [`UserError`]: if the file is no study, or one of its cells no recipe.
+    """
+    path = Path(path)
+    file = _check_file(read_yaml(path, "study"), str(path))
+    recipe_path = path.parent / file.recipe
+    given = _parse_words(overrides)
+    common = {**_underscored(read_yaml(recipe_path)), **given}
+    grid = {key.replace("-", "_"): values for key, values in (file.grid or {}).items()}
+    forms = {name: _underscored(keys or {}) for name, keys in file.forms.items()}
+    _check_disjoint(forms, grid, given, str(path))
+    settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+    folder = Path(output_dir or file.output_dir)
+    cells, recipe = [], None
+    for form, setting, seed in itertools.product(forms, settings, file.seeds):
+        name = "-".join([form, *(f"{key}-{value}" for key, value in setting), f"seed-{seed}"])
+        cell_folder = folder / "cells" / re.sub(r"[^\w.+]+", "-", name)
+        values = {**common, **forms[form], **dict(setting), "seed": seed, "output_dir": str(cell_folder / "run")}
+        values = {key: value for key, value in values.items() if value is not None and key != "resume_from_checkpoint"}
+        try:
+            recipe = parse_values(values, [], str(recipe_path))
+        except UserError as error:
+            raise UserError(f"{path}, cell {', '.join([form, *describe_setting(setting)])}: {error}") from error
+        cells.append(Cell(len(cells) + 1, form, setting, seed, values, cell_folder))
+    _check_folders(cells)
+    return Study(
+        path=path,
+        output_dir=folder,
+        task=recipe.task,
+        metric=_choose_metric(file.metric, recipe),
+        bleu_tokenize=getattr(recipe.training, "bleu_tokenize", None),
+        baseline=file.baseline or next(iter(forms)),
+        forms=list(forms),
+        settings=settings,
+        seeds=file.seeds,
+        trains_at=file.trains_at,
+        keep_models=file.keep_models,
+        cells=cells,
+    )
+
+
+def describe_setting(setting: Setting) -> list[str]:
+    """`key value` of each key."""
+    return [f"{key} {value}" for key, value in setting]
+
+
+def write_recipe(cell: Cell) -> None:
+    """Writes the whole recipe of a cell, by which `hf-rskip train` repeats it."""
+    cell.recipe_path.write_text(yaml.safe_dump(cell.keys, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def find_difference(cell: Cell) -> str | None:
+    """In which key the cell's folder was run with another value, as a part of a sentence; `None` if in none."""
+    if not cell.recipe_path.exists():
+        return None
+    if read_yaml(cell.recipe_path) == cell.keys:
+        return None
+    before, now = parse_recipe(cell.recipe_path, []).keys, parse_values(cell.keys, [], str(cell)).keys
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            return f"{key} {before.get(key)}, not {now.get(key)}"
+    return None
+
+
+def _check_file(values: dict, where: str) -> _StudyFile:
+    known = {part.name: part for part in fields(_StudyFile)}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise UserError(f"Unknown key {key!r} in {where}{f'; did you mean {close[0]!r}?' if close else ''}")
+    for key in ("recipe", "output_dir", "seeds", "forms"):
+        if key not in values:
+            raise UserError(f"{where} has no {key}.")
+    for key in ("recipe", "output_dir", "baseline", "metric"):
+        if not isinstance(values.get(key, ""), str):
+            raise UserError(f"{key} must be a word, not {values[key]!r}, in {where}.")
+    seeds = values["seeds"]
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds must be a list of different whole numbers, not {seeds!r}, in {where}.")
+    forms = values["forms"]
+    if not isinstance(forms, dict) or not forms:
+        raise UserError(f"forms must be a mapping from names to keys of the recipe, not {forms!r}, in {where}.")
+    for name, keys in forms.items():
+        if not isinstance(name, str) or not isinstance(keys, dict | None):
+            raise UserError(f"The form {name!r} must be a name and a mapping of keys, not {keys!r}, in {where}.")
+    if values.get("baseline", next(iter(forms))) not in forms:
+        close = difflib.get_close_matches(values["baseline"], forms, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f", but {', '.join(forms)}."
+        raise UserError(f"baseline {values['baseline']!r} is none of the forms in {where}{hint}")
+    grid = values.get("grid", {})
+    if not isinstance(grid, dict) or not all(isinstance(points, list) and points for points in grid.values()):
+        raise UserError(f"grid must be a mapping from keys of the recipe to lists of values, not {grid!r}, in {where}.")
+    trains_at = values.get("trains_at")
+    if not isinstance(trains_at, int | float | None) or isinstance(trains_at, bool):
+        raise UserError(f"trains_at must be a number, in points of 100, not {trains_at!r}, in {where}.")
+    if not isinstance(values.get("keep_models", False), bool):
+        raise UserError(f"keep_models must be true or false, not {values['keep_models']!r}, in {where}.")
+    return _StudyFile(**values)
+
+
+def _underscored(values: dict) -> dict:
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _parse_words(words: list[str]) -> dict[str, Any]:
+    """The keys of a command line, their values as they were written."""
+    values: dict[str, Any] = {}
+    key = None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            values[key] = [value] if equals else []
+        elif key is None:
+            raise UserError(f"The command line has {word!r} where a --key was expected.")
+        else:
+            values[key].append(word)
+    single = {key: words[0] if len(words) == 1 else words for key, words in values.items()}
+    return {key: None if value == "null" else value for key, value in single.items()}
+
+
+def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: str) -> None:
+    """A key has one place: the forms, the grid, or the command line; and some have none of these."""
+    by_forms = {key for keys in forms.values() for key in keys}
+    places = {"the forms": by_forms, "the grid": set(grid), "the command line": set(overrides)}
+    for place, keys in places.items():
+        for key in _OF_THE_STUDY:
+            if key in keys and not (key == "task" and place == "the command line"):
+                hint = ": the study has seeds" if key == "seed" else ""
+                raise UserError(f"{key} cannot be set by {place} of {where}{hint}.")
+    for (one, keys), (other, others) in itertools.combinations(places.items(), 2):
+        if keys & others:
+            raise UserError(f"{min(keys & others)} is set by {one} of {where} and by {other}.")
+
+
+def _check_folders(cells: list[Cell]) -> None:
+    by_folder: dict[Path, Cell] = {}
+    for cell in cells:
+        other = by_folder.setdefault(cell.folder, cell)
+        if other is not cell:
+            raise UserError(f"The cells {str(other)!r} and {str(cell)!r} would share a folder: give them other names.")
+
+
+def _choose_metric(metric: str | None, recipe: Recipe) -> str:
+    known = METRICS[recipe.task]
+    if metric is not None and metric not in known:
+        raise UserError(f"metric must be one of {', '.join(known)} (task: {recipe.task}), not {metric!r}.")
+    return metric or known[0]

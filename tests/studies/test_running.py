@@ -1,0 +1,204 @@
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_rskip.cli.main import main
+
+OWN_KIND = '''
+import torch
+from hf_rskip import SKIP_CONNECTIONS, SkipConnection, make_norm
+
+
+class Halved(SkipConnection):
+    """LN(x + F(x) / 2)."""
+
+    def __init__(self, size, norm="layer_norm", eps=1e-5):
+        super().__init__()
+        self.norm = make_norm(norm, size, eps)
+
+    def forward(self, x, branch, mask=None):
+        return self.norm(x + branch / 2, mask)
+
+
+SKIP_CONNECTIONS["halved"] = Halved
+'''
+
+
+def write_study(folder: Path, recipe: Path, **keys) -> Path:
+    path = folder / "study.yaml"
+    values = {"recipe": str(recipe), "output_dir": str(folder / "output"), "seeds": [1, 2], **keys}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("cells/*/result.json")}
+
+
+@pytest.fixture(scope="module")
+def small_study(run_cli, write_recipe, tmp_path_factory):
+    """Two forms that train, a kind of the user's own, one that diverges and one that cannot start; two seeds."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "own_kind.py").write_text(OWN_KIND)
+    forms = {
+        "post-LN": {"skip_recursions": 1},
+        "rSkip K=2": {"skip_recursions": 2},
+        "halved": {"skip_type": "halved"},
+        "diverging": {"learning_rate": 1e30, "warmup_steps": 0},
+        "broken": {"dataset_name": str(folder / "nowhere")},
+    }
+    recipe = write_recipe(
+        eval_strategy="epoch", save_strategy="epoch", num_train_epochs=2, early_stopping_patience=None
+    )
+    path = write_study(folder, recipe, forms=forms)
+    result = run_cli("study", path, "--import_module", "own_kind", "--jobs", "2", cwd=folder)
+    return folder, path, result
+
+
+@pytest.mark.slow
+def test_every_cell_leaves_a_result(small_study):
+    folder, _, result = small_study
+    assert result.code == 1
+    assert "2 of 10 cells failed: broken, seed 1 (failed: Dataset" in result.err and "Traceback" not in result.err
+    results = read_results(folder / "output")
+    assert {name: record["state"] for name, record in results.items()} == {
+        f"{form}-seed-{seed}": state
+        for form, state in {
+            "post-LN": "finished",
+            "rSkip-K-2": "finished",
+            "halved": "finished",
+            "diverging": "diverged",
+            "broken": "failed",
+        }.items()
+        for seed in (1, 2)
+    }
+    record = results["rSkip-K-2-seed-1"]
+    assert record["parameters"] > results["post-LN-seed-1"]["parameters"]  # norms of each step
+    assert (
+        record["command"]
+        == f"hf-rskip train {folder}/output/cells/rSkip-K-2-seed-1/recipe.yaml --import_module own_kind"
+    )
+    assert [entry["step"] for entry in record["validation"]] == [14, 28] and record["kept_step"] in (14, 28)
+    assert results["diverging-seed-1"]["step"] == 2
+    # Nothing large is left.
+    assert not list((folder / "output").rglob("*.safetensors"))
+    assert (folder / "output/cells/halved-seed-1/test_predictions.json").exists()
+
+
+@pytest.mark.slow
+def test_the_report_has_every_form(small_study):
+    folder, path, result = small_study
+    output = folder / "output"
+    report = (output / "report.md").read_text()
+    for text in (result.out, report):
+        assert "8 of 10 cells: 6 finished, 2 diverged, 2 failed." in text
+        assert "| halved " in text and "0/2, 2 diverged at step 2, 2" in text
+    rows = list(csv.DictReader((output / "results.csv").open()))
+    assert [(row["form"], row["seed"]) for row in rows[:4]] == [
+        ("post-LN", "1"), ("post-LN", "2"), ("rSkip K=2", "1"), ("rSkip K=2", "2")
+    ]  # fmt: skip
+    results = read_results(output)
+    scores = [results[f"rSkip-K-2-seed-{seed}"]["test"]["bleu"] for seed in (1, 2)]
+    (row,) = [row for row in csv.DictReader((output / "summary.csv").open()) if row["form"] == "rSkip K=2"]
+    assert float(row["test_mean"]) == pytest.approx(sum(scores) / 2)
+    assert float(row["test_sd"]) == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert f"hf-rskip study {path} --import_module=own_kind" in report
+    assert all((output / name).stat().st_size > 5_000 for name in ("scores.png", "curves.png"))
+
+
+@pytest.mark.slow
+def test_nothing_is_run_twice(small_study, run_cli, capsys):
+    folder, path, _ = small_study
+    kept = [path for path in (folder / "output/cells").glob("*/*") if "broken" not in str(path)]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    result = run_cli("study", path, "--import_module", "own_kind", cwd=folder)
+    assert result.code == 1
+    told = [line for line in result.out.splitlines() if line.startswith("[")]
+    assert [line.split(":")[0] for line in told] == ["[9 of 10] broken, seed 1", "[10 of 10] broken, seed 2"]
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert main(["study", str(path), "--dropout", "0.3"]) == 2
+    assert "was run with dropout 0.1, not 0.3: remove it, or choose another output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
+    recipe = write_recipe(num_train_epochs=6, early_stopping_patience=None)
+    path = write_study(tmp_path, recipe, forms={"post-LN": {"skip_recursions": 1}})
+    cells = tmp_path / "output/cells"
+    first, second = cells / "post-LN-seed-1", cells / "post-LN-seed-2"
+    process = start_cli("study", path)
+    wait_for(lambda: list(second.glob("run/checkpoint-8*")))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = (first / "result.json").stat().st_mtime_ns
+    result = run_cli("study", path)
+    assert result.code == 0, result.err
+    assert (first / "result.json").stat().st_mtime_ns == before
+    record = read_results(tmp_path / "output")["post-LN-seed-2"]
+    assert record["resumed"] and record["steps"] == 84
+    assert "resuming from" in (second / "log.txt").read_text()
+    assert (first / "log.txt").read_text().count("model: ") == 1
+
+
+@pytest.mark.slow
+def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
+    path = write_study(tmp_path, write_recipe(num_train_epochs=500, early_stopping_patience=None), forms={"a": {}})
+    cell = tmp_path / "output/cells/a-seed-1"
+    process = start_cli("study", path)
+    wait_for(lambda: list(cell.glob("run/checkpoint-*")))
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err.decode().startswith("hf-rskip: stopped by SIGTERM")
+    assert "stopped by SIGTERM after step" in (cell / "log.txt").read_text()
+    assert not read_results(tmp_path / "output")
+
+
+@pytest.mark.slow
+def test_a_cell_is_run_by_one_process(start_cli, write_recipe, tmp_path, capsys):
+    path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, keep_models=True)
+    processes = [start_cli("study", path, "--cell", "1") for _ in range(2)]
+    said = [process.communicate(timeout=120)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    cell = tmp_path / "output/cells/a-seed-1"
+    assert (cell / "log.txt").read_text().count("model: ") == 1
+    assert (cell / "run/model.safetensors").exists()
+    assert sum("finished, bleu" in text for text in said) >= 1
+    capsys.readouterr()
+
+    def answer(*words):
+        code, captured = main(["study", str(path), *words]), capsys.readouterr()
+        return code, captured.out, captured.err
+
+    listed = [line.split("\t") for line in answer("--list")[1].splitlines()]
+    assert [line[2] for line in listed] == ["a, seed 1", "a, seed 2"]
+    assert listed[0][1].startswith("finished, bleu")
+    assert listed[1] == ["2", "not run", "a, seed 2", f"hf-rskip study {path} --cell=2"]
+    assert answer("--cell", "3") == (2, "", "hf-rskip: error: --cell 3: the study has 2 cells.\n")
+    code, out, _ = answer("--report")
+    assert code == 0 and "1 of 2 cells: 1 finished, 1 not run." in out
+
+
+@pytest.mark.slow
+def test_a_study_of_images(run_cli, write_image_recipe, tmp_path):
+    forms = {"plain": {"skip_type": "xskip", "skip_norm": "none"}, "rSkip": {"skip_type": "rskip"}}
+    path = write_study(tmp_path, write_image_recipe(), forms=forms, seeds=[1])
+    result = run_cli("study", path, "--num_train_epochs", "1")
+    assert result.code == 0, result.err
+    assert "test accuracy (%)" in result.out
+    record = read_results(tmp_path / "output")["rSkip-seed-1"]
+    predicted = json.loads((tmp_path / "output/cells/rSkip-seed-1/test_predictions.json").read_text())
+    hits = [a == b for a, b in zip(predicted["predictions"], predicted["references"], strict=True)]
+    assert len(hits) == 40 and sum(hits) / 40 == pytest.approx(record["test"]["accuracy"])
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -1,0 +1,100 @@
+import pytest
+import yaml
+
+from hf_rskip.errors import UserError
+from hf_rskip.studies.study import find_difference, read_study, write_recipe
+
+
+@pytest.fixture
+def write_study(write_recipe, tmp_path):
+    """Writes a study of two forms and two seeds, with changes (`None` leaves a key out)."""
+
+    def write(**changes):
+        values = {
+            "recipe": str(write_recipe()),
+            "output_dir": str(tmp_path / "output"),
+            "seeds": [1, 2],
+            "forms": {"post-LN": {"skip_recursions": 1}, "rSkip K=2": {"skip_recursions": 2}},
+            **changes,
+        }
+        path = tmp_path / "study.yaml"
+        values = {key: value for key, value in values.items() if value is not None}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_cells_are_the_product_of_forms_settings_and_seeds(write_study, tmp_path):
+    grid = {"learning_rate": [1e-3, 2e-3], "warmup-steps": [5, 7]}
+    study = read_study(write_study(grid=grid), ["--num_train_epochs", "1", "--d_model=16", "--dropout", "null"])
+    assert [cell.number for cell in study.cells] == list(range(1, 17))
+    said = [
+        (cell.keys["skip_recursions"], cell.keys["learning_rate"], cell.keys["warmup_steps"], cell.seed)
+        for cell in study.cells
+    ]
+    assert said == [
+        (k, rate, steps, seed) for k in (1, 2) for rate in (1e-3, 2e-3) for steps in (5, 7) for seed in (1, 2)
+    ]
+    assert {(cell.keys["num_train_epochs"], cell.keys["d_model"]) for cell in study.cells} == {("1", "16")}
+    assert all("dropout" not in cell.keys for cell in study.cells)
+    assert len({cell.folder for cell in study.cells}) == 16
+    assert (study.baseline, study.metric, study.task) == ("post-LN", "bleu", "translation")
+    assert str(study.cells[-1]) == "rSkip K=2, learning_rate 0.002, warmup_steps 7, seed 2"
+
+
+def test_the_recipe_is_found_beside_the_study_and_the_output_folder_can_be_another(write_study, write_recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(write_recipe().read_text())
+    study = read_study(write_study(recipe="recipe.yaml"), [], output_dir=str(tmp_path / "elsewhere"))
+    assert study.cells[0].keys["output_dir"] == str(tmp_path / "elsewhere/cells/post-LN-seed-1/run")
+
+
+def test_metrics_of_images(write_study, write_image_recipe):
+    study = read_study(write_study(recipe=str(write_image_recipe())), [])
+    assert (study.metric, study.task) == ("accuracy", "image-classification")
+
+
+WRONG = {
+    "no seeds": ({"seeds": None}, [], "has no seeds"),
+    "seeds": ({"seeds": [1, 1]}, [], "seeds must be a list of different whole numbers, not [1, 1]"),
+    "no numbers": ({"seeds": 3}, [], "seeds must be a list"),
+    "unknown": ({"seed": [1]}, [], "Unknown key 'seed'"),
+    "hint": ({"base_line": "post-LN"}, [], "did you mean 'baseline'?"),
+    "baseline": ({"baseline": "post-NL"}, [], "did you mean 'post-LN'?"),
+    "forms": ({"forms": ["post-LN"]}, [], "forms must be a mapping"),
+    "form": ({"forms": {"a": 3}}, [], "The form 'a' must be"),
+    "key of a form": ({"forms": {"a": {"skip_tpye": "xskip"}}}, [], "did you mean 'skip_type'?"),
+    "value of a form": ({"forms": {"a": {"dropout": "much"}}}, [], "cell a: "),
+    "seed in a form": ({"forms": {"a": {"seed": 1}}}, [], "seed cannot be set by the forms"),
+    "grid": ({"grid": {"learning_rate": 0.1}}, [], "grid must be a mapping from keys of the recipe to lists"),
+    "grid and forms": ({"grid": {"skip_recursions": [1]}}, [], "skip_recursions is set by the forms"),
+    "forms and command": ({}, ["--skip_recursions", "3"], "and by the command line"),
+    "seed by command": ({}, ["--seed", "3"], "seed cannot be set by the command line"),
+    "word": ({}, ["oops"], "'oops' where a --key was expected"),
+    "unknown by command": ({}, ["--dropuot", ".1"], "did you mean 'dropout'?"),
+    "metric": ({"metric": "rouge"}, [], "metric must be one of bleu, chrf (task: translation), not 'rouge'"),
+    "trains_at": ({"trains_at": "high"}, [], "trains_at must be a number"),
+    "keep_models": ({"keep_models": 1}, [], "keep_models must be true or false"),
+    "names": ({"forms": {"a b": {}, "a/b": {}}}, [], "would share a folder"),
+    "no recipe": ({"recipe": "none.yaml"}, [], "There is no recipe"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words, message", WRONG.values(), ids=WRONG)
+def test_mistakes_are_named(write_study, changes, words, message):
+    with pytest.raises(UserError) as error:
+        read_study(write_study(**changes), words)
+    assert message in str(error.value)
+
+
+def test_a_folder_of_another_recipe_is_told_by_its_key(write_study):
+    cell = read_study(write_study(), []).cells[0]
+    cell.folder.mkdir(parents=True)
+    write_recipe(cell)
+    assert find_difference(cell) is None
+    same = read_study(write_study(), ["--learning_rate", "0.01"]).cells[0]  # the recipe says 1e-2
+    assert find_difference(same) is None
+    other = read_study(write_study(), ["--learning_rate", "0.02"]).cells[0]
+    assert find_difference(other) == "learning_rate 0.01, not 0.02"
+    fewer = read_study(write_study(), ["--warmup_steps", "null"]).cells[0]
+    assert find_difference(fewer) == "warmup_steps 10, not None"
