@@ -69,9 +69,7 @@ class SublayerProbe:
     gain_rms: tuple[float, ...]
 
 
-def probe(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
-) -> list[SublayerProbe]:
+def probe(model: nn.Module, inputs: Mapping[str, torch.Tensor], label_smoothing: float = 0.0) -> list[SublayerProbe]:
     """Measures every sublayer of a model on one batch, in the order of the forward pass.
 
     The model is in evaluation mode, so that nothing is random, but batch norms use the statistics of the batch, as in

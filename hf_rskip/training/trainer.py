@@ -43,6 +43,8 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         self.compute_translation_metrics = compute_translation_metrics
         if self.is_fsdp_enabled and (self.args.ema_decay or self.args.average_checkpoints):
             raise UserError("ema_decay and average_checkpoints do not go with FSDP: average by `hf-rskip average`.")
+        if self.is_fsdp_enabled and self.args.probe_steps:
+            raise UserError("probe_steps does not go with FSDP: probe the checkpoints by `hf-rskip probe`.")
         if self.args.chunked_cross_entropy:
             self.compute_loss_func = self._chunked_loss
 
