@@ -179,7 +179,7 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         "systems",
         nargs="*",
         metavar="SYSTEM",
-        help="folder or Hub id of a model, a recipe (RECIPE.yaml: the model at initialisation), or an earlier probe.csv",
+        help="folder or Hub id of a model, RECIPE.yaml for the model that it begins with, or an earlier probe.csv",
     )
     parser.add_argument("--run", nargs="+", default=[], metavar="FOLDER", help="every checkpoint of these trainings")
     _add_split_arguments(parser, corpus := parser.add_mutually_exclusive_group())

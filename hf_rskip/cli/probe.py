@@ -78,8 +78,10 @@ def _probe_all(args: argparse.Namespace, rest: list[str], names: dict[str, str])
             for seed in args.seeds or [None]:
                 yield _probe_recipe(system, names[system], seed, args, rest)
         else:
+            _say_loss(names[system], args.label_smoothing_factor)
             yield _probe_model(system, names[system], None, args)
     for run in args.run:
+        _say_loss(names[run], args.label_smoothing_factor)
         for checkpoint in list_checkpoints(run):
             yield _probe_model(str(checkpoint), names[run], checkpoint_step(checkpoint), args)
 
@@ -90,9 +92,9 @@ def _probe_recipe(path: str, name: str, seed: int | None, args: argparse.Namespa
     if args.test_files:
         words += ["--train_files", *args.test_files]
     recipe = parse_recipe(path, [*rest, *words])
-    smoothing = recipe.training.label_smoothing_factor
-    model, batch = begin_recipe(recipe, args.samples, args.random_data)
+    smoothing = recipe.training.label_smoothing_factor or None
     _say_loss(name, smoothing)
+    model, batch = begin_recipe(recipe, args.samples, args.random_data)
     return ProbedModel(name, recipe.training.seed, 0, probe(model.to(recipe.training.device), batch, smoothing))
 
 
@@ -105,10 +107,7 @@ def _probe_model(path: str, name: str, step: int | None, args: argparse.Namespac
         batch = _load_images(path, args)
     else:
         batch = _load_sentences(path, model, args)
-    smoothing = args.label_smoothing_factor or 0.0
-    if step is None or step == checkpoint_step(list_checkpoints(Path(path).parent)[0]):
-        _say_loss(name, smoothing)
-    return ProbedModel(name, None, step, probe(model, batch, smoothing))
+    return ProbedModel(name, None, step, probe(model, batch, args.label_smoothing_factor or None))
 
 
 def _load_sentences(path: str, model, args: argparse.Namespace) -> dict:
@@ -135,5 +134,5 @@ def _load_images(path: str, args: argparse.Namespace) -> dict:
     return image_batch(processor, dataset.select(spread(dataset, args.samples)), data, "test")
 
 
-def _say_loss(name: str, smoothing: float) -> None:
-    print(f"{name}: cross-entropy{f' with label smoothing {smoothing:g}' if smoothing else ''}")
+def _say_loss(name: str, smoothing: float | None) -> None:
+    print(f"{name}: gradients of the cross-entropy{f' with label smoothing {smoothing:g}' if smoothing else ''}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from transformers.trainer_pt_utils import LabelSmoother
+from torch.nn import functional as F
 
 from ..errors import UserError
 from ..models import SkipConnection
@@ -69,16 +69,19 @@ class SublayerProbe:
     gain_rms: tuple[float, ...]
 
 
-def probe(model: nn.Module, inputs: Mapping[str, torch.Tensor], label_smoothing: float = 0.0) -> list[SublayerProbe]:
+def probe(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], label_smoothing: float | None = None
+) -> list[SublayerProbe]:
     """Measures every sublayer of a model on one batch, in the order of the forward pass.
 
     The model is in evaluation mode, so that nothing is random, but batch norms use the statistics of the batch, as in
     training. The model is left as it was: weights, gradients, running statistics, mode and random state.
 
     Args:
-        model: any whose output has a `loss` and, with `label_smoothing`, `logits`.
+        model: any whose output has a `loss` or, with `label_smoothing`, `logits`.
         inputs: what its `forward` takes, `labels` included.
-        label_smoothing: of the loss, as `label_smoothing_factor` of `TrainingArguments`.
+        label_smoothing: of a cross-entropy in place of the model's own loss, as `label_smoothing_factor` of
+            `TrainingArguments`; in the precision of the logits.
 
     Raises:
         [`UserError`]: if the model calls no skip connection, or the batch is empty.
@@ -107,7 +110,7 @@ def probe(model: nn.Module, inputs: Mapping[str, torch.Tensor], label_smoothing:
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     with _undisturbed(model), torch.enable_grad(), _watched(model) as calls:
         outputs = model(**inputs)
-        loss = LabelSmoother(label_smoothing)(outputs, inputs["labels"]) if label_smoothing else outputs.loss
+        loss = outputs.loss if label_smoothing is None else _cross_entropy(outputs, inputs["labels"], label_smoothing)
         if not calls:
             raise UserError(f"{type(model).__name__} has called no skip connection of hf_rskip for this batch.")
         gradients = _differentiate(loss, calls)
@@ -137,6 +140,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+def _cross_entropy(outputs, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    logits = outputs.logits.flatten(0, -2)
+    return F.cross_entropy(logits, labels.flatten(), label_smoothing=label_smoothing)
 
 
 # What is seen

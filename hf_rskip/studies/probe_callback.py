@@ -21,10 +21,10 @@ class ProbeCallback(TrainerCallback):
     Args:
         inputs: the batch.
         steps: between two probes.
-        label_smoothing: of the loss.
+        label_smoothing: see [`probe`].
     """
 
-    def __init__(self, inputs: Mapping[str, torch.Tensor], steps: int, label_smoothing: float = 0.0):
+    def __init__(self, inputs: Mapping[str, torch.Tensor], steps: int, label_smoothing: float | None = None):
         self.inputs, self.steps, self.label_smoothing = inputs, steps, label_smoothing
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

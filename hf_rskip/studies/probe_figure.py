@@ -21,30 +21,37 @@ _MOST_LINES = 12
 class _Quantity:
     label: str
     value: Callable[[SublayerProbe], float]
+    span: float | None = None
+    """Of a logarithmic axis at least, so that what is flat looks flat: its upper end over its lower. `None`: linear."""
     quartiles: Callable[[SublayerProbe], tuple[float, float]] | None = None
     """Over tokens; drawn where there is one line for a model only."""
-    log: bool = False
+    one: bool = False
+    """Whether 1 has a meaning, and a line."""
 
 
 _PICTURES: dict[str, list[_Quantity]] = {
     "gradients": [
-        _Quantity("gradient norm at x", lambda row: row.gradient_norm_x, log=True),
-        _Quantity("gradient norm of the\nbranch's parameters", lambda row: row.gradient_norm_branch, log=True),
+        _Quantity("gradient norm at x,\nrelative to the top", lambda row: row.relative_gradient_norm_x, 100, one=True),
+        _Quantity("gradient norm at x", lambda row: row.gradient_norm_x, 100),
+        _Quantity("gradient norm of the\nbranch's parameters", lambda row: row.gradient_norm_branch, 100),
     ],
     "activations": [
-        _Quantity("std of x", lambda row: row.std_x, log=True),
-        _Quantity("std of F", lambda row: row.std_branch, log=True),
-        _Quantity("std of y", lambda row: row.std_y, log=True),
+        _Quantity("std of x", lambda row: row.std_x, 10, one=True),
+        _Quantity("std of F", lambda row: row.std_branch, 10, one=True),
+        _Quantity("std of y", lambda row: row.std_y, 10, one=True),
     ],
     "angle": [
-        _Quantity("angle between x and y (degrees)", lambda row: row.angle, lambda row: (row.angle_q1, row.angle_q3))
+        _Quantity(
+            "angle between x and y (degrees)", lambda row: row.angle, quartiles=lambda row: (row.angle_q1, row.angle_q3)
+        )
     ],
     "skip_weight": [
         _Quantity(
             "effective skip weight r",
             lambda row: row.skip_weight,
-            lambda row: (row.skip_weight_q1, row.skip_weight_q3),
-            log=True,
+            4,
+            quartiles=lambda row: (row.skip_weight_q1, row.skip_weight_q3),
+            one=True,
         )
     ],
 }
@@ -55,7 +62,7 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
 
     Depth goes to the right, each stack has a panel. Where every model was probed at one step, a line is a model: the
     median over its seeds, with a band from the lowest to the highest, or for one seed, where there are quartiles over
-    tokens, between these. Where one was probed at several steps, each model has panels of its own, and a line is a step.
+    tokens, between these. Where one was probed at several steps, each model has panels of its own, with a line a step.
     """
     steps = {item.model: {other.step for other in probed if other.model == item.model} for item in probed}
     draw = _draw_courses if any(len(own) > 1 for own in steps.values()) else _draw_models
@@ -73,7 +80,7 @@ def _gain_quantities(probed: Sequence[ProbedModel]) -> list[_Quantity]:
     def gain(step: int) -> Callable[[SublayerProbe], float]:
         return lambda row: row.gain_rms[step] if step < len(row.gain_rms) else float("nan")
 
-    return [_Quantity(f"gain of norm {step + 1}\n(root mean square)", gain(step)) for step in range(most)]
+    return [_Quantity(f"gain of norm {step + 1}\n(root mean square)", gain(step), 4, one=True) for step in range(most)]
 
 
 def _grid(rows: int, columns: int):
@@ -87,10 +94,15 @@ def _finish(figure, grid, quantities: Sequence[_Quantity], titles: Sequence[str]
     for row, quantity in zip(grid, quantities, strict=True):
         row[0].set_ylabel(quantity.label)
         values = np.concatenate([line.get_ydata() for axes in row for line in axes.get_lines()] or [[]])
-        if quantity.log and (values[np.isfinite(values)] > 0).all():
-            _use_log_scale(row[0], values[np.isfinite(values)])
+        values = values[np.isfinite(values)]
+        if quantity.span and values.size and values.min() > 0:
+            _use_log_scale(row[0], values, quantity.span)
+        elif not quantity.span:
+            row[0].set_ylim(bottom=0)
         for axes in row:
-            axes.grid(alpha=0.3, which="both" if quantity.log else "major")
+            axes.grid(alpha=0.3)
+            if quantity.one:
+                axes.axhline(1, color="gray", linewidth=0.8, zorder=1)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize="medium")
     for axes in grid[-1]:
@@ -100,15 +112,18 @@ def _finish(figure, grid, quantities: Sequence[_Quantity], titles: Sequence[str]
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def _use_log_scale(axes, values: np.ndarray) -> None:
-    from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, ScalarFormatter
+def _use_log_scale(axes, values: np.ndarray, span: float) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
-    wide = values.size and values.max() / values.min() > 1e3
-    axes.yaxis.set_major_formatter(LogFormatterSciNotation() if wide else ScalarFormatter())
-    axes.yaxis.set_minor_formatter(
-        NullFormatter() if values.size and values.max() / values.min() > 8 else ScalarFormatter()
-    )
+    margin = 1.15 * (values.max() / values.min()) ** 0.05
+    lowest, highest = values.min() / margin, values.max() * margin
+    missing = max(1, span / (highest / lowest)) ** 0.5
+    axes.set_ylim(lowest / missing, highest * missing)
+    if highest / lowest * missing**2 < 1e4:  # else powers of ten are enough
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _values(quantity: _Quantity, stack: Sequence[SublayerProbe]) -> np.ndarray:
@@ -134,13 +149,14 @@ def _draw_models(probed: Sequence[ProbedModel], quantities: Sequence[_Quantity],
                     _draw_model(axes, quantity, seeds, model, index)
     handles, labels = grid[0][0].get_legend_handles_labels()
     if len(models) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     _finish(figure, grid, quantities, stacks, path)
 
 
 def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], model: str, index: int) -> None:
     values = np.array([_values(quantity, stack) for stack in seeds])
     depth = np.arange(1, values.shape[1] + 1)
+    every = max(1, len(depth) // 8)
     style = {
         "color": _COLORS[index % len(_COLORS)],
         "marker": _MARKERS[index % len(_MARKERS)],
@@ -151,7 +167,7 @@ def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], mod
         np.median(values, axis=0),
         **style,
         markersize=4,
-        markevery=max(1, len(depth) // 12),
+        markevery=(index % every, every),  # so that lines that coincide are seen
         linewidth=1.3,
         label=_escape(model),
     )

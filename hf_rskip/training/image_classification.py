@@ -53,7 +53,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     if training.probe_steps:
         batch = training_images(sets["train"], data)
-        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor))
+        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
     trainer = ImageTrainer(
         data_args=data,
         model=model,

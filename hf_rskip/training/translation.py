@@ -80,7 +80,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     if training.probe_steps:
         batch = training_sentences(model, tokenizer, train_set)
-        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor))
+        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
     trainer = RSkipTrainer(
         model=model,
         args=training,
