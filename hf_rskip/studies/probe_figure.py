@@ -80,7 +80,7 @@ def _gain_quantities(probed: Sequence[ProbedModel]) -> list[_Quantity]:
     def gain(step: int) -> Callable[[SublayerProbe], float]:
         return lambda row: row.gain_rms[step] if step < len(row.gain_rms) else float("nan")
 
-    return [_Quantity(f"gain of norm {step + 1}\n(root mean square)", gain(step), 4, one=True) for step in range(most)]
+    return [_Quantity(f"gain of norm {step + 1}\n(root mean square)", gain(step), one=True) for step in range(most)]
 
 
 def _grid(rows: int, columns: int):
