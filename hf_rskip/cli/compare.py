@@ -22,7 +22,7 @@ def compare(args: argparse.Namespace) -> None:
     check_settings(args.bleu_tokenize)
     for system, lines in files.items():
         check_translations(system, lines, references)
-    folder = _create_folder(args.output_dir) if args.output_dir else None
+    folder = create_folder(args.output_dir) if args.output_dir else None
     translations = {}
     for system in args.systems:
         if system in files:
@@ -71,7 +71,7 @@ def _language(args: argparse.Namespace, key: str, models: list[str]) -> str:
     raise UserError(f"No model says what the {key} is: give --{key}.")
 
 
-def _create_folder(path: str) -> Path:
+def create_folder(path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -95,15 +95,18 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_test_set_arguments(parser: argparse.ArgumentParser) -> None:
-    corpus = parser.add_mutually_exclusive_group(required=True)
+    _add_split_arguments(parser, parser.add_mutually_exclusive_group(required=True))
+    parser.add_argument("--max_samples", type=_count, help="only the first so many sentences or images")
+    parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser, corpus) -> None:
     corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column or images, or cldr")
     corpus.add_argument("--test_files", nargs=2, metavar=("SOURCE", "TARGET"), help="two UTF-8 text files")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--source_lang", help="default: that of the model's training")
     parser.add_argument("--target_lang", help="default: that of the model's training")
     parser.add_argument("--split", default="test", help="default: test")
-    parser.add_argument("--max_samples", type=_count, help="only the first so many sentences or images")
-    parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +197,41 @@ def _attention(args: argparse.Namespace, rest: list[str]) -> None:
     attention(args)
 
 
+def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "systems",
+        nargs="*",
+        metavar="SYSTEM",
+        help="folder or Hub id of a model, RECIPE.yaml for the model that it begins with, or an earlier probe.csv",
+    )
+    parser.add_argument("--run", nargs="+", default=[], metavar="FOLDER", help="every checkpoint of these trainings")
+    _add_split_arguments(parser, corpus := parser.add_mutually_exclusive_group())
+    corpus.add_argument(
+        "--random_data",
+        nargs="?",
+        type=_count,
+        const=32,
+        metavar="SIZE",
+        help="random tokens, SIZE a sentence, or images of SIZE x SIZE (default: 32); no data is read",
+    )
+    parser.add_argument("--samples", type=_count, default=32, help="sentence pairs or images (default: 32)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of recipes (default: their own)")
+    parser.add_argument(
+        "--label_smoothing_factor", type=float, help="of the loss (default: a recipe's own, 0 of models)"
+    )
+    parser.add_argument("--output_dir", metavar="FOLDER", help="write probe.csv and pictures to this folder")
+    parser.usage = "hf-rskip probe [SYSTEM ...] [--run FOLDER ...] [options] [--key value ...]"
+    parser.epilog = (
+        "A recipe is probed on its own training split, a model on the data given. Other keys override those of recipes."
+    )
+
+
+def _probe(args: argparse.Namespace, rest: list[str]) -> None:
+    from .probe import probe_systems
+
+    probe_systems(args, rest)
+
+
 def _add_keys_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", default="translation", choices=["translation", "image-classification"])
 
@@ -280,6 +318,7 @@ COMMANDS = {
     "translate": Command("translate lines of text", _add_translate_arguments, _translate),
     "score": Command("print the log-probabilities of given translations", _add_score_arguments, _score),
     "attention": Command("draw what a translation attends to", _add_attention_arguments, _attention),
+    "probe": Command("measure what skip connections do, and draw it", _add_probe_arguments, _probe),
     "keys": Command("print the keys of a recipe with their defaults", _add_keys_arguments, _keys),
     "convert": Command("turn a MarianMT or ResNet checkpoint into one of ours", _add_convert_arguments, _convert),
     "export": Command("write a model as ONNX graphs", _add_export_arguments, _export),
@@ -312,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _create_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "study"):
+    if rest and args.command not in ("train", "study", "probe"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from ..errors import Preempted
 

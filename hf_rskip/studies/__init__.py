@@ -1,1 +1,1 @@
-"""Studies: which form of a model is better, over seeds and settings, with error bars."""
+"""The laboratory: studies of residual forms, and probes of what a skip connection does."""

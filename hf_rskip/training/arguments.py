@@ -71,6 +71,10 @@ class CommonTrainingArguments(TrainingArguments):
         metadata={"help": "Stop before an update whose loss or gradient norm exceeds its median so many times."},
     )
     loss_spike_window: int = field(default=100, metadata={"help": "Steps of which that median is."})
+    probe_steps: int | None = field(
+        default=None,
+        metadata={"help": "Probe the skip connections every so many steps, on 32 training examples, into probe.csv."},
+    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Start from this model, with all that belongs to it; model keys override its configuration."},
@@ -108,6 +112,8 @@ class CommonTrainingArguments(TrainingArguments):
         if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
             raise UserError(f"loss_spike_factor must be above 1, not {self.loss_spike_factor}.")
         check_at_least("loss_spike_window", self.loss_spike_window, 1)
+        if self.probe_steps is not None:
+            check_at_least("probe_steps", self.probe_steps, 1)
         if self.average_checkpoints is not None:
             self._check_averaging()
 

@@ -16,6 +16,8 @@ from ..errors import UserError
 from ..evaluation.predictions import write_predictions
 from ..hub.image_model_card import write_image_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
+from ..studies.probe_callback import ProbeCallback
+from ..studies.probe_data import training_images
 from .checkpoints import check_same_model, find_checkpoint
 from .describe import describe_model
 from .image_trainer import ImageTrainer
@@ -40,7 +42,7 @@ def train(recipe: Recipe) -> dict[str, float]:
             _do_without_validation(recipe)
         sets = {split: _prepare(images, split, recipe, checkpoint) for split in images.splits}
     set_seed(training.seed)
-    model = _create_model(recipe, images.class_names)
+    model = create_model(recipe, images.class_names)
     if checkpoint:
         check_same_model(model.config, checkpoint, [*RSkipResNetConfig.__annotations__, "id2label"])
     _check_last_batch(model.config, sets["train"], recipe)
@@ -50,6 +52,9 @@ def train(recipe: Recipe) -> dict[str, float]:
     callbacks = []
     if training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+    if training.probe_steps:
+        batch = training_images(sets["train"], data)
+        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
     trainer = ImageTrainer(
         data_args=data,
         model=model,
@@ -113,7 +118,7 @@ def _prepare(images: ImageDatasets, split: str, recipe: Recipe, checkpoint: Path
     return decode_images(dataset, data, split)
 
 
-def _create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageClassification:
+def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageClassification:
     """A new model of the recipe's configuration, or the one that it starts from."""
     start, architecture = recipe.training.model_name_or_path, recipe.model.architecture
     if start and architecture:

@@ -42,11 +42,13 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
         if self.is_fsdp_enabled:
-            self._check_averaging()
+            self._check_fsdp()
         if self.args.chunked_cross_entropy:
             self.compute_loss_func = self._chunked_loss
 
-    def _check_averaging(self) -> None:
+    def _check_fsdp(self) -> None:
+        if self.args.probe_steps:
+            raise UserError("probe_steps does not go with FSDP: probe the checkpoints by `hf-rskip probe`.")
         if self.args.ema_decay is not None:
             raise UserError("ema_decay does not go with FSDP: average_checkpoints does.")
         if self.args.average_checkpoints is not None:

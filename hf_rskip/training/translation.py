@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
@@ -23,6 +24,8 @@ from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..evaluation.predictions import write_predictions
 from ..hub.translation_model_card import write_model_card
 from ..models import RSkipConfig, RSkipForConditionalGeneration
+from ..studies.probe_callback import ProbeCallback
+from ..studies.probe_data import training_sentences
 from .checkpoints import check_same_model, find_checkpoint
 from .describe import describe_model
 from .recipe import Recipe
@@ -45,22 +48,11 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         corpus = load_translation_dataset(data)
         # What is no longer referred to is no longer mapped into memory.
         train_set, unclean = clean_corpus(corpus.pop("train"), data)
-        if checkpoint:
-            tokenizer = load_tokenizer(str(checkpoint))
-        elif data.tokenizer_name or training.model_name_or_path:
-            tokenizer = load_tokenizer(data.tokenizer_name or training.model_name_or_path)
-        else:
-            tokenizer = train_tokenizer(
-                iterate_sentences(train_set, data, data.tokenizer_train_samples),
-                recipe.model.vocab_size,
-                data.lowercase,
-                model_max_length=recipe.model.max_position_embeddings,
-                cache_file=tokenizer_cache_file(train_set, data, recipe.model.vocab_size),
-            )
+        tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else make_tokenizer(recipe, train_set)
         train_set, dropped = filter_by_length(tokenize_corpus(train_set, tokenizer, data), data)
         validation_set = tokenize_corpus(corpus["validation"], tokenizer, data)
     set_seed(training.seed)
-    model = _create_model(recipe, tokenizer)
+    model = create_model(recipe, tokenizer)
     # Sorted, for little padding; a sentence beyond the model's positions counts for BLEU only, where it is cut.
     longest = np.maximum(validation_set["source_length"], validation_set["target_length"])
     order = np.argsort(validation_set["target_length"], stable=True)
@@ -87,6 +79,9 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     callbacks = []
     if training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+    if training.probe_steps:
+        batch = training_sentences(model, tokenizer, train_set)
+        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
     trainer = RSkipTrainer(
         model=model,
         args=training,
@@ -127,7 +122,21 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     return metrics
 
 
-def _create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipForConditionalGeneration:
+def make_tokenizer(recipe: Recipe, train_set: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe names, or a new one for `train_set`, a cleaned corpus."""
+    name = recipe.data.tokenizer_name or recipe.training.model_name_or_path
+    if name:
+        return load_tokenizer(name)
+    return train_tokenizer(
+        iterate_sentences(train_set, recipe.data, recipe.data.tokenizer_train_samples),
+        recipe.model.vocab_size,
+        recipe.data.lowercase,
+        model_max_length=recipe.model.max_position_embeddings,
+        cache_file=tokenizer_cache_file(train_set, recipe.data, recipe.model.vocab_size),
+    )
+
+
+def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipForConditionalGeneration:
     """A new model of the recipe's configuration, or the one that it starts from."""
     data, start = recipe.data, recipe.training.model_name_or_path
     special_tokens = {

@@ -1,0 +1,138 @@
+"""`hf-rskip probe`."""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from ..data.image_arguments import ImageDataArguments
+from ..data.images import load_image_dataset
+from ..data.tokenizer import load_tokenizer
+from ..decoding.loading import load_complete
+from ..errors import UserError
+from ..models import RSkipResNetConfig
+from ..studies.probe import probe
+from ..studies.probe_callback import TABLE_NAME
+from ..studies.probe_data import image_batch, random_batch, sentence_batch, spread
+from ..studies.probe_figure import draw_probes
+from ..studies.probe_recipe import begin_recipe
+from ..studies.probe_table import ProbedModel, format_summary, read_table, write_table
+from ..training.checkpoints import checkpoint_step, list_checkpoints
+from ..training.recipe import parse_recipe
+from .compare import create_folder
+from .evaluate import load_config, load_test_set
+
+_RECIPE_KEYS = ("dataset_name", "dataset_config_name", "source_lang", "target_lang", "label_smoothing_factor")
+_RANDOM_SEED = 0
+
+
+def probe_systems(args: argparse.Namespace, rest: list[str]) -> None:
+    """Prints a summary of what was measured, and writes all of it to `--output_dir`; `rest` are keys of recipes."""
+    _check(args, rest)
+    names = _name([*args.systems, *args.run])
+    folder = create_folder(args.output_dir) if args.output_dir else None
+    probed = list(_probe_all(args, rest, names))
+    print(format_summary(probed))
+    if folder:
+        write_table(probed, folder / TABLE_NAME)
+        pictures = draw_probes(probed, folder)
+        print(f"table and pictures: {', '.join(str(path) for path in [folder / TABLE_NAME, *pictures])}")
+
+
+def _kind(system: str) -> str:
+    return {".yaml": "recipe", ".yml": "recipe", ".csv": "table"}.get(Path(system).suffix, "model")
+
+
+def _check(args: argparse.Namespace, rest: list[str]) -> None:
+    kinds = [_kind(system) for system in args.systems]
+    if not kinds and not args.run:
+        raise UserError("Nothing to probe is named: give a model, a recipe or a probe.csv, or --run FOLDER.")
+    if rest and "recipe" not in kinds:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)} (keys are for recipes, and none is given)")
+    has_data = args.dataset_name or args.test_files or args.random_data
+    if ("model" in kinds or args.run) and not has_data:
+        raise UserError("A model is probed on data: give --dataset_name, --test_files or --random_data.")
+    if args.label_smoothing_factor is not None and not 0 <= args.label_smoothing_factor < 1:
+        raise UserError(f"label_smoothing_factor must be from 0 to below 1, not {args.label_smoothing_factor}.")
+    for run in args.run:
+        if not list_checkpoints(run):
+            raise UserError(f"{run!r} has no checkpoints to probe.")
+
+
+def _name(systems: list[str]) -> dict[str, str]:
+    """What the table calls each: the last part of its path, where that tells them apart."""
+    short = [Path(system).absolute().name.removesuffix(".yaml").removesuffix(".yml") for system in systems]
+    if len(set(systems)) < len(systems):
+        raise UserError("A system is given twice.")
+    return dict(zip(systems, short if len(set(short)) == len(short) else systems, strict=True))
+
+
+def _probe_all(args: argparse.Namespace, rest: list[str], names: dict[str, str]) -> Iterator[ProbedModel]:
+    for system in args.systems:
+        if _kind(system) == "table":
+            yield from read_table(system)
+        elif _kind(system) == "recipe":
+            for seed in args.seeds or [None]:
+                yield _probe_recipe(system, names[system], seed, args, rest)
+        else:
+            _say_loss(names[system], args.label_smoothing_factor)
+            yield _probe_model(system, names[system], None, args)
+    for run in args.run:
+        _say_loss(names[run], args.label_smoothing_factor)
+        for checkpoint in list_checkpoints(run):
+            yield _probe_model(str(checkpoint), names[run], checkpoint_step(checkpoint), args)
+
+
+def _probe_recipe(path: str, name: str, seed: int | None, args: argparse.Namespace, rest: list[str]) -> ProbedModel:
+    given = {key: getattr(args, key) for key in _RECIPE_KEYS} | {"seed": seed}
+    words = [f"--{key}={value}" for key, value in given.items() if value is not None]
+    if args.test_files:
+        words += ["--train_files", *args.test_files]
+    recipe = parse_recipe(path, [*rest, *words])
+    smoothing = recipe.training.label_smoothing_factor or None
+    _say_loss(name, smoothing)
+    model, batch = begin_recipe(recipe, args.samples, args.random_data)
+    return ProbedModel(name, recipe.training.seed, 0, probe(model.to(recipe.training.device), batch, smoothing))
+
+
+def _probe_model(path: str, name: str, step: int | None, args: argparse.Namespace) -> ProbedModel:
+    is_image_model = load_config(path).model_type == RSkipResNetConfig.model_type
+    model = load_complete(AutoModelForImageClassification if is_image_model else AutoModelForSeq2SeqLM, path)
+    if args.random_data:
+        batch = random_batch(model.config, args.samples, args.random_data, _RANDOM_SEED)
+    elif is_image_model:
+        batch = _load_images(path, args)
+    else:
+        batch = _load_sentences(path, model, args)
+    return ProbedModel(name, None, step, probe(model, batch, args.label_smoothing_factor or None))
+
+
+def _load_sentences(path: str, model, args: argparse.Namespace) -> dict:
+    args = copy.copy(args)
+    args.max_samples = None
+    source_lang = args.source_lang or getattr(model.config, "source_lang", None)
+    target_lang = args.target_lang or getattr(model.config, "target_lang", None)
+    sources, targets = load_test_set(args, source_lang, target_lang)
+    rows = spread(sources, args.samples)
+    return sentence_batch(model, load_tokenizer(path), [sources[row] for row in rows], [targets[row] for row in rows])
+
+
+def _load_images(path: str, args: argparse.Namespace) -> dict:
+    if args.dataset_name is None:
+        raise UserError("An image classifier is probed on a --dataset_name or on --random_data.")
+    data = ImageDataArguments(
+        dataset_name=args.dataset_name, dataset_config_name=args.dataset_config_name, test_split=args.split
+    )
+    dataset = load_image_dataset(data, splits=("test",)).splits["test"]
+    try:
+        processor = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
+    return image_batch(processor, dataset.select(spread(dataset, args.samples)), data, "test")
+
+
+def _say_loss(name: str, smoothing: float | None) -> None:
+    print(f"{name}: gradients of the cross-entropy{f' with label smoothing {smoothing:g}' if smoothing else ''}")

@@ -1,0 +1,212 @@
+"""The pictures of probes: gradients, activations, angles, skip weights and gains by depth."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .probe import SublayerProbe
+from .probe_table import ProbedModel
+
+# Okabe and Ito (2008): told apart with any colour vision; markers and lines differ as well.
+_COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+_MARKERS = "osD^vPX"
+_LINES = ["-", "--", ":"]
+_MOST_LINES = 12
+"""Of the steps of a training: others between them are left out of the picture."""
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    label: str
+    value: Callable[[SublayerProbe], float]
+    span: float | None = None
+    """Of a logarithmic axis at least, so that what is flat looks flat: its upper end over its lower. `None`: linear."""
+    quartiles: Callable[[SublayerProbe], tuple[float, float]] | None = None
+    """Over tokens; drawn where there is one line for a model only."""
+    one: bool = False
+    """Whether 1 has a meaning, and a line."""
+
+
+_PICTURES: dict[str, list[_Quantity]] = {
+    "gradients": [
+        _Quantity("gradient norm at x,\nrelative to the top", lambda row: row.relative_gradient_norm_x, 100, one=True),
+        _Quantity("gradient norm at x", lambda row: row.gradient_norm_x, 100),
+        _Quantity("gradient norm of the\nbranch's parameters", lambda row: row.gradient_norm_branch, 100),
+    ],
+    "activations": [
+        _Quantity("std of x", lambda row: row.std_x, 10, one=True),
+        _Quantity("std of F", lambda row: row.std_branch, 10, one=True),
+        _Quantity("std of y", lambda row: row.std_y, 10, one=True),
+    ],
+    "angle": [
+        _Quantity(
+            "angle between x and y (degrees)", lambda row: row.angle, quartiles=lambda row: (row.angle_q1, row.angle_q3)
+        )
+    ],
+    "skip_weight": [
+        _Quantity(
+            "effective skip weight r",
+            lambda row: row.skip_weight,
+            4,
+            quartiles=lambda row: (row.skip_weight_q1, row.skip_weight_q3),
+            one=True,
+        )
+    ],
+}
+
+
+def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]:
+    """Writes a PNG for each group of quantities, and returns their paths.
+
+    Depth goes to the right, each stack has a panel. Where every model was probed at one step, a line is a model: the
+    median over its seeds, with a band from the lowest to the highest, or for one seed, where there are quartiles over
+    tokens, between these. Where one was probed at several steps, each model has panels of its own, with a line a step.
+    """
+    steps = {item.model: {other.step for other in probed if other.model == item.model} for item in probed}
+    draw = _draw_courses if any(len(own) > 1 for own in steps.values()) else _draw_models
+    paths = []
+    for name, quantities in (_PICTURES | {"gains": _gain_quantities(probed)}).items():
+        if quantities:
+            paths.append(Path(folder, f"{name}.png"))
+            draw(probed, quantities, paths[-1])
+    return paths
+
+
+def _gain_quantities(probed: Sequence[ProbedModel]) -> list[_Quantity]:
+    most = max(len(row.gain_rms) for item in probed for row in item.sublayers)
+
+    def gain(step: int) -> Callable[[SublayerProbe], float]:
+        return lambda row: row.gain_rms[step] if step < len(row.gain_rms) else float("nan")
+
+    return [_Quantity(f"gain of norm {step + 1}\n(root mean square)", gain(step), one=True) for step in range(most)]
+
+
+def _grid(rows: int, columns: int):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(5.2 * columns, 7), 1.4 + 2.6 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
+
+
+def _finish(figure, grid, quantities: Sequence[_Quantity], titles: Sequence[str], path: Path) -> None:
+    for row, quantity in zip(grid, quantities, strict=True):
+        row[0].set_ylabel(quantity.label)
+        values = np.concatenate([line.get_ydata() for axes in row for line in axes.get_lines()] or [[]])
+        values = values[np.isfinite(values)]
+        if quantity.span and values.size and values.min() > 0:
+            _use_log_scale(row[0], values, quantity.span)
+        elif not quantity.span:
+            row[0].set_ylim(bottom=0)
+        for axes in row:
+            axes.grid(alpha=0.3)
+            if quantity.one:
+                axes.axhline(1, color="gray", linewidth=0.8, zorder=1)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize="medium")
+    for axes in grid[-1]:
+        axes.set_xlabel("sublayer, counted from the bottom")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    # Without the time and version, so that the same probes draw the same file.
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _use_log_scale(axes, values: np.ndarray, span: float) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    margin = 1.15 * (values.max() / values.min()) ** 0.05
+    lowest, highest = values.min() / margin, values.max() * margin
+    missing = max(1, span / (highest / lowest)) ** 0.5
+    axes.set_ylim(lowest / missing, highest * missing)
+    if highest / lowest * missing**2 < 1e4:  # else powers of ten are enough
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _values(quantity: _Quantity, stack: Sequence[SublayerProbe]) -> np.ndarray:
+    values = np.array([quantity.value(row) for row in stack], dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _stack_names(probed: Sequence[ProbedModel]) -> list[str]:
+    return list(dict.fromkeys(name for item in probed for name in item.stacks()))
+
+
+# Models side by side
+
+
+def _draw_models(probed: Sequence[ProbedModel], quantities: Sequence[_Quantity], path: Path) -> None:
+    stacks, models = _stack_names(probed), list(dict.fromkeys(item.model for item in probed))
+    figure, grid = _grid(len(quantities), len(stacks))
+    for row, quantity in zip(grid, quantities, strict=True):
+        for axes, stack in zip(row, stacks, strict=True):
+            for index, model in enumerate(models):
+                seeds = [item.stacks()[stack] for item in probed if item.model == model and stack in item.stacks()]
+                if seeds:
+                    _draw_model(axes, quantity, seeds, model, index)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    if len(models) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    _finish(figure, grid, quantities, stacks, path)
+
+
+def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], model: str, index: int) -> None:
+    values = np.array([_values(quantity, stack) for stack in seeds])
+    depth = np.arange(1, values.shape[1] + 1)
+    every = max(1, len(depth) // 8)
+    style = {
+        "color": _COLORS[index % len(_COLORS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
+    }
+    axes.plot(
+        depth,
+        np.median(values, axis=0),
+        **style,
+        markersize=4,
+        markevery=(index % every, every),  # so that lines that coincide are seen
+        linewidth=1.3,
+        label=_escape(model),
+    )
+    if len(seeds) > 1:
+        axes.fill_between(depth, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
+    elif quantity.quartiles:
+        band = np.array([quantity.quartiles(row) for row in seeds[0]])
+        axes.fill_between(depth, *band.T, where=np.isfinite(band).all(1), color=style["color"], alpha=0.15, linewidth=0)
+
+
+# A training, step by step
+
+
+def _draw_courses(probed: Sequence[ProbedModel], quantities: Sequence[_Quantity], path: Path) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    panels = [
+        (model, stack)
+        for model in dict.fromkeys(item.model for item in probed)
+        for stack in _stack_names([item for item in probed if item.model == model])
+    ]
+    last = max(item.step or 0 for item in probed)
+    colors = ScalarMappable(Normalize(0, max(last, 1)), colormaps["cividis"])
+    figure, grid = _grid(len(quantities), len(panels))
+    for row, quantity in zip(grid, quantities, strict=True):
+        for axes, (model, stack) in zip(row, panels, strict=True):
+            course = sorted((item for item in probed if item.model == model), key=lambda item: item.step or 0)
+            chosen = np.unique(np.linspace(0, len(course) - 1, min(len(course), _MOST_LINES)).round().astype(int))
+            for item in (course[index] for index in chosen):
+                values = _values(quantity, item.stacks()[stack])
+                color = colors.to_rgba(item.step or 0)
+                axes.plot(np.arange(1, len(values) + 1), values, color=color, marker="o", markersize=3, linewidth=1.3)
+    figure.colorbar(colors, ax=grid, label="training step", aspect=30)
+    many = len({model for model, _ in panels}) > 1
+    titles = [f"{_escape(model)}: {stack}" if many else stack for model, stack in panels]
+    _finish(figure, grid, quantities, titles, path)
+
+
+def _escape(name: str) -> str:
+    return name.replace("$", r"\$")  # which starts a formula

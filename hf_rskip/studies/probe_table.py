@@ -1,0 +1,137 @@
+"""Probes of several models and steps as one table: `probe.csv`, and a summary for people."""
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from ..errors import UserError
+from .probe import SublayerProbe
+
+_SUBLAYER_FIELDS = [part.name for part in fields(SublayerProbe)]
+_COLUMNS = ["model", "seed", "step", *_SUBLAYER_FIELDS]
+
+
+@dataclass(frozen=True)
+class ProbedModel:
+    """All sublayers of a model at one moment."""
+
+    model: str
+    """What tables and pictures call it."""
+    seed: int | None
+    """Of the initialisation; `None` of a trained model."""
+    step: int | None
+    """Of the training; 0 at initialisation, `None` where it is not known."""
+    sublayers: list[SublayerProbe]
+
+    def stacks(self) -> dict[str, list[SublayerProbe]]:
+        """The sublayers of each stack, from the bottom to the top."""
+        stacks: dict[str, list[SublayerProbe]] = {}
+        for row in self.sublayers:
+            stacks.setdefault(row.stack, []).append(row)
+        return stacks
+
+
+def gradient_ratio(stack: Sequence[SublayerProbe]) -> float:
+    """The gradient norm at the input of a stack's first sublayer over that at the output of its last."""
+    return stack[0].relative_gradient_norm_x
+
+
+def gradient_growth(stack: Sequence[SublayerProbe]) -> float:
+    """By what factor the gradient norm grows with each sublayer that it passes on its way down (below 1: it shrinks).
+
+    A regression of the logarithm of the norms at the inputs of the sublayers, and at the output of the last, on depth;
+    NaN where one of them is not a positive number.
+    """
+    norms = np.array([*(row.gradient_norm_x for row in stack), stack[-1].gradient_norm_y])
+    if not (np.isfinite(norms).all() and (norms > 0).all()):
+        return float("nan")
+    return float(np.exp(-np.polyfit(np.arange(len(norms)), np.log(norms), 1)[0]))
+
+
+def write_table(probed: Iterable[ProbedModel], path: str | Path, append: bool = False) -> None:
+    """Writes a CSV with a row a sublayer; what is not known is an empty field, several gains are parted by blanks."""
+    with open(path, "a" if append else "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        if not append:
+            writer.writeheader()
+        for item in probed:
+            for row in item.sublayers:
+                said = {"model": item.model, "seed": item.seed, "step": item.step, **asdict(row)}
+                writer.writerow({key: _as_text(value) for key, value in said.items()})
+
+
+def read_table(path: str | Path) -> list[ProbedModel]:
+    """What [`write_table`] has written, without a model whose writing was cut short.
+
+    Raises:
+        [`UserError`]: if the file is not such a table.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != _COLUMNS:
+                raise UserError(f"{str(path)!r} is not a table of `hf-rskip probe`: its columns are others.")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}.") from error
+    if rows and None in rows[-1].values():
+        last = [rows[-1][key] for key in ("model", "seed", "step")]
+        rows = [row for row in rows if [row[key] for key in ("model", "seed", "step")] != last]
+    probed: dict[tuple, list[SublayerProbe]] = {}
+    try:
+        for row in rows:
+            key = (row["model"], *(int(row[name]) if row[name] else None for name in ("seed", "step")))
+            values = {part.name: _from_text(row[part.name], part.type) for part in fields(SublayerProbe)}
+            probed.setdefault(key, []).append(SublayerProbe(**values))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not a table of `hf-rskip probe`: {error}.") from error
+    return [ProbedModel(*key, sublayers) for key, sublayers in probed.items()]
+
+
+def truncate_table(path: str | Path, last_step: int) -> None:
+    """Takes what comes after a step out of a table, at once; without a table, there is one without rows."""
+    probed = read_table(path) if Path(path).exists() else []
+    part = f"{path}.part"
+    write_table([item for item in probed if item.step is not None and item.step <= last_step], part)
+    os.replace(part, path)
+
+
+def format_summary(probed: Iterable[ProbedModel]) -> str:
+    """A Markdown table with a row a stack."""
+    rows = []
+    for item in probed:
+        for name, stack in item.stacks().items():
+            weights = [row.skip_weight for row in stack if not math.isnan(row.skip_weight)]
+            rows.append(
+                {
+                    "model": item.model,
+                    "seed": item.seed,
+                    "step": item.step,
+                    "stack": name,
+                    "sublayers": len(stack),
+                    "gradient, bottom / top": f"{gradient_ratio(stack):.3g}",
+                    "factor a sublayer": f"{gradient_growth(stack):.4f}",
+                    "std x": f"{stack[0].std_x:.3g}",
+                    "std y": f"{stack[-1].std_y:.3g}",
+                    "angle": f"{np.median([row.angle for row in stack]):.1f}°",
+                    "skip weight": f"{np.median(weights):.3g}" if weights else "",
+                }
+            )
+    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)] if rows else []
+    return tabulate([[row[key] for key in columns] for row in rows], columns, tablefmt="github", disable_numparse=True)
+
+
+def _as_text(value) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_as_text, value))
+    return f"{value:.9g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _from_text(text: str, kind: type):
+    return tuple(map(float, text.split())) if kind == tuple[float, ...] else kind(text)
