@@ -43,7 +43,7 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         self.compute_translation_metrics = compute_translation_metrics
         if self.is_fsdp_enabled and (self.args.ema_decay or self.args.average_checkpoints):
             raise UserError("ema_decay and average_checkpoints do not go with FSDP: average by `hf-rskip average`.")
-        if self.args.chunked_cross_entropy:
+        if self.args.chunked_cross_entropy and self.compute_loss_func is None:
             self.compute_loss_func = self._chunked_loss
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -89,7 +89,7 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {**inputs, "use_cache": False}
-        if self.args.chunked_cross_entropy and "labels" in inputs:
+        if self.compute_loss_func == self._chunked_loss and "labels" in inputs:
             inputs |= {"logits_to_keep": 1, "output_hidden_states": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
