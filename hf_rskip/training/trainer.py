@@ -43,7 +43,7 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         self.compute_translation_metrics = compute_translation_metrics
         if self.is_fsdp_enabled:
             self._check_fsdp()
-        if self.args.chunked_cross_entropy:
+        if self.args.chunked_cross_entropy and self.compute_loss_func is None:
             self.compute_loss_func = self._chunked_loss
 
     def _check_fsdp(self) -> None:
@@ -99,7 +99,7 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {**inputs, "use_cache": False}
-        if self.args.chunked_cross_entropy and "labels" in inputs:
+        if self.compute_loss_func == self._chunked_loss and "labels" in inputs:
             inputs |= {"logits_to_keep": 1, "output_hidden_states": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 

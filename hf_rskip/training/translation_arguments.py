@@ -71,8 +71,8 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
         metadata={"help": "Budget of a batch on one device: padded tokens of the source, and of the target."},
     )
     chunked_cross_entropy: bool = field(
-        default=False,
-        metadata={"help": "Never hold the logits of a whole batch: less memory, for one more projection a step."},
+        default=True,
+        metadata={"help": "Compute the loss in chunks, without the logits of a whole batch: less memory and time."},
     )
     global_batch_tokens: int | None = field(
         default=None,

@@ -29,7 +29,7 @@ def test_values_and_gradients(rows, smoothing, bias):
     logits = torch.nn.functional.linear(hidden(), *parameters)
     expected = LabelSmoother(smoothing)({"logits": logits}, labels, num_items_in_batch=17)
     head = (weight, parameters[1] if bias else None)
-    loss = chunked_cross_entropy(hidden(), *head, labels, smoothing, max_cells=rows * vocabulary) / 17
+    loss = chunked_cross_entropy(hidden(), *head, labels, smoothing, rows) / 17
     assert loss.dtype == torch.float64
     # The smoother itself sums in float32.
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6 if smoothing else 1e-12)
@@ -43,10 +43,27 @@ def test_values_and_gradients(rows, smoothing, bias):
         torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
 
 
+def test_autocast():
+    """Products in bfloat16, as those of a linear layer; the loss, and the sum of its gradients, in float32."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(200, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    labels, parameters = torch.randint(300, (200,)), (hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = torch.nn.functional.linear(hidden, weight)
+        assert logits.dtype == torch.bfloat16
+        loss = chunked_cross_entropy(hidden, weight, None, labels, 0.1, rows=8)
+    direct = torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1, reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(direct.item(), rel=1e-6)
+    for gradient, other in zip(*(torch.autograd.grad(value, parameters) for value in (loss, direct)), strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - other).norm() < 0.01 * other.norm()
+
+
 def test_no_labels_at_all():
     hidden = torch.randn(2, 3, requires_grad=True)
     loss = chunked_cross_entropy(hidden, torch.randn(5, 3), None, torch.full((2,), -100))
     assert loss == 0
+    assert not torch.autograd.grad(loss, hidden)[0].any()
 
 
 def test_the_logits_are_never_whole():
@@ -61,7 +78,7 @@ def test_the_logits_are_never_whole():
 
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
     with Largest() as largest:
-        chunked_cross_entropy(hidden, weight, None, torch.arange(64), 0.1, max_cells=8 * 500).backward()
+        chunked_cross_entropy(hidden, weight, None, torch.arange(64), 0.1, rows=8).backward()
     assert largest.cells == 8 * 500
 
 
