@@ -25,7 +25,7 @@ from .. import models
 from ..errors import Diverged, Preempted, UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..training.checkpoints import list_checkpoints
-from ..training.recipe import parse_recipe
+from ..training.recipe import Recipe, parse_recipe
 from ..training.train import train_recipe
 from .study import METRICS, Cell, find_difference, write_recipe
 
@@ -94,9 +94,6 @@ def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
 
 
 def _train(cell: Cell, surroundings: Surroundings) -> None:
-    sys.path.insert(0, "")
-    for module in surroundings.modules:
-        importlib.import_module(module)
     with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
@@ -108,9 +105,12 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
     if not resumed:
         shutil.rmtree(cell.run_folder, ignore_errors=True)
     try:
+        sys.path.insert(0, "")  # as the command line does
+        for module in surroundings.modules:
+            importlib.import_module(module)
         recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
         metrics = train_recipe(recipe)
-        outcome = {"state": FINISHED, **_describe_run(recipe.task, cell.run_folder, metrics)}
+        outcome = {"state": FINISHED, **_describe_run(recipe, metrics)}
     except Preempted as stop:
         print(f"hf-rskip: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)
@@ -160,7 +160,8 @@ def _follow_study() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _describe_run(task: str, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
+    folder, keeps_best = Path(recipe.training.output_dir), recipe.training.load_best_model_at_end
     state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     evaluations = [entry for entry in state["log_history"] if any(key.startswith("eval_") for key in entry)]
     config = AutoConfig.from_pretrained(folder)
@@ -170,10 +171,10 @@ def _describe_run(task: str, folder: Path, metrics: dict[str, Any]) -> dict[str,
         "test": {key.removeprefix("test_"): value for key, value in metrics.items() if key.startswith("test_")},
         "validation": [
             {"step": entry["step"]}
-            | {name: entry[f"eval_{name}"] for name in ("loss", *METRICS[task]) if f"eval_{name}" in entry}
+            | {name: entry[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in entry}
             for entry in evaluations
         ],
-        "kept_step": state["best_global_step"] or state["global_step"],
+        "kept_step": (keeps_best and state["best_global_step"]) or state["global_step"],
         "steps": state["global_step"],
         "parameters": parameters,
         "seconds": round(metrics["train_runtime"], 1),

@@ -192,6 +192,7 @@ def test_a_study_of_images(run_cli, write_image_recipe, tmp_path):
     assert result.code == 0, result.err
     assert "test accuracy (%)" in result.out
     record = read_results(tmp_path / "output")["rSkip-seed-1"]
+    assert record["kept_step"] == record["steps"] == 9  # the last model, not the best
     predicted = json.loads((tmp_path / "output/cells/rSkip-seed-1/test_predictions.json").read_text())
     hits = [a == b for a, b in zip(predicted["predictions"], predicted["references"], strict=True)]
     assert len(hits) == 40 and sum(hits) / 40 == pytest.approx(record["test"]["accuracy"])
