@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import UserError
 
 LOCK_NAME = ".lock"
-"""The empty file, in the folder of a run, that the run holds locked; it stays, as only its lock says something."""
+"""The empty file, in the folder of a run, that the run holds locked; beside a run's files it stays."""
 
 
 @contextmanager
@@ -20,8 +20,9 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     Raises:
         [`UserError`]: if another process is in it.
     """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(output_dir, LOCK_NAME), "wb") as file:
+    path = Path(output_dir, LOCK_NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
         try:
             # Of this process alone: with `flock`, workers that outlive a killed run for a moment would have it too.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,4 +32,8 @@ def locked(output_dir: str | Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass
-        yield
+        try:
+            yield
+        finally:
+            if list(path.parent.iterdir()) == [path]:
+                path.unlink()
