@@ -94,6 +94,7 @@ class _StudyFile:
     output_dir: str
     seeds: list
     forms: dict
+    overrides: dict | None = None
     baseline: str | None = None
     grid: dict | None = None
     metric: str | None = None
@@ -106,7 +107,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
 
     Args:
         path: of the YAML.
-        overrides: keys of the recipe for all cells, as words of a command line.
+        overrides: keys of the recipe for all cells, as words of a command line; before those of the file.
         output_dir: in place of that of the file.
 
     Raises:
@@ -116,10 +117,11 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     file = _check_file(read_yaml(path, "study"), str(path))
     recipe_path = path.parent / file.recipe
     given = _parse_words(overrides)
-    common = {**_underscored(read_yaml(recipe_path)), **given}
+    overrides = _underscored(file.overrides or {})
+    common = {**_underscored(read_yaml(recipe_path)), **overrides, **given}
     grid = {key.replace("-", "_"): values for key, values in (file.grid or {}).items()}
     forms = {name: _underscored(keys or {}) for name, keys in file.forms.items()}
-    _check_disjoint(forms, grid, given, str(path))
+    _check_disjoint(forms, grid, {**overrides, **given}, str(path))
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     folder = Path(output_dir or file.output_dir)
     cells, recipe = [], None
@@ -199,6 +201,8 @@ def _check_file(values: dict, where: str) -> _StudyFile:
         close = difflib.get_close_matches(values["baseline"], forms, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f", but {', '.join(forms)}."
         raise UserError(f"baseline {values['baseline']!r} is none of the forms in {where}{hint}")
+    if not isinstance(values.get("overrides", {}), dict):
+        raise UserError(f"overrides must be a mapping of keys of the recipe, not {values['overrides']!r}, in {where}.")
     grid = values.get("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(points, list) and points for points in grid.values()):
         raise UserError(f"grid must be a mapping from keys of the recipe to lists of values, not {grid!r}, in {where}.")
@@ -232,12 +236,12 @@ def _parse_words(words: list[str]) -> dict[str, Any]:
 
 
 def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: str) -> None:
-    """A key has one place: the forms, the grid, or the command line; and some have none of these."""
+    """A key has one place: the forms, the grid, or the overrides (of file and command line); some have none of these."""
     by_forms = {key for keys in forms.values() for key in keys}
-    places = {"the forms": by_forms, "the grid": set(grid), "the command line": set(overrides)}
+    places = {"the forms": by_forms, "the grid": set(grid), "the overrides": set(overrides)}
     for place, keys in places.items():
         for key in _OF_THE_STUDY:
-            if key in keys and not (key == "task" and place == "the command line"):
+            if key in keys and not (key == "task" and place == "the overrides"):
                 hint = ": the study has seeds" if key == "seed" else ""
                 raise UserError(f"{key} cannot be set by {place} of {where}{hint}.")
     for (one, keys), (other, others) in itertools.combinations(places.items(), 2):

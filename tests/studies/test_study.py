@@ -49,6 +49,12 @@ def test_the_recipe_is_found_beside_the_study_and_the_output_folder_can_be_anoth
     assert study.cells[0].keys["output_dir"] == str(tmp_path / "elsewhere/cells/post-LN-seed-1/run")
 
 
+def test_overrides_are_between_the_recipe_and_the_command_line(write_study):
+    path = write_study(overrides={"dropout": 0.3, "num-train-epochs": 7})
+    keys = read_study(path, ["--dropout", "0.4"]).cells[0].keys
+    assert (keys["dropout"], keys["num_train_epochs"]) == ("0.4", 7)
+
+
 def test_metrics_of_images(write_study, write_image_recipe):
     study = read_study(write_study(recipe=str(write_image_recipe())), [])
     assert (study.metric, study.task) == ("accuracy", "image-classification")
@@ -68,8 +74,10 @@ WRONG = {
     "seed in a form": ({"forms": {"a": {"seed": 1}}}, [], "seed cannot be set by the forms"),
     "grid": ({"grid": {"learning_rate": 0.1}}, [], "grid must be a mapping from keys of the recipe to lists"),
     "grid and forms": ({"grid": {"skip_recursions": [1]}}, [], "skip_recursions is set by the forms"),
-    "forms and command": ({}, ["--skip_recursions", "3"], "and by the command line"),
-    "seed by command": ({}, ["--seed", "3"], "seed cannot be set by the command line"),
+    "forms and command": ({}, ["--skip_recursions", "3"], "and by the overrides"),
+    "forms and overrides": ({"overrides": {"skip_recursions": 3}}, [], "and by the overrides"),
+    "overrides": ({"overrides": [1]}, [], "overrides must be a mapping of keys of the recipe, not [1]"),
+    "seed by command": ({}, ["--seed", "3"], "seed cannot be set by the overrides"),
     "word": ({}, ["oops"], "'oops' where a --key was expected"),
     "unknown by command": ({}, ["--dropuot", ".1"], "did you mean 'dropout'?"),
     "metric": ({"metric": "rouge"}, [], "metric must be one of bleu, chrf (task: translation), not 'rouge'"),
