@@ -236,7 +236,7 @@ def _parse_words(words: list[str]) -> dict[str, Any]:
 
 
 def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: str) -> None:
-    """A key has one place: the forms, the grid, or the overrides (of file and command line); some have none of these."""
+    """A key has one place: the forms, the grid, or the overrides of file and command line; some have none of these."""
     by_forms = {key for keys in forms.values() for key in keys}
     places = {"the forms": by_forms, "the grid": set(grid), "the overrides": set(overrides)}
     for place, keys in places.items():
