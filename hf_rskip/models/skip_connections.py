@@ -320,6 +320,7 @@ class Admin(SkipConnection):
 class FixedAdmin(XSkip):
     """LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers: [`Admin`] without learning it."""
 
+    formula = "LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers"
     requires_norm = True
     options = ()
 

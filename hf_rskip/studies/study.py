@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -119,7 +120,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     given = _parse_words(overrides)
     overrides = _underscored(file.overrides or {})
     common = {**_underscored(read_yaml(recipe_path)), **overrides, **given}
-    grid = {key.replace("-", "_"): values for key, values in (file.grid or {}).items()}
+    grid = _underscored(file.grid or {})
     forms = {name: _underscored(keys or {}) for name, keys in file.forms.items()}
     _check_disjoint(forms, grid, {**overrides, **given}, str(path))
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
@@ -159,7 +160,14 @@ def describe_setting(setting: Setting) -> list[str]:
 
 def write_recipe(cell: Cell) -> None:
     """Writes the whole recipe of a cell, by which `hf-rskip train` repeats it."""
-    cell.recipe_path.write_text(yaml.safe_dump(cell.keys, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(cell.recipe_path, yaml.safe_dump(cell.keys, sort_keys=False, allow_unicode=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, whenever the process is killed."""
+    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def find_difference(cell: Cell) -> str | None:

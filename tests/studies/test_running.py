@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -144,6 +145,28 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
     assert record["resumed"] and record["steps"] == 84
     assert "resuming from" in (second / "log.txt").read_text()
     assert (first / "log.txt").read_text().count("model: ") == 1
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_blank_and_a_recipe_that_was_torn(run_cli, write_recipe, tmp_path):
+    """A version that wrote recipes in place could be killed while it did."""
+    path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, seeds=[1])
+    folder = tmp_path / "out put"
+    cell = folder / "cells/a-seed-1"
+    cell.mkdir(parents=True)
+    (cell / "recipe.yaml").write_text("dataset_name: x\noutp")
+    result = run_cli("study", path, "--output_dir", folder)
+    assert result.code == 0, result.err
+    words = shlex.split(read_results(folder)["a-seed-1"]["command"])
+    assert words == ["hf-rskip", "train", str(cell / "recipe.yaml")]
+    assert not [name for name in os.listdir(cell) if name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_written(run_cli, write_recipe, tmp_path):
+    path = write_study(tmp_path, write_recipe(), forms={"a": {}}, seeds=[1])
+    result = run_cli("study", path, "--output_dir", "/proc/output")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("hf-rskip: error: FileNotFoundError")
 
 
 @pytest.mark.slow
