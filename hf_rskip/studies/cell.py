@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import models
 from ..errors import Diverged, Preempted, UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
-from ..training.checkpoints import list_checkpoints
+from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import Recipe, parse_recipe
 from ..training.train import train_recipe
 from .study import METRICS, Cell, write_recipe, write_whole
@@ -172,6 +172,7 @@ def _follow_study() -> None:
 def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
     folder, keeps_best = Path(recipe.training.output_dir), recipe.training.load_best_model_at_end
     state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    kept = state["best_model_checkpoint"]
     evaluations = [entry for entry in state["log_history"] if any(key.startswith("eval_") for key in entry)]
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -183,7 +184,8 @@ def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
             | {name: entry[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in entry}
             for entry in evaluations
         ],
-        "kept_step": (keeps_best and state["best_global_step"]) or state["global_step"],
+        # The best step may be one that was not saved: then the last model was kept.
+        "kept_step": checkpoint_step(Path(kept)) if keeps_best and kept else state["global_step"],
         "steps": state["global_step"],
         "parameters": parameters,
         "seconds": round(metrics["train_runtime"], 1),

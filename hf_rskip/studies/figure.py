@@ -113,10 +113,10 @@ def draw_grid(results: Results, unit: str, path: Path) -> Path | None:
         panel.set_yticks(range(len(y_values)), y_values if down else [""])
     for panel in list(panels.flat)[len(maps) :]:
         panel.remove()
-    figure.supxlabel(across, fontsize="medium")
+    figure.supxlabel(f"{across} (mean of the seeds that finished)", fontsize="medium")
     if down:
         figure.supylabel(down, fontsize="medium")
-    figure.colorbar(image, ax=panels, label=f"validation {unit}, mean of the seeds that finished (\u00d7: diverged)")
+    figure.colorbar(image, ax=panels, label=f"validation {unit} (\u00d7: diverged)")
     return _save(figure, path)
 
 
