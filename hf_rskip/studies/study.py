@@ -131,7 +131,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         cell_folder = folder / "cells" / re.sub(r"[^\w.+]+", "-", name)
         values = {**common, **forms[form], **dict(setting), "seed": seed, "output_dir": str(cell_folder / "run")}
         values = {key: value for key, value in values.items() if value is not None and key != "resume_from_checkpoint"}
-        if file.metric:
+        if any(file.metric in known for known in METRICS.values()):
             values.setdefault("metric_for_best_model", file.metric)
         try:
             recipe = parse_values(values, [], str(recipe_path))

@@ -172,7 +172,7 @@ def test_a_report_of_what_is_there(make_study, tmp_path):
     write_report(gather_results(study), "hf-rskip study study.yaml")
     output = tmp_path / "output"
     report = (output / "report.md").read_text()
-    assert report.startswith("# study\n\n155 of 160 cells: ") and "5 not run" in report
+    assert report.startswith(f"# {study.path.parent.name}\n\n155 of 160 cells: ") and "5 not run" in report
     assert "```bash\nhf-rskip study study.yaml\n```" in report and "`made up`" in report
     for name in ("scores.png", "curves.png", "grid.png"):
         assert f"]({name})" in report and (output / name).stat().st_size > 20_000

@@ -226,3 +226,19 @@ def wait_for(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_last_model_is_kept_where_the_best_was_not_saved(run_cli, write_recipe, tmp_path):
+    """Nothing is learned, so that the first evaluation stays the best; what is saved is the model after the second."""
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    recipe = write_recipe(**steps, learning_rate=0.0, early_stopping_patience=None)
+    path = write_study(tmp_path, recipe, forms={"still": {}}, seeds=[1], metric="chrf")
+    result = run_cli("study", path)
+    assert result.code == 0, result.err
+    record = read_results(tmp_path / "output")["still-seed-1"]
+    assert record["kept_step"] == 4
+    assert (
+        yaml.safe_load((tmp_path / "output/cells/still-seed-1/recipe.yaml").read_text())["metric_for_best_model"]
+        == "chrf"
+    )
