@@ -182,8 +182,27 @@ def _read(cell: Cell, metric: str) -> CellResult:
     state, scale = record.get("state", "not run"), _SCALES.get(metric, 1.0)
     if state != FINISHED:
         return CellResult(cell, state, record, None, None, [])
-    curve = [(entry["step"], scale * entry[metric]) for entry in record["validation"] if metric in entry]
-    return CellResult(cell, state, record, scale * record["test"][metric], dict(curve).get(record["kept_step"]), curve)
+    try:
+        curve = [(entry["step"], scale * entry[metric]) for entry in record["validation"] if metric in entry]
+        test = scale * record["test"][metric]
+    except (KeyError, TypeError) as error:
+        path = str(cell.folder / "result.json")
+        raise UserError(f"{path!r} has no proper scores of {metric}: remove it, and the cell is run again.") from error
+    return CellResult(cell, state, record, test, dict(curve).get(record["kept_step"]), curve)
+
+
+def _read_predictions(cell: Cell) -> tuple[list, list]:
+    path = cell.folder / PREDICTIONS_NAME
+    try:
+        predictions, references = read_predictions(path)
+        if not len(predictions) == len(references) > 0:
+            raise ValueError("it has not one prediction for each reference")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{str(path)!r} does not hold the predictions of a cell ({type(error).__name__}: {error}): "
+            f"remove {str(cell.folder)!r}, and the cell is run again."
+        ) from error
+    return predictions, references
 
 
 def _choose_setting(form: str, groups: Sequence[Group]) -> Setting | None:
@@ -253,7 +272,7 @@ class _Bootstrap:
     def _resample(self, result: CellResult) -> np.ndarray:
         """The cell's score on each resample of the test set, `(N_SAMPLES,)`."""
         if result.cell.number not in self._samples:
-            predictions, references = read_predictions(result.cell.folder / PREDICTIONS_NAME)
+            predictions, references = _read_predictions(result.cell)
             if self._references is None:
                 self._references = references
                 self._weights = draw_resamples(len(references), N_SAMPLES)

@@ -1,5 +1,6 @@
 import csv
 import itertools
+import json
 import random
 
 import numpy as np
@@ -211,6 +212,34 @@ def test_a_result_that_is_none(make_study, text):
     finish(study.cells[0], 20.0, [1.0])
     (study.cells[0].folder / "result.json").write_text(text)
     with pytest.raises(UserError, match="a-seed-1/result.json' is not the result of a cell: remove it"):
+        gather_results(study)
+
+
+@pytest.mark.parametrize("name", ["test", "kept_step", "versions"])
+def test_a_result_that_lacks_something(make_study, name):
+    study = make_study(forms={"a": {}}, seeds=[1])
+    finish(study.cells[0], 20.0, [1.0])
+    path = study.cells[0].folder / "result.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+    with pytest.raises(UserError, match=f"result.json' is not the result of a cell .it has no proper '{name}'"):
+        gather_results(study)
+
+
+def test_a_result_without_the_metric(make_study):
+    study = make_study(forms={"a": {}}, seeds=[1], metric="chrf")
+    finish(study.cells[0], 20.0, [1.0])
+    with pytest.raises(UserError, match="result.json' has no proper scores of chrf: remove it"):
+        gather_results(study)
+
+
+@pytest.mark.parametrize("text", ["", '{"predictions": ["a"', '{"predictions": ["a"]}', "[1]", None])
+def test_predictions_that_are_torn(make_study, text):
+    study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, seeds=[1])
+    for cell in study.cells:
+        finish(cell, 20.0, [1.0])
+    path = study.cells[1].folder / "test_predictions.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match="b-seed-1/test_predictions.json' does not hold the predictions of a cell"):
         gather_results(study)
 
 

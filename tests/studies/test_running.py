@@ -120,8 +120,12 @@ def test_nothing_is_run_twice(small_study, run_cli, capsys):
     before = {path: path.stat().st_mtime_ns for path in kept}
     result = run_cli("study", path, "--import_module", "own_kind", cwd=folder)
     assert result.code == 1
+    assert result.out.startswith(f"10 cells: 8 done before, 2 to run, 1 at a time; results in {folder}/output\n")
     told = [line for line in result.out.splitlines() if line.startswith("[")]
-    assert [line.split(":")[0] for line in told] == ["[9 of 10] broken, seed 1", "[10 of 10] broken, seed 2"]
+    assert [line[:32] for line in told] == [
+        "[9 of 10] broken, seed 1: starts", "[9 of 10] broken, seed 1: failed",
+        "[10 of 10] broken, seed 2: start", "[10 of 10] broken, seed 2: faile",
+    ]  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     assert main(["study", str(path), "--dropout", "0.3"]) == 2
     assert "was run with dropout 0.1, not 0.3: remove it, or choose another output_dir" in capsys.readouterr().err
@@ -138,6 +142,7 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = (first / "result.json").stat().st_mtime_ns
+    (first / "run").mkdir(exist_ok=True)  # as a kill at the wrong moment leaves it
     result = run_cli("study", path)
     assert result.code == 0, result.err
     assert (first / "result.json").stat().st_mtime_ns == before
@@ -145,6 +150,25 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
     assert record["resumed"] and record["steps"] == 84
     assert "resuming from" in (second / "log.txt").read_text()
     assert (first / "log.txt").read_text().count("model: ") == 1
+    assert not (first / "run").exists()
+    assert "[2 of 2] post-LN, seed 2: goes on\n" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process by /proc")
+def test_a_killed_fork_server_is_one_sentence(start_cli, write_recipe, tmp_path):
+    path = write_study(tmp_path, write_recipe(num_train_epochs=500, early_stopping_patience=None), forms={"a": {}})
+    process = start_cli("study", path)
+    cell = tmp_path / "output/cells/a-seed-1"
+    wait_for(lambda: list(cell.glob("run/checkpoint-*")))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (server,) = [pid for pid in children if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(server), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1].startswith("hf-rskip: error: The process that starts the cells was killed")
+    wait_for(lambda: "stopped by SIGTERM after step" in (cell / "log.txt").read_text())
+    assert not read_results(tmp_path / "output")
 
 
 @pytest.mark.slow
@@ -202,6 +226,8 @@ def test_a_cell_is_run_by_one_process(start_cli, write_recipe, tmp_path, capsys)
     assert [line[2] for line in listed] == ["a, seed 1", "a, seed 2"]
     assert listed[0][1].startswith("finished, bleu")
     assert listed[1] == ["2", "not run", "a, seed 2", f"hf-rskip study {path} --cell=2"]
+    code, out, _ = answer("--cell", "1")
+    assert code == 0 and out.startswith("[1 of 2] a, seed 1: done before (finished, bleu ") and out.count("\n") == 1
     assert answer("--cell", "3") == (2, "", "hf-rskip: error: --cell 3: the study has 2 cells.\n")
     code, out, _ = answer("--report")
     assert code == 0 and "1 of 2 cells: 1 finished, 1 not run." in out
