@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .picture import escape, save_figure
 from .probe import SublayerProbe
 from .probe_table import ProbedModel
 
@@ -126,8 +127,7 @@ def _finish(figure, grid, quantities: Sequence[_Quantity], panels: Sequence["_Pa
             f"{panel.unit}, counted from the bottom" + " (dashed: next stage)" * bool(panel.stage_ends)
         )
         column[-1].xaxis.get_major_locator().set_params(integer=True)
-    # Without the time and version, so that the same probes draw the same file.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _scale(axes, values: np.ndarray, quantity: _Quantity) -> None:
@@ -249,7 +249,7 @@ def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], mod
         markersize=4,
         markevery=(index % every, every),  # so that lines that coincide are seen
         linewidth=1.3,
-        label=_escape(model),
+        label=escape(model),
     )
     if len(seeds) > 1:
         axes.fill_between(depth, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
@@ -285,11 +285,7 @@ def _draw_courses(probed: Sequence[ProbedModel], quantities: Sequence[_Quantity]
     figure.colorbar(colors, ax=grid, label="training step", aspect=30)
     many = len({model for model, _ in panels}) > 1
     described = [
-        _describe_panel([item for item in probed if item.model == model], stack, f"{_escape(model)}: " * many)
+        _describe_panel([item for item in probed if item.model == model], stack, f"{escape(model)}: " * many)
         for model, stack in panels
     ]
     _finish(figure, grid, quantities, described, path)
-
-
-def _escape(name: str) -> str:
-    return name.replace("$", r"\$")  # which starts a formula

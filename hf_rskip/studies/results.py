@@ -100,6 +100,16 @@ class Group:
             return None
         return _mean([*finished, *(0.0 for _ in self.of_state(DIVERGED))])
 
+    def count_trained(self, trains_at: float | None) -> int:
+        """Cells that finished, with a validation score of at least `trains_at`, if that is given."""
+        scores = [result.validation for result in self.of_state(FINISHED)]
+        return sum(trains_at is None or (score is not None and score >= trains_at) for score in scores)
+
+    def trains(self, trains_at: float | None) -> bool | None:
+        """Whether all cells that were run did; `None` if none was."""
+        tried = len(self.of_state(FINISHED)) + len(self.of_state(DIVERGED))
+        return self.count_trained(trains_at) == tried if tried else None
+
     @property
     def seconds(self) -> float | None:
         """Mean time of a training, of those that were not interrupted."""
@@ -166,14 +176,13 @@ def gather_results(study: Study) -> Results:
     best = []
     for form, setting in best_settings.items():
         own = [part for part in groups if part.form == form]
-        tried = [part for part in own if part.of_state(FINISHED) or part.of_state(DIVERGED)]
-        trained = sum(_trains(part, study.trains_at) for part in tried)
+        outcomes = [part.trains(study.trains_at) for part in own]
         chosen = None
         if setting is not None:
             chosen = (
                 Group(form, setting, by_place[str(setting), form]) if rival is None else group(form, setting, rival)
             )
-        best.append(Best(form, chosen, trained, len(tried)))
+        best.append(Best(form, chosen, outcomes.count(True), len(outcomes) - outcomes.count(None)))
     return Results(study, results, groups, best)
 
 
@@ -211,13 +220,6 @@ def _choose_setting(form: str, groups: Sequence[Group]) -> Setting | None:
     if len(own) == 1:
         return own[0].setting
     return max(scored, key=lambda group: group.validation_mean).setting if scored else None
-
-
-def _trains(group: Group, trains_at: float | None) -> bool:
-    if group.of_state(DIVERGED):
-        return False
-    scores = [result.validation for result in group.of_state(FINISHED)]
-    return trains_at is None or all(score is not None and score >= trains_at for score in scores)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -104,7 +104,9 @@ def describe_state(cell: Cell) -> str:
     if result is None:
         return "begun" if cell.recipe_path.exists() else "not run"
     if result["state"] == FINISHED:
-        scores = [f"{name} {value:.4g}" for name, value in result["test"].items() if name in ("bleu", "accuracy")]
+        test = result["test"]
+        scores = [f"{name} {test[name]:.4g}" for name in ("bleu", "chrf") if name in test]
+        scores += [f"accuracy {100 * test['accuracy']:.4g}%"] if "accuracy" in test else []
         return ", ".join([FINISHED, *scores, f"{result['seconds']:.0f} s"])
     if result["state"] == DIVERGED:
         return f"diverged at step {result['step']}"

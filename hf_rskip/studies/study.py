@@ -172,6 +172,11 @@ def describe_setting(setting: Setting) -> list[str]:
     return [f"{key} {value}" for key, value in setting]
 
 
+def varying_keys(settings: list[Setting]) -> list[str]:
+    """The keys of a grid that have more than one value in it."""
+    return [key for key, _ in settings[0] if len({str(dict(point).get(key)) for point in settings}) > 1]
+
+
 def check_skip_types(cells: list[Cell]) -> None:
     """Raises a [`UserError`] if a cell has a residual kind that is not known, or not yet."""
     for cell in cells:
