@@ -78,8 +78,8 @@ def _draw_lines(results: Results, unit: str, key: str):
         )
         for place, group in zip(x, groups, strict=True):
             if group.of_state(DIVERGED):
-                place = {"x": place, "y": 0.015, "transform": axes.get_xaxis_transform(), "ha": "center"}
-                axes.text(**place, s=_count_diverged(group), color=style["color"], fontweight="bold", fontsize="small")
+                at = {"x": place, "y": 0.015, "transform": axes.get_xaxis_transform(), "ha": "center"}
+                axes.text(**at, s=_count_diverged(group), color=style["color"], fontweight="bold", fontsize="small")
     axes.margins(y=0.12)
     axes.set_xticks(range(len(study.settings)), [_label_value(dict(point)[key]) for point in study.settings])
     axes.set_xlim(-0.4, len(study.settings) - 0.6)
