@@ -171,7 +171,7 @@ def _mark(panel, image, place: tuple[int, int], group: Group, trains: bool, best
     is_dark = np.dot(background[:3], (0.299, 0.587, 0.114)) < 0.5
     corner = (column - 0.5, row - 0.5)
     if not trains:
-        color = "white" if is_dark else "gray"
+        color = "gray" if score is None else "white" if is_dark else "black"
         panel.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=color, linewidth=0))
     if best is not None and best.setting == group.setting:
         panel.add_patch(
