@@ -48,7 +48,7 @@ def draw_curves(results: Results, unit: str, path: Path) -> Path | None:
     if not curves:
         return None
     rows, columns = arrange(len(curves))
-    settings = {best.form: _setting_lines(best.group, 36) for best in results.best if best.group is not None}
+    settings = {best.form: _setting_lines(best.group, 40) for best in results.best if best.group is not None}
     figure = new_figure(1 + 2.6 * columns, 0.7 + (2.1 + 0.16 * max(map(len, settings.values()))) * rows)
     baseline = results.study.baseline
     for panel, (form, curve) in zip(make_panels(figure, len(curves)), curves.items(), strict=True):
@@ -92,7 +92,9 @@ def _label(group: Group, results: Results) -> str:
 
 
 def _setting_lines(group: Group, width: int) -> list[str]:
-    return [escape(line) for line in textwrap.wrap(", ".join(describe_setting(group.setting)), width)]
+    """The setting in lines of that many letters, a key beside its value."""
+    pairs = [pair.replace(" ", "\xa0") for pair in describe_setting(group.setting)]
+    return [escape(line.replace("\xa0", " ")) for line in textwrap.wrap(", ".join(pairs), width)]
 
 
 def new_figure(width: float, height: float):
