@@ -48,13 +48,13 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
     done = states[FINISHED] + states[DIVERGED]
     parts = [f"{done} of {len(results.cells)} cells: {', '.join(counts)}."]
     if len(study.settings) == 1:
-        return "\n\n".join([*parts, _format_groups(results, results.groups)])
+        return "\n\n".join([*parts, _format_groups(results, results.groups), *_format_contrasts(results)])
     keys = varying_keys(study.settings)
     if len(keys) == 1:
         parts.append(f"Test {UNITS[study.metric]} by {keys[0]}, mean and standard deviation (*: does not train):")
         parts.append(_format_by_key(results, keys[0]))
     parts.append("Each form at its own best setting, by the mean validation score:")
-    parts.append(_format_best(results))
+    parts += [_format_best(results), *_format_contrasts(results)]
     for setting in study.settings if every_setting else ():
         groups = [group for group in results.groups if group.setting == setting]
         if any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in groups):
@@ -109,21 +109,38 @@ def _format_best(results: Results) -> str:
     return _format_table(headers, rows)
 
 
+def _format_contrasts(results: Results) -> list[str]:
+    if not results.contrasts:
+        return []
+    headers = ["form", "minus", *_difference_headers(results)]
+    rows = [
+        [_escape(part.form), _escape(part.rival), *_format_difference(part.difference)] for part in results.contrasts
+    ]
+    return ["Two forms with each other:", _format_table(headers, rows)]
+
+
 def _score_headers(results: Results) -> list[str]:
-    metric = results.study.metric
-    examples = "images" if metric == "accuracy" else "sentences"
-    return [f"test {UNITS[metric]}", "sd", "difference", "95%", f"p {examples}", "p seeds"]
+    return [f"test {UNITS[results.study.metric]}", "sd", *_difference_headers(results)]
+
+
+def _difference_headers(results: Results) -> list[str]:
+    examples = "images" if results.study.metric == "accuracy" else "sentences"
+    return ["difference", "95%", f"p {examples}", "p seeds"]
 
 
 def _format_scores(group: Group, results: Results) -> list[str]:
     row = [_format(group.test_mean, ".2f"), _format(group.test_sd, ".2f")]
-    difference = group.difference
+    if group.form == results.study.baseline and group.test_mean is not None:
+        return [*row, "baseline", "", "", ""]
+    return [*row, *_format_difference(group.difference)]
+
+
+def _format_difference(difference: Difference | None) -> list[str]:
     if difference is None:
-        is_baseline = group.form == results.study.baseline
-        return [*row, "baseline" if is_baseline and group.test_mean is not None else "", "", "", ""]
+        return [""] * 4
     low, high = difference.interval
     p_values = [_format_p(p) for p in (difference.p_bootstrap, difference.p_seeds)]
-    return [*row, f"{difference.score:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p_values]
+    return [f"{difference.score:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p_values]
 
 
 def _format_states(group: Group) -> str:

@@ -137,6 +137,20 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Two forms, each at its own best setting.
+
+    Attributes:
+        form, rival: their names.
+        difference: form minus rival; `None` where either has no score.
+    """
+
+    form: str
+    rival: str
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
 class Results:
     """All that a study has found so far.
 
@@ -145,12 +159,14 @@ class Results:
         cells: in the order of the study.
         groups: by setting, then by form.
         best: by form; without a grid, of the only setting.
+        contrasts: those that the study names.
     """
 
     study: Study
     cells: list[CellResult]
     groups: list[Group]
     best: list[Best]
+    contrasts: list[Contrast]
 
 
 def gather_results(study: Study) -> Results:
@@ -183,7 +199,11 @@ def gather_results(study: Study) -> Results:
                 Group(form, setting, by_place[str(setting), form]) if rival is None else group(form, setting, rival)
             )
         best.append(Best(form, chosen, outcomes.count(True), len(outcomes) - outcomes.count(None)))
-    return Results(study, results, groups, best)
+    contrasts = []
+    for pair in study.contrasts:
+        sides = [by_place.get((str(best_settings[form]), form), []) for form in pair]
+        contrasts.append(Contrast(*pair, bootstrap.compare(*sides)))
+    return Results(study, results, groups, best, contrasts)
 
 
 def _read(cell: Cell, metric: str) -> CellResult:

@@ -70,6 +70,7 @@ class Study:
         metric: by which forms are compared, a name of [`METRICS`].
         bleu_tokenize: sacreBLEU's `tokenize`; `None` where the task does not translate.
         baseline: the form that others are compared with.
+        contrasts: further pairs of forms that are compared, the first with the second.
         forms: all names, in order.
         settings: the points of the grid, in order; a single empty one without a grid.
         seeds: of each form at each setting.
@@ -84,6 +85,7 @@ class Study:
     metric: str
     bleu_tokenize: str | None
     baseline: str
+    contrasts: list[tuple[str, str]]
     forms: list[str]
     settings: list[Setting]
     seeds: list[int]
@@ -102,6 +104,7 @@ class _StudyFile:
     forms: dict
     overrides: dict | None = None
     baseline: str | None = None
+    contrasts: list | None = None
     grid: dict | None = None
     metric: str | None = None
     trains_at: float | None = None
@@ -158,6 +161,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         metric=_choose_metric(file.metric, recipe),
         bleu_tokenize=getattr(recipe.training, "bleu_tokenize", None),
         baseline=file.baseline or next(iter(forms)),
+        contrasts=[tuple(pair) for pair in file.contrasts or []],
         forms=list(forms),
         settings=settings,
         seeds=file.seeds,
@@ -237,10 +241,17 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     for name, keys in forms.items():
         if not isinstance(name, str) or not isinstance(keys, dict | None):
             raise UserError(f"The form {name!r} must be a name and a mapping of keys, not {keys!r}, in {where}.")
-    if values.get("baseline", next(iter(forms))) not in forms:
-        close = difflib.get_close_matches(values["baseline"], forms, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f", but {', '.join(forms)}."
-        raise UserError(f"baseline {values['baseline']!r} is none of the forms in {where}{hint}")
+    contrasts = values.get("contrasts", [])
+    if not isinstance(contrasts, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in contrasts):
+        raise UserError(f"contrasts must be a list of pairs [form, form], not {contrasts!r}, in {where}.")
+    for key, name in [
+        ("baseline", values.get("baseline")),
+        *(("contrasts", name) for pair in contrasts for name in pair),
+    ]:
+        if name is not None and name not in forms:
+            close = difflib.get_close_matches(str(name), forms, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f", but {', '.join(forms)}."
+            raise UserError(f"{key} {name!r} is none of the forms in {where}{hint}")
     if not isinstance(values.get("overrides", {}), dict):
         raise UserError(f"overrides must be a mapping of keys of the recipe, not {values['overrides']!r}, in {where}.")
     grid = values.get("grid", {})

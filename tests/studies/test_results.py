@@ -2,6 +2,7 @@ import csv
 import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -135,7 +136,13 @@ def test_one_seed_has_no_test():
 
 def test_the_best_setting_is_chosen_by_validation(make_study):
     rates = [0.1, 0.2, 0.4]
-    study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, grid={"learning_rate": rates}, seeds=[1, 2], trains_at=5)
+    study = make_study(
+        forms={"a": {}, "b": {"dropout": 0.2}},
+        grid={"learning_rate": rates},
+        seeds=[1, 2],
+        trains_at=5,
+        contrasts=[["a", "b"]],
+    )
     validation = {("a", 0.1): 20.0, ("a", 0.2): 30.0, ("a", 0.4): 4.0, ("b", 0.1): 25.0, ("b", 0.2): 6.0}
     for cell in study.cells:
         rate = dict(cell.setting)["learning_rate"]
@@ -152,11 +159,14 @@ def test_the_best_setting_is_chosen_by_validation(make_study):
     assert (dict(a.group.setting), a.group.validation_mean, a.trained, a.tried) == ({"learning_rate": 0.2}, 30.0, 2, 3)
     assert (dict(b.group.setting), b.group.validation_mean, b.trained, b.tried) == ({"learning_rate": 0.1}, 25.0, 2, 3)
     assert a.group.difference is None and b.group.difference.score == pytest.approx(25.0 - 20.0)
+    (contrast,) = results.contrasts
+    assert (contrast.form, contrast.rival) == ("a", "b") and contrast.difference.score == pytest.approx(20.0 - 25.0)
     same_setting = [group for group in results.groups if group.form == "b"][0]
     assert same_setting.difference.score == pytest.approx(25.0 - 30.0)
     text = format_tables(results)
     assert text.startswith("12 of 12 cells: 11 finished, 1 diverged.")
     assert "1/2, 1 diverged at step 7" in text and "2 of 3" in text
+    assert re.search(r"^\| a +\| +b \| +-5.00 \|", text, re.MULTILINE)
 
 
 def test_cells_that_train_are_counted_without_a_grid(make_study):

@@ -67,6 +67,8 @@ WRONG = {
     "unknown": ({"seed": [1]}, [], "Unknown key 'seed'"),
     "hint": ({"base_line": "post-LN"}, [], "did you mean 'baseline'?"),
     "baseline": ({"baseline": "post-NL"}, [], "did you mean 'post-LN'?"),
+    "contrast": ({"contrasts": [["post-LN", "rskip K=2"]]}, [], "contrasts 'rskip K=2' is none of the forms"),
+    "contrasts": ({"contrasts": ["post-LN"]}, [], "contrasts must be a list of pairs [form, form]"),
     "forms": ({"forms": ["post-LN"]}, [], "forms must be a mapping"),
     "form": ({"forms": {"a": 3}}, [], "The form 'a' must be"),
     "key of a form": (
