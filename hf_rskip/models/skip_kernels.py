@@ -1,0 +1,116 @@
+"""Recursive skip connections with layer normalisation at the price of one.
+
+One function, [`rskip_layer_norm`], with several implementations of the same formula: y_1 = LN(s x + F),
+y_k = LN(s x + y_{k-1}), output y_K.
+
+| `backend` | what it is | where |
+|---|---|---|
+| `reference` | the formula, step by step | any device and precision |
+| `recompute` | tensor operations that keep x and F only, and compute the rest again in the backward pass | any |
+| `cpp` | the same as one operator for CPUs, compiled at its first use | CPU; float32, bfloat16, float16 |
+| `triton` | the same as two kernels for GPUs | CUDA; float32, bfloat16, float16 |
+| `auto` | the fastest one that was measured not to be slower than `reference` | |
+
+All but the reference keep one activation whatever K is, and take the closed form where gain and bias come only at the
+last step; their numbers are those of float32 throughout, rounded once at the end.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .skip_kernels_autograd import RecomputedRSkip
+
+BACKENDS = ("auto", "reference", "recompute", "cpp", "triton")
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rskip_layer_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    recursions: int = 2,
+    affine: str = "per_step",
+    eps: float = 1e-5,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """K steps of adding x and normalising: y_1 = LN(s x + F), y_k = LN(s x + y_{k-1}), output y_K.
+
+    LN is layer normalisation over the last dimension. With K = 1 it is post-LN.
+
+    Args:
+        x: input of the residual block, `(..., size)`.
+        branch: output F of its branch, of the same shape. Where the precisions differ, as of a float32 residual beside
+            a bfloat16 branch, the output has the higher one.
+        weight: gains, `(recursions, size)` for `affine="per_step"` and `(size,)` otherwise; `None` is 1.
+        bias: of the same shape; `None` is 0.
+        recursions: K, at least 1.
+        affine: `"per_step"`, `"shared"` (one gain and bias for all steps) or `"last"` (only at step K), as in
+            [`RSkip`].
+        eps: added to the variance.
+        scale: the factor s of x.
+        backend: see the table of this module.
+
+    Raises:
+        `ValueError`: for a backend that is unknown or cannot run on these tensors.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_rskip.models.skip_connections import rskip_layer_norm
+
+    >>> x, branch = torch.randn(2, 4, 10, 16)
+    >>> y = rskip_layer_norm(x, branch, torch.ones(3, 16), torch.zeros(3, 16), recursions=3)
+    >>> y.shape
+    torch.Size([4, 10, 16])
+
+    ```
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "auto":
+        backend = choose_backend(x, branch, recursions, affine)
+    if backend == "reference":
+        return _reference(x, branch, weight, bias, recursions, affine, eps, scale)
+    size, rows = x.shape[-1], recursions if affine == "per_step" else 1
+    weight = x.new_ones(rows, size, dtype=torch.float32) if weight is None else weight.reshape(rows, size)
+    bias = torch.zeros_like(weight) if bias is None else bias.reshape(rows, size)
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
+    closed = affine == "last" and recursions > 1
+    if backend == "recompute":
+        return RecomputedRSkip.apply(x, branch, weight, bias, recursions, closed, eps, scale, dtype, (-1,))
+    operator = _operator(backend, x)
+    flat = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
+    y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), recursions, closed, eps, scale, dtype)
+    return y.view(x.shape)
+
+
+def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str) -> str:
+    """What `backend="auto"` stands for."""
+    return "reference"
+
+
+def _operator(backend, x):
+    if backend == "cpp":
+        from .skip_kernels_cpu import rskip_layer_norm as operator
+    else:
+        from .skip_kernels_triton import rskip_layer_norm as operator
+    return operator
+
+
+def _reference(x, branch, weight, bias, recursions, affine, eps, scale):
+    y = branch
+    for step in range(recursions):
+        has_affine = affine != "last" or step == recursions - 1
+        gain, shift = (
+            None
+            if tensor is None or not has_affine
+            else tensor.reshape(-1, x.shape[-1])[step if len(tensor.shape) > 1 else 0]
+            for tensor in (weight, bias)
+        )
+        y = F.layer_norm(torch.add(y, x, alpha=scale), x.shape[-1:], gain, shift, eps)
+    return y

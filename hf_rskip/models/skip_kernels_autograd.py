@@ -1,0 +1,149 @@
+"""The gradient of recursive skip connections without their intermediate values: they are computed again from x and F.
+
+What is kept of a call is x, F and a few float32 numbers for each group of values that is normalised together:
+
+- the chain: mean and 1 / std of each of the K steps, from which the backward pass rebuilds y_1 ... y_K;
+- the closed form, where gain and bias come only at the last step: every y_k is a_k x + c_k u, where x and u = x + F are
+  centred, so that K steps are K updates of two numbers, which depend on three: the variances of x and u and their
+  covariance. One pass over the values gives those, a second one the output, whatever K is.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def closed_form(
+    v_xx: torch.Tensor, v_uu: torch.Tensor, v_xu: torch.Tensor, recursions: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """The a and c of y_K = a x + c u, and the derivatives of each with respect to the variances and the covariance."""
+    a, c = torch.zeros_like(v_uu), torch.ones_like(v_uu)
+    da, dc = [torch.zeros_like(v_uu)] * 3, [torch.zeros_like(v_uu)] * 3
+    for step in range(recursions):
+        a = a + 1 if step else a
+        variance = (a * a * v_xx + c * c * v_uu + 2 * a * c * v_xu).clamp(min=0)
+        rstd = torch.rsqrt(variance + eps)
+        by_a, by_c = 2 * (a * v_xx + c * v_xu), 2 * (c * v_uu + a * v_xu)
+        direct = (a * a, c * c, 2 * a * c)
+        drstd = [-0.5 * rstd**3 * (d + by_a * p + by_c * q) for d, p, q in zip(direct, da, dc, strict=True)]
+        da = [p * rstd + a * d for p, d in zip(da, drstd, strict=True)]
+        dc = [q * rstd + c * d for q, d in zip(dc, drstd, strict=True)]
+        a, c = a * rstd, c * rstd
+    return a, c, da, dc
+
+
+class RecomputedRSkip(torch.autograd.Function):
+    """The K steps in tensor operations, on any device and in any precision; statistics go over `dims`."""
+
+    @staticmethod
+    def forward(ctx, x, branch, weight, bias, recursions, closed, eps, scale, dtype, dims):
+        run = _closed_forward if closed else _chain_forward
+        y, stats = run(*_widened(x, branch, weight, bias), recursions, eps, scale, dims)
+        ctx.save_for_backward(x, branch, weight, bias, *stats)
+        ctx.arguments = recursions, closed, eps, scale, dims
+        return y.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, branch, weight, bias, *stats = ctx.saved_tensors
+        recursions, closed, eps, scale, dims = ctx.arguments
+        run = _closed_backward if closed else _chain_backward
+        tensors = _widened(gradient, x, branch, weight, bias)
+        gradients = run(*tensors, stats, recursions, eps, scale, dims)
+        inputs = (x, branch, weight, bias)
+        found = (found.to(given.dtype) for found, given in zip(gradients, inputs, strict=True))
+        return *found, *[None] * 6
+
+
+def _widened(*tensors):
+    """In float32 at least."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _affine_of(step, weight, bias):
+    """Gain and bias of a step; there is one row of them for each step, or one for all."""
+    row = step if len(weight) > 1 else 0
+    return weight[row], bias[row]
+
+
+def _chain_forward(x, branch, weight, bias, recursions, eps, scale, dims):
+    x = scale * x
+    y, stats = branch, []
+    for step in range(recursions):
+        y = x + y
+        variance, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
+        rstd = torch.rsqrt(variance + eps)
+        gain, shift = _affine_of(step, weight, bias)
+        y = (y - mean) * rstd * gain + shift
+        stats += [mean, rstd]
+    return y, stats
+
+
+def _chain_backward(gradient, x, branch, weight, bias, stats, recursions, eps, scale, dims):
+    x = scale * x
+    y, normalized = branch, []
+    for step in range(recursions):
+        gain, shift = _affine_of(step, weight, bias)
+        normalized.append((x + y - stats[2 * step]) * stats[2 * step + 1])
+        y = normalized[-1] * gain + shift
+    rows = tuple(range(x.dim() - 1))
+    grad_x, grad_weight, grad_bias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    for step in reversed(range(recursions)):
+        y, row = normalized.pop(), step if len(weight) > 1 else 0
+        grad_weight[row] += (gradient * y).sum(rows)
+        grad_bias[row] += gradient.sum(rows)
+        gradient = gradient * weight[row]
+        of_mean, of_std = gradient.mean(dims, keepdim=True), (gradient * y).mean(dims, keepdim=True)
+        gradient = stats[2 * step + 1] * (gradient - of_mean - y * of_std)
+        grad_x = grad_x + gradient
+    return scale * grad_x, gradient, grad_weight, grad_bias
+
+
+def _centred_pair(x, branch, scale, mean_x, mean_u):
+    x = scale * x
+    return x - mean_x, x + branch - mean_u
+
+
+def _closed_forward(x, branch, weight, bias, recursions, eps, scale, dims):
+    mean_x, mean_u = scale * x.mean(dims, keepdim=True), (scale * x + branch).mean(dims, keepdim=True)
+    x, u = _centred_pair(x, branch, scale, mean_x, mean_u)
+    v_xx, v_uu, v_xu = ((p * q).mean(dims, keepdim=True) for p, q in ((x, x), (u, u), (x, u)))
+    a, c, _, _ = closed_form(v_xx, v_uu, v_xu, recursions, eps)
+    return (a * x + c * u) * weight[0] + bias[0], [mean_x, mean_u, v_xx, v_uu, v_xu]
+
+
+def _closed_backward(gradient, x, branch, weight, bias, stats, recursions, eps, scale, dims):
+    x, u = _centred_pair(x, branch, scale, *stats[:2])
+    a, c, da, dc = closed_form(*stats[2:], recursions, eps)
+    rows = tuple(range(x.dim() - 1))
+    grad_weight, grad_bias = (gradient * (a * x + c * u)).sum(rows), gradient.sum(rows)
+    gradient = gradient * weight[0]
+    along_x, along_u = (gradient * x).mean(dims, keepdim=True), (gradient * u).mean(dims, keepdim=True)
+    by_xx, by_uu, by_xu = (along_x * p + along_u * q for p, q in zip(da, dc, strict=True))
+    gradient = gradient - gradient.mean(dims, keepdim=True)
+    grad_u = c * gradient + 2 * by_uu * u + by_xu * x
+    grad_x = a * gradient + 2 * by_xx * x + by_xu * u + grad_u
+    return scale * grad_x, grad_u, grad_weight[None], grad_bias[None]
+
+
+def register_recomputation(forward_op, backward_op) -> None:
+    """Gives the operator `forward_op` its gradient.
+
+    `forward_op(x, branch, weight, bias, recursions, closed, eps, scale, dtype)` returns y and the statistics, and
+    `backward_op(gradient, x, branch, weight, bias, stats, recursions, closed, eps, scale)` the gradients of the first
+    four; x and F are `(rows, size)`, weight and bias `(1 or recursions, size)`.
+    """
+
+    def setup_context(ctx, inputs, output):
+        x, branch, weight, bias, recursions, closed, eps, scale, _ = inputs
+        ctx.save_for_backward(x, branch, weight, bias, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.arguments = recursions, closed, eps, scale
+
+    def backward(ctx, gradient, _):
+        if gradient is None:
+            return (None,) * 9
+        return *backward_op(gradient, *ctx.saved_tensors, *ctx.arguments), *[None] * 5
+
+    forward_op.register_autograd(backward, setup_context=setup_context)
