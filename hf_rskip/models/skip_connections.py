@@ -38,6 +38,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .skip_kernels import choose_backend, rskip_layer_norm
 from .skip_norms import LayerNorm, NoNorm, make_norm, norm_of
 
 AFFINES = ("per_step", "shared", "last")
@@ -120,6 +121,12 @@ class SkipConnection(nn.Module):
         return x
 
 
+def _is_plain_layer_norm(norm: nn.Module) -> bool:
+    """Whether nobody would notice that `norm` is not called: no hook watches it, or brings its weights."""
+    watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return type(norm) is LayerNorm and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
+
+
 class RSkip(SkipConnection):
     """Recursive skip connection with layer normalisation, rSkip+LN.
 
@@ -179,10 +186,24 @@ class RSkip(SkipConnection):
         return cls(size, config.skip_recursions, norm_of(config), config.skip_norm_affine, config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        recursions = len(self.norm)
+        if all(map(_is_plain_layer_norm, self.norm)):
+            backend = choose_backend(x, branch, recursions, self.affine)
+            if backend != "reference":
+                weight, bias = self._gains_and_biases()
+                return rskip_layer_norm(
+                    x, branch, weight, bias, recursions, self.affine, self.norm[0].eps, backend=backend
+                )
         y = branch
         for norm in self.norm:
             y = self.norm[0](x + y, mask, norm) if self.affine == "shared" else norm(x + y, mask)
         return y
+
+    def _gains_and_biases(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.affine == "per_step":
+            return torch.stack([norm.weight for norm in self.norm]), torch.stack([norm.bias for norm in self.norm])
+        norm = self.norm[0 if self.affine == "shared" else -1]
+        return norm.weight, norm.bias
 
     def extra_repr(self) -> str:
         return f"recursions={len(self.norm)}, affine={self.affine}"

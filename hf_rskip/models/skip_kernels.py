@@ -15,6 +15,8 @@ All but the reference keep one activation whatever K is, and take the closed for
 last step; their numbers are those of float32 throughout, rounded once at the end.
 """
 
+import importlib.util
+
 import torch
 from torch.nn import functional as F
 
@@ -83,34 +85,65 @@ def rskip_layer_norm(
     closed = affine == "last" and recursions > 1
     if backend == "recompute":
         return RecomputedRSkip.apply(x, branch, weight, bias, recursions, closed, eps, scale, dtype, (-1,))
-    operator = _operator(backend, x)
+    operator = _operator(backend, x, branch)
     flat = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
     y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), recursions, closed, eps, scale, dtype)
     return y.view(x.shape)
 
 
 def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str) -> str:
-    """What `backend="auto"` stands for."""
+    """What `backend="auto"` stands for: the reference, unless another one was measured to be faster.
+
+    One recursion is left to torch, which has kernels of its own for it. Small tensors do not pay for the call, and an
+    exported program is to run where there is no operator of ours.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "reference"
+    size = x.shape[-1] if x.dim() else 0
+    supported = x.dtype in LOW_PRECISION and x.dtype == branch.dtype or x.dtype == torch.float32
+    plain = not any(hasattr(tensor, "__tensor_flatten__") for tensor in (x, branch))
+    if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
+        return "reference"
+    if x.is_cuda and x.numel() >= 2**20 and has_triton():
+        return "triton"
+    if x.device.type == "cpu" and x.numel() >= 2**15 and has_cpp(x.dtype, branch.dtype):
+        return "cpp"
     return "reference"
 
 
-def _operator(backend, x):
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def has_cpp(x: torch.dtype, branch: torch.dtype) -> bool:
+    """Whether the operator for CPUs is or can be built; here is where that happens."""
+    from .skip_kernels_cpu import load
+
+    return load((x, branch, torch.promote_types(x, branch))) is not None
+
+
+def _operator(backend, x, branch):
+    if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
+        raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
     if backend == "cpp":
+        if not has_cpp(x.dtype, branch.dtype):
+            raise ValueError("backend='cpp' needs a C++ compiler")
         from .skip_kernels_cpu import rskip_layer_norm as operator
     else:
+        if not has_triton():
+            raise ValueError("backend='triton' needs the package triton")
         from .skip_kernels_triton import rskip_layer_norm as operator
     return operator
 
 
 def _reference(x, branch, weight, bias, recursions, affine, eps, scale):
-    y = branch
+    size, y = x.shape[-1], branch
     for step in range(recursions):
-        has_affine = affine != "last" or step == recursions - 1
-        gain, shift = (
-            None
-            if tensor is None or not has_affine
-            else tensor.reshape(-1, x.shape[-1])[step if len(tensor.shape) > 1 else 0]
-            for tensor in (weight, bias)
-        )
-        y = F.layer_norm(torch.add(y, x, alpha=scale), x.shape[-1:], gain, shift, eps)
+        affine_of_step = [None, None]
+        if affine != "last" or step == recursions - 1:
+            row = step if affine == "per_step" else 0
+            affine_of_step = [None if tensor is None else tensor.reshape(-1, size)[row] for tensor in (weight, bias)]
+        y = F.layer_norm(torch.add(y, x, alpha=scale), (size,), *affine_of_step, eps)
     return y

@@ -25,7 +25,7 @@ from .skip_kernels_autograd import register_recomputation
 
 logger = logging.get_logger(__name__)
 
-FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
+FLAGS = "-std=c++17 -O3 -march=native -Wno-psabi -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
 
 SOURCE = r"""
@@ -33,312 +33,408 @@ SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+
+#if defined(__AVX512F__)
+#define WIDTH 64
+#elif defined(__AVX__)
+#define WIDTH 32
+#else
+#define WIDTH 16
+#endif
+typedef float V __attribute__((vector_size(WIDTH)));
+typedef uint32_t U __attribute__((vector_size(WIDTH)));
+typedef uint16_t H __attribute__((vector_size(WIDTH / 2)));
+constexpr int64_t LANES = WIDTH / 4;
 
 struct bfloat16 {
   uint16_t bits;
-  operator float() const {
-    uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
-  bfloat16() = default;
-  explicit bfloat16(float value) {  // to the nearest, ties to even
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-    bits = uint16_t(value != value ? 0x7fc0 : rounded);
-  }
 };
+
+static inline V widen(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline V widen(const bfloat16* p) {
+  H h;
+  std::memcpy(&h, p, sizeof h);
+  return (V)(__builtin_convertvector(h, U) << 16);
+}
+static inline void narrow(V v, float* p) { std::memcpy(p, &v, sizeof v); }
+static inline void narrow(V v, bfloat16* p) {  // to the nearest, ties to even
+  U u = (U)v;
+  u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  H h = __builtin_convertvector(v == v ? u : U{} + 0x7fc0, H);
+  std::memcpy(p, &h, sizeof h);
+}
+#ifdef __FLT16_MAX__
+typedef _Float16 F16 __attribute__((vector_size(WIDTH / 2)));
+static inline V widen(const _Float16* p) {
+  F16 h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, V);
+}
+static inline void narrow(V v, _Float16* p) {
+  F16 h = __builtin_convertvector(v, F16);
+  std::memcpy(p, &h, sizeof h);
+}
+#endif
 
 using TX = TYPE_OF_X;       // of x and its gradient
 using TF = TYPE_OF_BRANCH;  // of F and its gradient
 using TY = TYPE_OF_Y;       // of y and its gradient
 
-constexpr int64_t BLOCK = 16;  // rows whose numbers are updated side by side in the closed form
-
-struct Job {
-  int64_t rows, n, steps, affine_rows;
-  float eps, scale;
+// The last values of a row, fewer than a vector; the lanes beyond them are 0 and are not stored.
+struct Tail {
+  int64_t count;
+  template <class T>
+  V load(const T* p) const {
+    T values[LANES] = {};
+    std::memcpy(values, p, count * sizeof(T));
+    return widen(values);
+  }
+  template <class T>
+  void store(V v, T* p) const {
+    T values[LANES];
+    narrow(v, values);
+    std::memcpy(p, values, count * sizeof(T));
+  }
+  V keep(V v) const {
+    for (int64_t i = count; i < LANES; i++) v[i] = 0;
+    return v;
+  }
+};
+struct Whole {
+  template <class T>
+  V load(const T* p) const { return widen(p); }
+  template <class T>
+  void store(V v, T* p) const { narrow(v, p); }
+  V keep(V v) const { return v; }
 };
 
-// u = s x + F centred and s x, with their means; returns the variance of u.
-static inline float begin_row(const TX* x, const TF* f, const Job& job, float* xs, float* v, float& mean) {
-  const int64_t n = job.n;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) {
-    float scaled = job.scale * float(x[i]);
-    xs[i] = scaled;
-    v[i] = scaled + float(f[i]);
-    sum += v[i];
+// Calls `body(i, part, lane)` for the vectors of a row; `lane` counts to UNROLL, for sums that do not wait for another.
+constexpr int UNROLL = 2;
+template <class Body>
+static inline __attribute__((always_inline)) void over(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + UNROLL * LANES <= n; i += UNROLL * LANES) {
+    body(i, Whole{}, 0);
+    body(i + LANES, Whole{}, 1);
   }
-  mean = sum / n;
-  float square = 0;
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < n; i++) {
-    v[i] -= mean;
-    square += v[i] * v[i];
-  }
-  return square / n;
+  for (; i + LANES <= n; i += LANES) body(i, Whole{}, 0);
+  if (i < n) body(i, Tail{n - i}, 0);
 }
 
-static void chain_forward_row(const TX* x, const TF* f, const float* w, const float* b, TY* y, float* stats,
-                              const Job& job, float* xs, float* v) {
-  const int64_t n = job.n;
-  float mean, variance = begin_row(x, f, job, xs, v, mean);
-  for (int64_t k = 0;; k++) {
-    const float rstd = 1 / std::sqrt(variance + job.eps);
-    const float* gain = w + (job.affine_rows > 1 ? k * n : 0);
-    const float* shift = b + (job.affine_rows > 1 ? k * n : 0);
-    stats[2 * k] = mean;
-    stats[2 * k + 1] = rstd;
+struct Sum {
+  V lanes[UNROLL] = {};
+  V& operator[](int lane) { return lanes[lane]; }
+  float total() const {
+    V v = lanes[0] + lanes[1];
+    float values[LANES];
+    std::memcpy(values, &v, sizeof v);
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; i++) values[i] += values[i + half];
+    return values[0];
+  }
+};
+
+struct Job {
+  int64_t rows, n, stride, steps, affine_rows;  // `stride` between rows of gains, biases and of what passes share
+  float eps, scale, over_n;
+};
+
+// Sums of squares are those of distances to the mean of the first few values of a row: far from it they lose digits.
+constexpr int64_t SAMPLE = 64;
+
+// Mean and 1 / std of `value(i, part)`, which `keep(i, v)` gets to see.
+template <class Value, class Keep>
+static inline __attribute__((always_inline)) void moments(const Job job, Value value, Keep keep, float* stats) {
+  const int64_t few = std::min(job.n, SAMPLE);
+  Sum sample, rest, square;
+  over(few, [&](int64_t i, auto part, int lane) { sample[lane] += value(i, part); });
+  const float shift = sample.total() / few;
+  over(job.n, [&](int64_t i, auto part, int lane) {
+    const V v = value(i, part), d = part.keep(v - shift);
+    keep(i, v);
+    rest[lane] += d;
+    square[lane] += d * d;
+  });
+  const float mean = rest.total() * job.over_n, variance = square.total() * job.over_n - mean * mean;
+  stats[0] = shift + mean;
+  stats[1] = 1 / std::sqrt(std::max(variance, 0.0f) + job.eps);
+}
+
+static void chain_forward(const TX* x, const TF* f, const float* w,
+                          const float* b, TY* y, float* stats, const Job job,
+                          float* work) {
+  float *now = work, *next = work + job.stride;
+  moments(
+      job, [&](int64_t i, auto part) { return job.scale * part.load(x + i) + part.load(f + i); },
+      [&](int64_t i, V v) { narrow(v, now + i); }, stats);
+  for (int64_t k = 0;; k++, stats += 2) {
+    const int64_t row = job.affine_rows > 1 ? k * job.stride : 0;
+    const float *gain = w + row, *shift = b + row, mean = stats[0], rstd = stats[1];
+    const auto normalized = [&](int64_t i) {
+      return (widen(now + i) - mean) * rstd * widen(gain + i) + widen(shift + i);
+    };
     if (k == job.steps - 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) y[i] = TY(v[i] * rstd * gain[i] + shift[i]);
+      over(job.n, [&](int64_t i, auto part, int) { part.store(normalized(i), y + i); });
       return;
     }
-    float sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) {
-      v[i] = xs[i] + (v[i] * rstd * gain[i] + shift[i]);
-      sum += v[i];
-    }
-    mean = sum / n;
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < n; i++) {
-      v[i] -= mean;
-      square += v[i] * v[i];
-    }
-    variance = square / n;
+    moments(
+        job, [&](int64_t i, auto part) { return job.scale * part.load(x + i) + normalized(i); },
+        [&](int64_t i, V v) { narrow(v, next + i); }, stats + 2);
+    std::swap(now, next);
   }
 }
 
-// `normalized` holds the K normalised rows, `acc_w` and `acc_b` gather the gradients of gains and biases.
-static void chain_backward_row(const TY* gradient, const TX* x, const TF* f, const float* w, const float* b,
-                               const float* stats, TX* dx, TF* df, float* acc_w, float* acc_b, const Job& job,
-                               float* xs, float* g, float* sum_x, float* normalized) {
-  const int64_t n = job.n;
-  const auto row_of = [&](int64_t k) { return job.affine_rows > 1 ? k * n : 0; };
-  for (int64_t k = 0; k < job.steps; k++) {
-    const float mean = stats[2 * k], rstd = stats[2 * k + 1];
-    float* h = normalized + k * n;
+// `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds K normalised rows, the gradient of y_k,
+// and the sum of those that reached x.
+static void chain_backward(const TY* gradient, const TX* x, const TF* f, const float* w, const float* b,
+                           const float* stats, TX* dx, TF* df, float* acc_w, float* acc_b, const Job job,
+                           float* work) {
+  const int64_t n = job.n, stride = job.stride, steps = job.steps;
+  const auto row_of = [&](int64_t k) { return job.affine_rows > 1 ? k * stride : 0; };
+  const auto centred = [&](V v, int64_t k) { return (v - stats[2 * k]) * stats[2 * k + 1]; };
+  float *grad = work + steps * stride, *grad_x = grad + stride;
+  Sum of_mean, of_std;
+  // What the gradient `up` of the output of step k, which normalised to `h`, says of its gain, bias and input.
+  const auto gather = [&](int64_t k, int64_t i, V up, V h, int lane) {
+    float *to_w = acc_w + row_of(k) + i, *to_b = acc_b + row_of(k) + i;
+    const V weighted = up * widen(w + row_of(k) + i);
+    narrow(widen(to_w) + up * h, to_w);
+    narrow(widen(to_b) + up, to_b);
+    of_mean[lane] += weighted;
+    of_std[lane] += weighted * h;
+  };
+  const auto given = [&](int64_t i, auto part) { return part.load(gradient + i); };
+  const auto later = [&](int64_t i, auto) { return widen(grad + i); };
+  over(n, [&](int64_t i, auto part, int lane) {
+    const V scaled = job.scale * part.load(x + i);
+    V h = centred(scaled + part.load(f + i), 0);
+    narrow(h, work + i);
+    for (int64_t k = 1; k < steps; k++) {
+      h = centred(scaled + (h * widen(w + row_of(k - 1) + i) + widen(b + row_of(k - 1) + i)), k);
+      narrow(h, work + k * stride + i);
+    }
+    gather(steps - 1, i, given(i, part), h, lane);
+  });
+  for (int64_t k = steps - 1;; k--) {
+    const float mean = of_mean.total() * job.over_n, std = of_std.total() * job.over_n, rstd = stats[2 * k + 1];
+    const float *gain = w + row_of(k), *h = work + k * stride;
+    const auto through = [&](int64_t i, V up) { return rstd * (up * widen(gain + i) - mean - widen(h + i) * std); };
+    of_mean = of_std = Sum{};
+    const bool top = k == steps - 1;
     if (k == 0) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) {
-        xs[i] = job.scale * float(x[i]);
-        h[i] = (xs[i] + float(f[i]) - mean) * rstd;
-      }
-    } else {
-      const float *before = h - n, *gain = w + row_of(k - 1), *shift = b + row_of(k - 1);
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) h[i] = (xs[i] + (before[i] * gain[i] + shift[i]) - mean) * rstd;
+      const auto write = [&](auto before) {
+        over(n, [&](int64_t i, auto part, int) {
+          const V up = through(i, before(i, part));
+          part.store(up, df + i);
+          part.store(job.scale * (top ? up : up + widen(grad_x + i)), dx + i);
+        });
+      };
+      top ? write(given) : write(later);
+      return;
     }
-  }
-  int64_t k = job.steps - 1;
-  float of_mean = 0, of_std = 0;
-  {
-    const float *h = normalized + k * n, *gain = w + row_of(k);
-    float *to_w = acc_w + row_of(k), *to_b = acc_b + row_of(k);
-#pragma omp simd reduction(+ : of_mean, of_std)
-    for (int64_t i = 0; i < n; i++) {
-      const float up = float(gradient[i]);
-      to_w[i] += up * h[i];
-      to_b[i] += up;
-      g[i] = up * gain[i];
-      sum_x[i] = 0;
-      of_mean += g[i];
-      of_std += g[i] * h[i];
-    }
-  }
-  for (; k > 0; k--) {
-    const float rstd = stats[2 * k + 1], m = of_mean / n, s = of_std / n;
-    const float *h = normalized + k * n, *next = h - n, *gain = w + row_of(k - 1);
-    float *to_w = acc_w + row_of(k - 1), *to_b = acc_b + row_of(k - 1);
-    of_mean = of_std = 0;
-#pragma omp simd reduction(+ : of_mean, of_std)
-    for (int64_t i = 0; i < n; i++) {
-      const float up = rstd * (g[i] - m - h[i] * s);
-      sum_x[i] += up;
-      to_w[i] += up * next[i];
-      to_b[i] += up;
-      g[i] = up * gain[i];
-      of_mean += g[i];
-      of_std += g[i] * next[i];
-    }
-  }
-  const float rstd = stats[1], m = of_mean / n, s = of_std / n;
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float up = rstd * (g[i] - m - normalized[i] * s);
-    df[i] = TF(up);
-    dx[i] = TX(job.scale * (sum_x[i] + up));
+    const auto step = [&](auto before) {
+      over(n, [&](int64_t i, auto part, int lane) {
+        const V up = through(i, before(i, part));
+        narrow(up, grad + i);
+        narrow(top ? up : up + widen(grad_x + i), grad_x + i);
+        gather(k - 1, i, up, widen(h - stride + i), lane);
+      });
+    };
+    top ? step(given) : step(later);
   }
 }
 
-// The closed form: y_k = a x + c u with the derivatives of a and c by (v_xx, v_uu, v_xu).
+// The closed form: y_k = a x + c u with the derivatives of a and c by (v_xx, v_uu, v_xu), for rows side by side.
+constexpr int64_t BLOCK = 16;
 struct Coefficients {
   double a[BLOCK], c[BLOCK], da[3][BLOCK], dc[3][BLOCK];
 };
+struct Stats {
+  float mean_x, mean_u, xx, uu, xu;
+};
 
-static void closed_form(const float (*stats)[BLOCK], const Job& job, bool derivatives, Coefficients& r) {
-  for (int64_t j = 0; j < BLOCK; j++) {
-    r.a[j] = 0;
-    r.c[j] = 1;
-    for (int p = 0; p < 3; p++) r.da[p][j] = r.dc[p][j] = 0;
+static void closed_form(const Stats* stats, int64_t count, const Job job, bool derivatives, Coefficients& o) {
+  double xx[BLOCK] = {}, uu[BLOCK] = {}, xu[BLOCK] = {};
+  o = Coefficients{};
+  for (int64_t j = 0; j < count; j++) {
+    xx[j] = stats[j].xx;
+    uu[j] = stats[j].uu;
+    xu[j] = stats[j].xu;
+    o.c[j] = 1;
   }
   for (int64_t k = 0; k < job.steps; k++) {
 #pragma omp simd
     for (int64_t j = 0; j < BLOCK; j++) {
-      const double xx = stats[2][j], uu = stats[3][j], xu = stats[4][j], c = r.c[j], a = r.a[j] + (k ? 1 : 0);
-      const double variance = a * a * xx + c * c * uu + 2 * a * c * xu;
+      const double c = o.c[j], a = o.a[j] + (k ? 1 : 0);
+      const double variance = a * a * xx[j] + c * c * uu[j] + 2 * a * c * xu[j];
       const double rstd = 1 / std::sqrt((variance > 0 ? variance : 0) + job.eps);
       if (derivatives) {
-        const double by_a = 2 * (a * xx + c * xu), by_c = 2 * (c * uu + a * xu);
+        const double by_a = 2 * (a * xx[j] + c * xu[j]), by_c = 2 * (c * uu[j] + a * xu[j]);
         const double direct[3] = {a * a, c * c, 2 * a * c}, factor = -0.5 * rstd * rstd * rstd;
         for (int p = 0; p < 3; p++) {
-          const double drstd = factor * (direct[p] + by_a * r.da[p][j] + by_c * r.dc[p][j]);
-          r.da[p][j] = r.da[p][j] * rstd + a * drstd;
-          r.dc[p][j] = r.dc[p][j] * rstd + c * drstd;
+          const double drstd = factor * (direct[p] + by_a * o.da[p][j] + by_c * o.dc[p][j]);
+          o.da[p][j] = o.da[p][j] * rstd + a * drstd;
+          o.dc[p][j] = o.dc[p][j] * rstd + c * drstd;
         }
       }
-      r.a[j] = a * rstd;
-      r.c[j] = c * rstd;
+      o.a[j] = a * rstd;
+      o.c[j] = c * rstd;
     }
   }
 }
 
-static void closed_forward_block(const TX* x, const TF* f, const float* w, const float* b, TY* y, float* saved,
-                                 int64_t count, const Job& job) {
-  const int64_t n = job.n;
-  float stats[5][BLOCK] = {};
+static void closed_forward(const TX* x, const TF* f, const float* w, const float* b, TY* y, float* saved,
+                           int64_t count, const Job job) {
+  const int64_t n = job.n, few = std::min(n, SAMPLE);
+  Stats stats[BLOCK];
   for (int64_t j = 0; j < count; j++) {
     const TX* xj = x + j * n;
     const TF* fj = f + j * n;
-    float sum_x = 0, sum_u = 0;
-#pragma omp simd reduction(+ : sum_x, sum_u)
-    for (int64_t i = 0; i < n; i++) {
-      const float scaled = job.scale * float(xj[i]);
-      sum_x += scaled;
-      sum_u += scaled + float(fj[i]);
-    }
-    const float mean_x = sum_x / n, mean_u = sum_u / n;
-    float xx = 0, uu = 0, xu = 0;
-#pragma omp simd reduction(+ : xx, uu, xu)
-    for (int64_t i = 0; i < n; i++) {
-      const float scaled = job.scale * float(xj[i]), p = scaled - mean_x, q = scaled + float(fj[i]) - mean_u;
-      xx += p * p;
-      uu += q * q;
-      xu += p * q;
-    }
-    const float found[5] = {mean_x, mean_u, xx / n, uu / n, xu / n};
-    for (int s = 0; s < 5; s++) saved[5 * j + s] = stats[s][j] = found[s];
+    Sum sum_x, sum_u, rest_x, rest_u, xx, uu, xu;
+    over(few, [&](int64_t i, auto part, int lane) {
+      const V scaled = job.scale * part.load(xj + i);
+      sum_x[lane] += scaled;
+      sum_u[lane] += scaled + part.load(fj + i);
+    });
+    const float shift_x = sum_x.total() / few, shift_u = sum_u.total() / few;
+    over(n, [&](int64_t i, auto part, int lane) {
+      const V scaled = job.scale * part.load(xj + i), p = part.keep(scaled - shift_x);
+      const V q = part.keep(scaled + part.load(fj + i) - shift_u);
+      rest_x[lane] += p;
+      rest_u[lane] += q;
+      xx[lane] += p * p;
+      uu[lane] += q * q;
+      xu[lane] += p * q;
+    });
+    const float dx = rest_x.total() * job.over_n, du = rest_u.total() * job.over_n;
+    stats[j] = {shift_x + dx, shift_u + du, xx.total() * job.over_n - dx * dx, uu.total() * job.over_n - du * du,
+                xu.total() * job.over_n - dx * du};
   }
-  Coefficients r;
-  closed_form(stats, job, false, r);
+  std::memcpy(saved, stats, count * sizeof(Stats));
+  Coefficients o;
+  closed_form(stats, count, job, false, o);
   for (int64_t j = 0; j < count; j++) {
+    const float a = o.a[j], c = o.c[j], mean_x = stats[j].mean_x, mean_u = stats[j].mean_u;
     const TX* xj = x + j * n;
     const TF* fj = f + j * n;
-    TY* yj = y + j * n;
-    const float a = r.a[j], c = r.c[j], mean_x = stats[0][j], mean_u = stats[1][j];
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const float scaled = job.scale * float(xj[i]);
-      yj[i] = TY((a * (scaled - mean_x) + c * (scaled + float(fj[i]) - mean_u)) * w[i] + b[i]);
-    }
+    over(n, [&](int64_t i, auto part, int) {
+      const V scaled = job.scale * part.load(xj + i), u = scaled + part.load(fj + i);
+      part.store((a * (scaled - mean_x) + c * (u - mean_u)) * widen(w + i) + widen(b + i), y + j * n + i);
+    });
   }
 }
 
-static void closed_backward_block(const TY* gradient, const TX* x, const TF* f, const float* w, const float* saved,
-                                  TX* dx, TF* df, float* acc_w, float* acc_b, int64_t count, const Job& job) {
+static void closed_backward(const TY* gradient, const TX* x, const TF* f, const float* w, const float* saved, TX* dx,
+                            TF* df, float* acc_w, float* acc_b, int64_t count, const Job job) {
   const int64_t n = job.n;
-  float stats[5][BLOCK] = {}, sums[3][BLOCK];
-  for (int64_t j = 0; j < count; j++)
-    for (int s = 0; s < 5; s++) stats[s][j] = saved[5 * j + s];
-  Coefficients r;
-  closed_form(stats, job, true, r);
+  Stats stats[BLOCK];
+  std::memcpy(stats, saved, count * sizeof(Stats));
+  Coefficients o;
+  closed_form(stats, count, job, true, o);
   for (int64_t j = 0; j < count; j++) {
-    const TX* xj = x + j * n;
-    const TF* fj = f + j * n;
+    const float a = o.a[j], c = o.c[j], mean_x = stats[j].mean_x, mean_u = stats[j].mean_u;
     const TY* gj = gradient + j * n;
-    const float a = r.a[j], c = r.c[j], mean_x = stats[0][j], mean_u = stats[1][j];
-    float total = 0, along_x = 0, along_u = 0;
-#pragma omp simd reduction(+ : total, along_x, along_u)
-    for (int64_t i = 0; i < n; i++) {
-      const float up = float(gj[i]), g = up * w[i], scaled = job.scale * float(xj[i]);
-      const float p = scaled - mean_x, q = scaled + float(fj[i]) - mean_u;
-      total += g;
-      along_x += g * p;
-      along_u += g * q;
-      acc_w[i] += up * (a * p + c * q);
-      acc_b[i] += up;
-    }
-    double by[3];
-    for (int p = 0; p < 3; p++) by[p] = (along_x * r.da[p][j] + along_u * r.dc[p][j]) / n;
-    const float mean_g = total / n, by_xx = 2 * by[0], by_uu = 2 * by[1], by_xu = by[2];
-    TX* dxj = dx + j * n;
-    TF* dfj = df + j * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const float g = float(gj[i]) * w[i] - mean_g, scaled = job.scale * float(xj[i]);
-      const float p = scaled - mean_x, q = scaled + float(fj[i]) - mean_u;
-      const float du = c * g + by_uu * q + by_xu * p;
-      dfj[i] = TF(du);
-      dxj[i] = TX(job.scale * (a * g + by_xx * p + by_xu * q + du));
-    }
+    const TX* xj = x + j * n;
+    const TF* fj = f + j * n;
+    Sum sum, along_x, along_u;
+    over(n, [&](int64_t i, auto part, int lane) {
+      const V up = part.load(gj + i), g = up * widen(w + i), scaled = job.scale * part.load(xj + i);
+      const V p = scaled - mean_x, q = scaled + part.load(fj + i) - mean_u;
+      sum[lane] += g;
+      along_x[lane] += g * p;
+      along_u[lane] += g * q;
+      narrow(widen(acc_w + i) + up * (a * p + c * q), acc_w + i);
+      narrow(widen(acc_b + i) + up, acc_b + i);
+    });
+    const double by_x = along_x.total() * job.over_n, by_u = along_u.total() * job.over_n;
+    float by[3], mean = sum.total() * job.over_n;
+    for (int p = 0; p < 3; p++) by[p] = (p < 2 ? 2 : 1) * (by_x * o.da[p][j] + by_u * o.dc[p][j]);
+    over(n, [&](int64_t i, auto part, int) {
+      const V g = part.load(gj + i) * widen(w + i) - mean, scaled = job.scale * part.load(xj + i);
+      const V p = scaled - mean_x, q = scaled + part.load(fj + i) - mean_u;
+      const V du = c * g + by[1] * q + by[2] * p;
+      part.store(du, df + j * n + i);
+      part.store(job.scale * (a * g + by[0] * p + by[2] * q + du), dx + j * n + i);
+    });
   }
 }
 
-extern "C" void rskip_forward(const TX* x, const TF* f, const float* w, const float* b, TY* y, float* stats,
+// Rows of gains or biases with zeros up to whole vectors.
+static std::vector<float> padded(const float* rows, const Job job) {
+  std::vector<float> result(job.affine_rows * job.stride);
+  for (int64_t k = 0; k < job.affine_rows; k++)
+    std::copy(rows + k * job.n, rows + (k + 1) * job.n, result.begin() + k * job.stride);
+  return result;
+}
+
+static Job make_job(int64_t rows, int64_t n, int64_t steps, int64_t affine_rows, float eps, float scale) {
+  // Rows at multiples of 4096 bytes would take turns in one set of the cache.
+  const int64_t stride = (n + LANES - 1) / LANES * LANES + 80;
+  return {rows, n, stride, steps, affine_rows, eps, scale, 1.0f / n};
+}
+
+extern "C" void rskip_forward(const TX* x, const TF* f, const float* weight, const float* bias, TY* y, float* stats,
                               int64_t rows, int64_t n, int64_t steps, int64_t affine_rows, int64_t closed, float eps,
                               float scale, int threads) {
-  const Job job{rows, n, steps, affine_rows, eps, scale};
+  const Job job = make_job(rows, n, steps, affine_rows, eps, scale);
+  const auto w = padded(weight, job), b = padded(bias, job);
   const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> xs(n), v(n);
+    std::vector<float> work(2 * job.stride);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-      const int64_t first = block * BLOCK, count = std::min(BLOCK, rows - first);
+      const int64_t first = block * BLOCK, end = std::min(first + BLOCK, rows);
       if (closed)
-        closed_forward_block(x + first * n, f + first * n, w, b, y + first * n, stats + first * 5, count, job);
+        closed_forward(x + first * n, f + first * n, w.data(), b.data(), y + first * n, stats + first * 5,
+                       end - first, job);
       else
-        for (int64_t row = first; row < first + count; row++)
-          chain_forward_row(x + row * n, f + row * n, w, b, y + row * n, stats + row * 2 * steps, job, xs.data(),
-                            v.data());
+        for (int64_t row = first; row < end; row++)
+          chain_forward(x + row * n, f + row * n, w.data(), b.data(), y + row * n, stats + row * 2 * steps, job,
+                        work.data());
     }
   }
 }
 
 // `partial` is (chunks, 2, affine_rows, n): sums over consecutive rows, which do not depend on the number of threads.
-extern "C" void rskip_backward(const TY* gradient, const TX* x, const TF* f, const float* w, const float* b,
+extern "C" void rskip_backward(const TY* gradient, const TX* x, const TF* f, const float* weight, const float* bias,
                                const float* stats, TX* dx, TF* df, double* partial, int64_t chunks, int64_t rows,
                                int64_t n, int64_t steps, int64_t affine_rows, int64_t closed, float eps, float scale,
                                int threads) {
-  const Job job{rows, n, steps, affine_rows, eps, scale};
-  const int64_t blocks = (rows + BLOCK - 1) / BLOCK, affine = affine_rows * n;
+  const Job job = make_job(rows, n, steps, affine_rows, eps, scale);
+  const auto w = padded(weight, job), b = padded(bias, job);
+  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> acc(2 * affine), xs(n), g(n), sum_x(n), normalized(steps * n);
+    std::vector<float> acc_w(w.size()), acc_b(b.size()), work((steps + 2) * job.stride);
+    const auto flush = [&](std::vector<float>& acc, double* sums) {
+      for (int64_t k = 0; k < affine_rows; k++)
+        for (int64_t i = 0; i < n; i++) sums[k * n + i] += acc[k * job.stride + i];
+      std::fill(acc.begin(), acc.end(), 0.0f);
+    };
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      double* sums = partial + chunk * 2 * affine;
-      std::fill(sums, sums + 2 * affine, 0.0);
+      double* sums = partial + chunk * 2 * affine_rows * n;
+      std::fill(sums, sums + 2 * affine_rows * n, 0.0);
       const int64_t last = (chunk + 1) * blocks / chunks;
       for (int64_t block = chunk * blocks / chunks, added = 0; block < last; block++) {
-        const int64_t first = block * BLOCK, count = std::min(BLOCK, rows - first);
+        const int64_t first = block * BLOCK, end = std::min(first + BLOCK, rows);
         if (closed)
-          closed_backward_block(gradient + first * n, x + first * n, f + first * n, w, stats + first * 5,
-                                dx + first * n, df + first * n, acc.data(), acc.data() + affine, count, job);
+          closed_backward(gradient + first * n, x + first * n, f + first * n, w.data(), stats + first * 5,
+                          dx + first * n, df + first * n, acc_w.data(), acc_b.data(), end - first, job);
         else
-          for (int64_t row = first; row < first + count; row++)
-            chain_backward_row(gradient + row * n, x + row * n, f + row * n, w, b, stats + row * 2 * steps,
-                               dx + row * n, df + row * n, acc.data(), acc.data() + affine, job, xs.data(), g.data(),
-                               sum_x.data(), normalized.data());
+          for (int64_t row = first; row < end; row++)
+            chain_backward(gradient + row * n, x + row * n, f + row * n, w.data(), b.data(), stats + row * 2 * steps,
+                           dx + row * n, df + row * n, acc_w.data(), acc_b.data(), job, work.data());
         if (++added % 8 == 0 || block == last - 1) {  // few enough to add in single precision
-          for (int64_t i = 0; i < 2 * affine; i++) sums[i] += acc[i];
-          std::fill(acc.begin(), acc.end(), 0.0f);
+          flush(acc_w, sums);
+          flush(acc_b, sums + affine_rows * n);
         }
       }
     }
