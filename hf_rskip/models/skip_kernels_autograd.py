@@ -9,7 +9,6 @@ What is kept of a call is x, F and a few float32 numbers for each group of value
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 def closed_form(
@@ -43,8 +42,9 @@ class RecomputedRSkip(torch.autograd.Function):
         return y.to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the recomputed gradient has no autograd formula of its own: use backend='reference'")
         x, branch, weight, bias, *stats = ctx.saved_tensors
         recursions, closed, eps, scale, dims = ctx.arguments
         run = _closed_backward if closed else _chain_backward
@@ -66,13 +66,17 @@ def _affine_of(step, weight, bias):
     return weight[row], bias[row]
 
 
+def _sum_of_rows(tensor):
+    return tensor.reshape(-1, tensor.shape[-1]).sum(0)
+
+
 def _chain_forward(x, branch, weight, bias, recursions, eps, scale, dims):
     x = scale * x
     y, stats = branch, []
     for step in range(recursions):
         y = x + y
-        variance, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
-        rstd = torch.rsqrt(variance + eps)
+        mean = y.mean(dims, keepdim=True)
+        rstd = torch.rsqrt((y - mean).square().mean(dims, keepdim=True) + eps)
         gain, shift = _affine_of(step, weight, bias)
         y = (y - mean) * rstd * gain + shift
         stats += [mean, rstd]
@@ -86,12 +90,11 @@ def _chain_backward(gradient, x, branch, weight, bias, stats, recursions, eps, s
         gain, shift = _affine_of(step, weight, bias)
         normalized.append((x + y - stats[2 * step]) * stats[2 * step + 1])
         y = normalized[-1] * gain + shift
-    rows = tuple(range(x.dim() - 1))
     grad_x, grad_weight, grad_bias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     for step in reversed(range(recursions)):
         y, row = normalized.pop(), step if len(weight) > 1 else 0
-        grad_weight[row] += (gradient * y).sum(rows)
-        grad_bias[row] += gradient.sum(rows)
+        grad_weight[row] += _sum_of_rows(gradient * y)
+        grad_bias[row] += _sum_of_rows(gradient)
         gradient = gradient * weight[row]
         of_mean, of_std = gradient.mean(dims, keepdim=True), (gradient * y).mean(dims, keepdim=True)
         gradient = stats[2 * step + 1] * (gradient - of_mean - y * of_std)
@@ -115,8 +118,7 @@ def _closed_forward(x, branch, weight, bias, recursions, eps, scale, dims):
 def _closed_backward(gradient, x, branch, weight, bias, stats, recursions, eps, scale, dims):
     x, u = _centred_pair(x, branch, scale, *stats[:2])
     a, c, da, dc = closed_form(*stats[2:], recursions, eps)
-    rows = tuple(range(x.dim() - 1))
-    grad_weight, grad_bias = (gradient * (a * x + c * u)).sum(rows), gradient.sum(rows)
+    grad_weight, grad_bias = _sum_of_rows(gradient * (a * x + c * u)), _sum_of_rows(gradient)
     gradient = gradient * weight[0]
     along_x, along_u = (gradient * x).mean(dims, keepdim=True), (gradient * u).mean(dims, keepdim=True)
     by_xx, by_uu, by_xu = (along_x * p + along_u * q for p, q in zip(da, dc, strict=True))

@@ -145,13 +145,13 @@ struct Job {
   float eps, scale, over_n;
 };
 
-// Sums of squares are those of distances to the mean of the first few values of a row: far from it they lose digits.
-constexpr int64_t SAMPLE = 64;
+// Sums of squares lose digits far from the mean; the mean of the first eighth of a row is near enough, whatever is there.
+static inline int64_t sample_size(int64_t n) { return std::min(n, std::max(n / 8, int64_t(64))); }
 
 // Mean and 1 / std of `value(i, part)`, which `keep(i, v)` gets to see.
 template <class Value, class Keep>
 static inline __attribute__((always_inline)) void moments(const Job job, Value value, Keep keep, float* stats) {
-  const int64_t few = std::min(job.n, SAMPLE);
+  const int64_t few = sample_size(job.n);
   Sum sample, rest, square;
   over(few, [&](int64_t i, auto part, int lane) { sample[lane] += value(i, part); });
   const float shift = sample.total() / few;
@@ -291,7 +291,7 @@ static void closed_form(const Stats* stats, int64_t count, const Job job, bool d
 
 static void closed_forward(const TX* x, const TF* f, const float* w, const float* b, TY* y, float* saved,
                            int64_t count, const Job job) {
-  const int64_t n = job.n, few = std::min(n, SAMPLE);
+  const int64_t n = job.n, few = sample_size(n);
   Stats stats[BLOCK];
   for (int64_t j = 0; j < count; j++) {
     const TX* xj = x + j * n;

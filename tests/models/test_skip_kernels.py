@@ -1,0 +1,338 @@
+"""The implementations of recursive skip connections against the formula in float64: values and all gradients."""
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from hf_rskip import RSkip
+from hf_rskip.models import skip_kernels, skip_kernels_cpu
+from hf_rskip.models.skip_connections import rskip_layer_norm
+
+AFFINES = ("per_step", "shared", "last")
+EPS = 1e-5
+CPP = pytest.param(
+    "cpp",
+    marks=pytest.mark.skipif(
+        not skip_kernels.has_cpp(torch.float32, torch.float32), reason="no C++ compiler builds the operator"
+    ),
+)
+BACKENDS = pytest.mark.parametrize("backend", ["recompute", CPP])
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty_memory():
+    """What an operator does not write is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def formula(x, branch, weight, bias, recursions, affine, scale=1.0, rounding=0.0):
+    """In float64; with `rounding`, every sum is off by about that much of its terms."""
+
+    def rounded(tensor):
+        return tensor * (1 + rounding * torch.randn_like(tensor)) if rounding else tensor
+
+    y = branch
+    for step in range(recursions):
+        y = rounded(scale * x) + rounded(y)
+        centred = rounded(y) - rounded(y.mean(-1, keepdim=True))
+        y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPS)
+        if affine != "last" or step == recursions - 1:
+            row = step if affine == "per_step" else 0
+            y = y * weight.reshape(-1, x.shape[-1])[row] + bias.reshape(-1, x.shape[-1])[row]
+    return y
+
+
+def results(function, leaves, upstream, *args, **kwargs):
+    """The value of `function` and its gradients under a random upstream gradient."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]  # keeps strides
+    y = function(*leaves, *args, **kwargs)
+    return y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
+
+
+def assert_equals_formula(backend, leaves, upstream, recursions, affine, scale=1.0):
+    """Up to a few roundings: of what is computed to float32, and of what is returned to its precision."""
+    arguments = {"recursions": recursions, "affine": affine, "scale": scale}
+    actual = results(rskip_layer_norm, leaves, upstream, **arguments, eps=EPS, backend=backend)
+    again = results(rskip_layer_norm, leaves, upstream, **arguments, eps=EPS, backend=backend)
+    wide, upstream = [leaf.double() for leaf in leaves], upstream.double()
+    expected = results(formula, wide, upstream, **arguments)
+    off = [results(formula, wide, upstream, **arguments, rounding=2**-24) for _ in range(4)]
+    dtypes = (torch.promote_types(leaves[0].dtype, leaves[1].dtype), *(leaf.dtype for leaf in leaves))
+    names = ("y", "grad_x", "grad_branch", "grad_weight", "grad_bias")
+    for index, (name, dtype) in enumerate(zip(names, dtypes, strict=True)):
+        found, wanted = actual[index], expected[index]
+        assert torch.equal(found, again[index]), f"{name} differs from run to run"
+        assert found.dtype == dtype and found.shape == wanted.shape
+        if not found.numel():
+            continue
+        sensitivity = max((other[index] - wanted).abs().max().item() for other in off)
+        largest = wanted.abs().max().item()
+        tolerance = 8 * sensitivity + 2**-19 * largest + 1e-37
+        rounding = torch.finfo(dtype).eps * wanted.abs() + torch.finfo(dtype).smallest_normal
+        excess = ((found.double() - wanted).abs() - rounding).max().item()
+        assert excess <= tolerance, f"{name} is off by {excess:.2e} > {tolerance:.2e}"
+
+
+def random_leaves(shape, recursions, affine, dtypes=(torch.float32,) * 2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, branch, upstream = torch.randn(3, *shape, generator=generator)
+    affine_shape = (recursions, shape[-1]) if affine == "per_step" else shape[-1:]
+    weight, bias = torch.rand(2, *affine_shape, generator=generator) + torch.tensor([0.5, -0.5]).reshape(
+        2, *[1] * len(affine_shape)
+    )
+    dtype = torch.promote_types(*dtypes)
+    return [x.to(dtypes[0]), (0.3 + 2 * branch).to(dtypes[1]), weight, bias], upstream.to(dtype)
+
+
+EXTREMES = {
+    "plain": lambda x: x,
+    "large": lambda x: 1e4 * x,
+    "offset": lambda x: 1e4 + x,
+    "small": lambda x: 1e-4 * x,
+    "denormal": lambda x: 1e-39 * x,
+    "constant rows": lambda x: x[..., :1].expand(x.shape).contiguous(),
+    "zero": lambda x: 0 * x,
+    "one column": lambda x: torch.cat([1e3 + 1e3 * x[..., :1].abs(), 1e-3 * x[..., 1:]], -1),
+}
+
+
+@BACKENDS
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    leading=st.lists(st.integers(0, 5), max_size=3),
+    size=st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 128, 257, 512])),
+    recursions=st.integers(1, 8),
+    affine=st.sampled_from(AFFINES),
+    of_x=st.sampled_from(sorted(EXTREMES)),
+    of_branch=st.sampled_from(sorted(EXTREMES)),
+    scale=st.sampled_from([1.0, 2.414, -0.5]),
+)
+@example([70], 33, 4, "per_step", "plain", "plain", 1.0)  # more rows than one flush of the sums
+@example([300], 16, 3, "last", "plain", "plain", 1.0)
+@example([], 1, 2, "per_step", "plain", "plain", 1.0)
+@example([2], 8192, 2, "per_step", "one column", "plain", 1.0)
+@example([2], 8192, 8, "last", "one column", "offset", 1.0)
+@example([5], 512, 3, "last", "constant rows", "plain", 1.0)
+def test_values_and_gradients(backend, leading, size, recursions, affine, of_x, of_branch, scale):
+    leaves, upstream = random_leaves((*leading, size), recursions, affine)
+    leaves[0], leaves[1] = EXTREMES[of_x](leaves[0]), EXTREMES[of_branch](leaves[1])
+    assert_equals_formula(backend, leaves, upstream, recursions, affine, scale)
+
+
+PRECISIONS = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtypes", PRECISIONS, ids=str)
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("recursions", [1, 4])
+def test_low_and_mixed_precision(backend, recursions, affine, dtypes):
+    """One rounding at the end, not one a step; the residual may stay in float32 beside a branch that is not."""
+    for size in (16, 50, 512):
+        leaves, upstream = random_leaves((7, size), recursions, affine, dtypes)
+        assert_equals_formula(backend, leaves, upstream, recursions, affine)
+
+
+@BACKENDS
+@pytest.mark.parametrize("affine", AFFINES)
+def test_any_strides(backend, affine):
+    leaves, upstream = random_leaves((6, 5, 48), 3, affine)
+    expected = results(rskip_layer_norm, leaves, upstream, 3, affine, backend=backend)
+    strided = [
+        leaves[0].transpose(0, 1).contiguous().transpose(0, 1),
+        leaves[1].repeat_interleave(2, -1)[..., ::2],
+        *(leaf.mT.contiguous().mT if leaf.dim() > 1 else leaf for leaf in leaves[2:]),
+    ]
+    for gradient in (upstream, upstream.mT.contiguous().mT):
+        found = results(rskip_layer_norm, strided, gradient, 3, affine, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    expanded = torch.ones(()).expand(6, 5, 48)  # as in the backward pass of `sum`
+    found = results(rskip_layer_norm, leaves, expanded, 3, affine, backend=backend)
+    expected = results(rskip_layer_norm, leaves, expanded.clone(), 3, affine, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("affine", AFFINES)
+def test_constant_rows_give_the_bias(backend, affine):
+    leaves, _ = random_leaves((3, 100), 1, affine)
+    x, branch = torch.full((3, 100), 12345.678), torch.full((3, 100), -0.1)
+    y = rskip_layer_norm(x, branch, *leaves[2:], recursions=1, affine=affine, backend=backend)
+    if backend == "cpp":
+        torch.testing.assert_close(y, leaves[3].expand(3, 100), rtol=0, atol=0)
+    assert (y - leaves[3]).abs().max() < 1  # a rounding of the mean, times the 1 / sqrt(eps) of such rows
+
+
+@BACKENDS
+def test_many_rows_add_up(backend):
+    """The gradients of gain and bias of 20,000 rows keep the digits of float32."""
+    leaves, upstream = random_leaves((20_000, 16), 2, "per_step")
+    assert_equals_formula(backend, leaves, upstream.abs(), 2, "per_step")
+
+
+@BACKENDS
+def test_gradients_that_nobody_asks_for(backend):
+    leaves, upstream = random_leaves((9, 32), 2, "per_step")
+    expected = results(rskip_layer_norm, leaves, upstream, backend=backend)[1:]
+    for index, leaf in enumerate(leaves):
+        alone = [other.detach().requires_grad_(other is leaf) for other in leaves]
+        y = rskip_layer_norm(*alone, backend=backend)
+        assert torch.equal(torch.autograd.grad(y, alone[index], upstream)[0], expected[index])
+    with torch.inference_mode():
+        assert torch.equal(rskip_layer_norm(*leaves, backend=backend), y)
+    assert torch.equal(
+        rskip_layer_norm(*leaves[:2], backend=backend),
+        rskip_layer_norm(*leaves[:2], torch.ones(2, 32), torch.zeros(2, 32), backend=backend),
+    )
+
+
+@BACKENDS
+def test_second_derivatives_are_an_error(backend):
+    leaves, upstream = random_leaves((9, 32), 2, "per_step")
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    y = rskip_layer_norm(*leaves, backend=backend)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient, *_ = torch.autograd.grad(y, leaves, upstream, create_graph=True)
+        gradient.square().sum().backward()
+
+
+@BACKENDS
+@pytest.mark.parametrize("affine", AFFINES)
+def test_compile_and_checkpoint_see_through_it(backend, affine):
+    leaves, upstream = random_leaves((9, 32), 3, affine)
+
+    def call(*tensors):
+        return rskip_layer_norm(*tensors, recursions=3, affine=affine, backend=backend)
+
+    expected = results(call, leaves, upstream)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for found in (
+        results(compiled, leaves, upstream),
+        results(lambda *tensors: checkpoint(call, *tensors, use_reentrant=False), leaves, upstream),
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@CPP.marks[0]
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_operator_is_one_of_torch(closed):
+    leaves, _ = random_leaves((9, 32), 3, "last" if closed else "per_step")
+    x, branch, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    rows = 1 if closed else 3
+    arguments = (x, branch, weight.reshape(rows, 32), bias.reshape(rows, 32), 3, closed, EPS, 1.0, torch.float32)
+    torch.library.opcheck(skip_kernels_cpu.rskip_layer_norm, arguments)
+
+
+@CPP.marks[0]
+@pytest.mark.parametrize("affine", AFFINES)
+def test_the_number_of_threads_changes_no_bit(affine):
+    leaves, upstream = random_leaves((3000, 24), 3, affine)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(results(rskip_layer_norm, leaves, upstream, 3, affine, backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+# In RSkip
+
+
+@CPP.marks[0]
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("recursions", [1, 2, 4])
+def test_rskip_is_the_same_function_watched_or_not(recursions, affine):
+    torch.manual_seed(0)
+    skip = RSkip(64, recursions, affine=affine, eps=1e-3)
+    for parameter in skip.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    watched = copy.deepcopy(skip)
+    seen = []
+    watched.norm[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    x, branch, upstream = torch.randn(3, 8, 64, 64)
+    found = []
+    for module in (skip, watched):
+        leaves = [x.clone().requires_grad_(), branch.clone().requires_grad_()]
+        y = module(*leaves)
+        found.append((y, *torch.autograd.grad(y, [*leaves, *module.parameters()], upstream)))
+    assert len(seen) == (recursions if affine == "shared" else 1)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert (skip_kernels.choose_backend(x, branch, recursions, affine) == "cpp") == (recursions > 1)
+
+
+def test_auto_leaves_to_torch_what_it_does_as_well():
+    x = torch.randn(512, 64)
+
+    def chosen(x, branch=None, recursions=2):
+        return skip_kernels.choose_backend(x, x if branch is None else branch, recursions, "per_step")
+
+    for other in (x.double(), x[:8], x[:, :8], x[:0], torch.randn(2, 16384)):
+        assert chosen(other) == "reference"
+    assert chosen(x, recursions=1) == chosen(x, x[:1]) == "reference"
+    program = torch.export.export(RSkip(64, 2), (x, x))
+    assert not [node for node in program.graph.nodes if "rskip" in str(node.target)]
+
+
+def test_wrong_backends_are_one_sentence():
+    x = torch.randn(4, 16)
+    with pytest.raises(
+        ValueError, match="^`backend` must be one of auto, reference, recompute, cpp, triton, not 'cuda'$"
+    ):
+        rskip_layer_norm(x, x, backend="cuda")
+    with pytest.raises(ValueError, match="^backend='cpp' takes float32, bfloat16 and float16, not torch.float64 and"):
+        rskip_layer_norm(x.double(), x.double(), backend="cpp")
+
+
+# The compiler
+
+
+def run(program, **environment):
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+
+
+AUTO = """
+    import torch
+    from hf_rskip import RSkip
+    x, branch = torch.randn(2, 512, 64)
+    print(RSkip(64, 3)(x, branch).isfinite().all().item())
+"""
+
+
+def test_without_a_compiler_there_is_one_line(tmp_path):
+    result = run(AUTO, CXX=str(tmp_path / "no-compiler"), TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert result.stdout == "True\n", result.stderr
+    lines = [line for line in result.stderr.splitlines() if "unfused" in line]
+    assert len(lines) == 1 and "no-compiler" in lines[0]
+
+
+@CPP.marks[0]
+def test_processes_that_build_at_once(tmp_path):
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(AUTO)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=120)
+        assert stdout == "True\n" and "unfused" not in stderr, stderr
+    assert [path.suffix for path in (tmp_path / "hf_rskip").iterdir()] == [".so"]
