@@ -1,0 +1,269 @@
+"""Time and memory of a recursive skip connection, and of the encoder layer around it, against the number of recursions.
+
+    python recipes/benchmarks/skip_kernels.py --output skip_kernels.csv --plot skip_kernels.pdf
+
+measures everything on the GPU, or where there is none on the CPU, at one size. All implementations of one size and all K
+take turns, in an order that rotates from round to round; reported are medians. On a GPU times are those of its events,
+on a CPU processor time, which other processes disturb less than the clock. Liger's and flash-attention's add and layer
+norm (K = 1) take part where they are installed. `copy` reads and writes one tensor: its bytes a second are what memory
+allows.
+"""
+
+import argparse
+import statistics
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from report import append_csv, describe_run, print_table
+from torch import nn
+
+from hf_rskip import RSkip
+from hf_rskip.models.skip_connections import rskip_layer_norm
+
+RECURSIONS = (1, 2, 3, 4, 8)
+SIZES = {"cuda": [(8192, 512), (8192, 1024), (65536, 1024)], "cpu": [(8192, 512)]}
+
+
+class EncoderLayer(nn.Module):
+    """Post-LN encoder layer with 64 features a head, on sentences of 64 tokens."""
+
+    def __init__(self, size, skips):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.fc1, self.fc2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        self.skips = skips
+
+    def forward(self, x):
+        heads = self.qkv(x).view(-1, 64, 3, x.shape[-1] // 64, 64).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(x.shape)
+        x = self.skips[0](x, self.out(mixed))
+        return self.skips[1](x, self.fc2(self.fc1(x).relu()))
+
+
+class Skip(nn.Module):
+    """`rskip_layer_norm` with a fixed backend."""
+
+    def __init__(self, size, recursions, affine, backend):
+        super().__init__()
+        shape = (recursions, size) if affine == "per_step" else (size,)
+        self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+        self.arguments = {"recursions": recursions, "affine": affine, "backend": backend}
+
+    def forward(self, x, branch):
+        return rskip_layer_norm(x, branch, self.weight.to(x.dtype), self.bias.to(x.dtype), **self.arguments)
+
+
+def make_skips(size, recursions, affine, device):
+    """Skip connections by the name of their implementation."""
+    fused = "triton" if device == "cuda" else "cpp"
+    skips = {name: Skip(size, recursions, affine, name) for name in ("reference", "recompute", fused)}
+    skips["auto"] = RSkip(size, recursions, affine=affine)
+    skips["compile"] = torch.compile(Skip(size, recursions, affine, "reference"))
+    skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, fused))
+    if recursions == 1 and device == "cuda":
+        skips |= make_peers(size)
+    return skips
+
+
+def make_peers(size):
+    peers = {}
+    if find_spec("liger_kernel"):
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        class Liger(nn.LayerNorm):
+            def forward(self, x, branch):
+                return LigerLayerNormFunction.apply(x + branch, self.weight, self.bias, self.eps)
+
+        peers["liger"] = Liger(size)
+    if find_spec("flash_attn"):
+        from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+        class FlashAttention(nn.LayerNorm):
+            def forward(self, x, branch):
+                return layer_norm_fn(branch, self.weight, self.bias, residual=x, eps=self.eps)
+
+        peers["flash_attn"] = FlashAttention(size)
+    return peers
+
+
+class Case:
+    """A module with inputs, and its two passes."""
+
+    def __init__(self, module, inputs, upstream):
+        self.module, self.inputs, self.upstream = module, inputs, upstream
+        self.forward_times, self.backward_times = [], []
+
+    def run(self, clock):
+        start = clock()
+        y = self.module(*self.inputs)
+        middle = clock()
+        y.backward(self.upstream)
+        end = clock()
+        for tensor in (*self.inputs, *self.module.parameters()):
+            tensor.grad = None
+        return start, middle, end
+
+    def kept_bytes(self):
+        """Of the activations that wait for the backward pass, without inputs and parameters."""
+        given = {tensor.untyped_storage().data_ptr() for tensor in (*self.inputs, *self.module.parameters())}
+        kept = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in given:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = self.module(*self.inputs)
+        del y
+        return sum(kept.values())
+
+
+def take_turns(cases, rounds, warmup, device):
+    def clock():
+        if device == "cpu":
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    for index in range(-warmup, rounds):
+        start = index % len(cases)
+        for case in cases[start:] + cases[:start]:
+            times = case.run(clock)
+            if device == "cuda":
+                torch.cuda.synchronize()
+                forward, backward = (1e-3 * a.elapsed_time(b) for a, b in zip(times, times[1:], strict=False))
+            else:
+                forward, backward = times[1] - times[0], times[2] - times[1]
+            if index >= 0:
+                case.forward_times.append(forward)
+                case.backward_times.append(backward)
+
+
+def make_cases(args, rows, size, device, dtype):
+    """All that is measured at one size, by (what, implementation, affine, K)."""
+    torch.manual_seed(0)
+    x, branch = (torch.randn(rows, size, device=device, dtype=dtype).requires_grad_() for _ in range(2))
+    upstream = torch.randn(rows, size, device=device, dtype=dtype)
+    cases = {}
+    for affine in args.affines:
+        for recursions in args.recursions:
+            for name, skip in make_skips(size, recursions, affine, device).items():
+                if args.implementations and name not in args.implementations:
+                    continue
+                skip.to(device, dtype)
+                cases["skip", name, affine, recursions] = Case(skip, (x, branch), upstream)
+                if args.layer and name in ("reference", "recompute", "auto"):
+                    skips = nn.ModuleList([make_skips(size, recursions, affine, device)[name] for _ in range(2)])
+                    layer = EncoderLayer(size, skips).to(device, dtype)
+                    cases["layer", name, affine, recursions] = Case(layer, (x,), upstream)
+    return cases
+
+
+def measure_copy(rows, size, device, dtype):
+    """Bytes a second of reading and writing a tensor."""
+    source, seconds = torch.randn(rows, size, device=device, dtype=dtype), []
+    target = torch.empty_like(source)
+    for _ in range(20):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source)
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(1e-3 * start.elapsed_time(end))
+        else:
+            start = time.process_time()
+            target.copy_(source)
+            seconds.append(time.process_time() - start)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def plot(rows, path):
+    """Forward and backward time of the skip connection against K, one panel a size and affine."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if row["what"] == "skip"]
+    panels = sorted({(row["rows"], row["size"], row["affine"]) for row in rows})
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        here = [row for row in rows if (row["rows"], row["size"], row["affine"]) == panel]
+        for name in dict.fromkeys(row["implementation"] for row in here):
+            points = [(row["K"], float(row["total_ms"])) for row in here if row["implementation"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=f"{panel[0]} x {panel[1]}, {panel[2]}", xlabel="K", ylim=(0, None))
+    axes[0][0].set_ylabel("forward and backward, ms")
+    axes[0][-1].legend()
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", help="ROWSxFEATURES, such as 8192x512")
+    parser.add_argument("--recursions", type=int, nargs="+", default=RECURSIONS)
+    parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
+    parser.add_argument("--implementations", nargs="+", help="only these")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--rounds", type=int, help="measured calls of each: 100 on a GPU, 7 on a CPU")
+    parser.add_argument("--warmup", type=int, default=3, help="calls before those")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--no_layer", dest="layer", action="store_false", help="leave the encoder layer out")
+    parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
+    parser.add_argument("--plot", type=Path, help="file of a plot of time against K")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype or {"cuda": "bfloat16", "cpu": "float32"}[device])
+    rounds = args.rounds or {"cuda": 100, "cpu": 7}[device]
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else SIZES[device]
+    rows = []
+    for count, size in sizes:
+        torch._dynamo.reset()
+        torch._dynamo.config.cache_size_limit = 256
+        cases = make_cases(args, count, size, device, dtype)
+        copy = measure_copy(count, size, device, dtype)
+        take_turns(list(cases.values()), rounds, args.warmup, device)
+        medians = {
+            key: [statistics.median(times) for times in (case.forward_times, case.backward_times)]
+            for key, case in cases.items()
+        }
+        for key, (forward, backward) in medians.items():
+            what, name, affine, recursions = key
+            least, eager = (what, name, affine, min(args.recursions)), (what, "reference", affine, recursions)
+            total = forward + backward
+            moved = 3 * count * size * dtype.itemsize / forward
+            rows.append(
+                {
+                    "what": what,
+                    "implementation": name,
+                    "affine": affine,
+                    "K": recursions,
+                    "rows": count,
+                    "size": size,
+                    "forward_ms": f"{1e3 * forward:.4g}",
+                    "backward_ms": f"{1e3 * backward:.4g}",
+                    "total_ms": f"{1e3 * total:.4g}",
+                    "forward_to_K1": f"{forward / medians[least][0]:.3f}" if least in medians else "",
+                    "total_to_K1": f"{total / sum(medians[least]):.3f}" if least in medians else "",
+                    "eager_to_this": f"{sum(medians[eager]) / total:.3f}" if eager in medians else "",
+                    "forward_of_copy_bandwidth": f"{moved / copy:.3f}" if what == "skip" else "",
+                    "kept_MiB": f"{cases[key].kept_bytes() / 2**20:.2f}",
+                }
+            )
+    about = {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds, **describe_run(device)}
+    print_table([{name: str(value) for name, value in row.items()} for row in rows], about)
+    append_csv([row | about for row in rows], args.output)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
