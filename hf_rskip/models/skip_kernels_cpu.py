@@ -145,7 +145,7 @@ struct Job {
   float eps, scale, over_n;
 };
 
-// Sums of squares lose digits far from the mean; the mean of the first eighth of a row is near enough, whatever is there.
+// Sums of squares lose digits far from the mean; that of the first eighth of a row is near enough, whatever is there.
 static inline int64_t sample_size(int64_t n) { return std::min(n, std::max(n / 8, int64_t(64))); }
 
 // Mean and 1 / std of `value(i, part)`, which `keep(i, v)` gets to see.

@@ -1,8 +1,8 @@
 """Recursive skip connections as two Triton kernels: a row stays in registers while it passes through its K steps.
 
-The forward pass reads x and F and writes y; the backward pass reads x, F and the gradient of y and writes those of x and
-F. Gradients of gains and biases are summed in float32 by each program over its rows, then over the programs: without
-atomic additions every run gives the same bits.
+The forward pass reads x and F and writes y; the backward pass reads x, F and the gradient of y and writes those of x
+and F. Gradients of gains and biases are summed in float32 by each program over its rows, then over the programs:
+without atomic additions every run gives the same bits.
 """
 
 import re

@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/skip_kernels.py --output skip_kernels.csv --plot skip_kernels.pdf
 
-measures everything on the GPU, or where there is none on the CPU, at one size. All implementations of one size and all K
-take turns, in an order that rotates from round to round; reported are medians. On a GPU times are those of its events,
+measures everything on the GPU, or where there is none on the CPU, at one size. All implementations and K take turns,
+in an order that rotates from round to round; reported are medians. On a GPU times are those of its events,
 on a CPU processor time, which other processes disturb less than the clock. Liger's and flash-attention's add and layer
 norm (K = 1) take part where they are installed. `copy` reads and writes one tensor: its bytes a second are what memory
 allows.
