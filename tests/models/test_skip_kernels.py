@@ -272,13 +272,13 @@ INTERPRETED = """
     spec.loader.exec_module(checks)
     torch.use_deterministic_algorithms(True)
     for affine in checks.AFFINES:
-        for recursions in (1, 2, 3, 5):
-            for shape in ((37, 24), (2, 3, 100), (300, 16), (2, 512), (0, 16)):
-                for dtypes in [(torch.float32, torch.float32), *checks.PRECISIONS]:
+        for recursions in (1, 3):
+            for shape in ((37, 24), (2, 3, 100), (0, 16)):
+                for dtypes in [(torch.float32, torch.float32), *checks.PRECISIONS[::2]]:
                     leaves, upstream = checks.random_leaves(shape, recursions, affine, dtypes)
                     checks.assert_equals_formula("triton", leaves, upstream, recursions, affine, 1.7)
     for kind, change in checks.EXTREMES.items():
-        for affine in checks.AFFINES:
+        for affine in ("per_step", "last"):
             leaves, upstream = checks.random_leaves((5, 48), 3, affine)
             leaves[0], leaves[1] = change(leaves[0]), checks.EXTREMES["offset"](leaves[1])
             checks.assert_equals_formula("triton", leaves, upstream, 3, affine)
