@@ -111,6 +111,8 @@ def _closed_forward(x, branch, weight, bias, recursions, eps, scale, dims):
     mean_x, mean_u = scale * x.mean(dims, keepdim=True), (scale * x + branch).mean(dims, keepdim=True)
     x, u = _centred_pair(x, branch, scale, mean_x, mean_u)
     v_xx, v_uu, v_xu = ((p * q).mean(dims, keepdim=True) for p, q in ((x, x), (u, u), (x, u)))
+    rounding = (2 * torch.finfo(x.dtype).eps) ** 2  # what it leaves of a row that is constant
+    v_xx, v_uu = torch.maximum(v_xx, rounding * mean_x**2), torch.maximum(v_uu, rounding * mean_u**2)
     a, c, _, _ = closed_form(v_xx, v_uu, v_xu, recursions, eps)
     return (a * x + c * u) * weight[0] + bias[0], [mean_x, mean_u, v_xx, v_uu, v_xu]
 

@@ -313,8 +313,12 @@ static void closed_forward(const TX* x, const TF* f, const float* w, const float
       xu[lane] += p * q;
     });
     const float dx = rest_x.total() * job.over_n, du = rest_u.total() * job.over_n;
-    stats[j] = {shift_x + dx, shift_u + du, xx.total() * job.over_n - dx * dx, uu.total() * job.over_n - du * du,
-                xu.total() * job.over_n - dx * du};
+    const auto at_least = [](float variance, float mean) {  // what rounding leaves of a row that is constant
+      const float rounding = mean * 0x1p-22f;
+      return std::max(variance, rounding * rounding);
+    };
+    stats[j] = {shift_x + dx, shift_u + du, at_least(xx.total() * job.over_n - dx * dx, shift_x),
+                at_least(uu.total() * job.over_n - du * du, shift_u), xu.total() * job.over_n - dx * du};
   }
   std::memcpy(saved, stats, count * sizeof(Stats));
   Coefficients o;

@@ -62,6 +62,8 @@ def forward_kernel(
         mean_x, mean_u = _row_mean(x, mask, n), _row_mean(u, mask, n)
         x, u = tl.where(mask, x - mean_x, 0.0), tl.where(mask, u - mean_u, 0.0)
         xx, uu, xu = _row_mean(x * x, mask, n), _row_mean(u * u, mask, n), _row_mean(x * u, mask, n)
+        rounding: tl.constexpr = 2.0**-44  # squared: what it leaves of a row that is constant
+        xx, uu = tl.maximum(xx, rounding * mean_x * mean_x), tl.maximum(uu, rounding * mean_u * mean_u)
         a, c, _, _, _, _, _, _ = _closed_form(xx, uu, xu, eps, STEPS)
         gain = tl.load(weight_ptr + column, mask=column < n, other=0.0).to(tl.float32)
         shift = tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)
