@@ -20,8 +20,27 @@ except ImportError as error:
 
 
 @triton.jit
-def _row_mean(values, mask, n):
-    return tl.sum(tl.where(mask, values, 0.0), axis=1)[:, None] / n
+def _row_mean(values, N: tl.constexpr):
+    """Of the first N columns of (rows, columns), as (rows, 1)."""
+    if N < values.shape[1]:
+        values = tl.where(tl.arange(0, values.shape[1])[None, :] < N, values, 0.0)
+    return tl.sum(values, axis=1, keep_dims=True) / N
+
+
+@triton.jit
+def _load_affine(pointer, step: tl.constexpr, PER_STEP: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
+    column = tl.arange(0, SIZE)[None, :]
+    row: tl.constexpr = step if PER_STEP else 0
+    values = tl.load(pointer + row * N + column, mask=column < N, other=0.0, eviction_policy="evict_last")
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _kept(seed_ptr, offset, p):
+    """1 / (1 - p) with probability 1 - p, else 0: the same whenever it is computed."""
+    low, high = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, high * 0, high * 0)
+    return tl.where(tl.uint_to_uniform_float(word) >= p, 1 / (1 - p), 0.0)
 
 
 @triton.jit
@@ -34,7 +53,7 @@ def _closed_form(xx, uu, xu, eps, STEPS: tl.constexpr):
         if step > 0:
             a += 1.0
         variance = tl.maximum(a * a * xx + c * c * uu + 2 * a * c * xu, 0.0)
-        rstd = 1 / tl.sqrt(variance + eps)
+        rstd = tl.rsqrt(variance + eps)
         by_a, by_c, factor = 2 * (a * xx + c * xu), 2 * (c * uu + a * xu), -0.5 * rstd * rstd * rstd
         r_xx = factor * (a * a + by_a * a_xx + by_c * c_xx)
         r_uu = factor * (c * c + by_a * a_uu + by_c * c_uu)
@@ -47,125 +66,151 @@ def _closed_form(xx, uu, xu, eps, STEPS: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x_ptr, branch_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, rows, n, eps, scale,
-    STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, stats_ptr, rows, eps, scale, p,
+    N: tl.constexpr, STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` rows a program, `SIZE` at least n."""
+    """`ROWS` rows of N values a program; `SIZE` is N or the next power of two."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, SIZE)[None, :]
-    mask = (row < rows) & (column < n)
-    offset = row * n + column
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) * scale
-    y = tl.load(branch_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    real = row < rows
+    mask = real & (column < N)
+    offset = row * N + column
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32) * scale
+    y = tl.load(branch_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if DROPOUT:
+        y *= _kept(seed_ptr, offset, p)
     if CLOSED:
         u = x + y
-        mean_x, mean_u = _row_mean(x, mask, n), _row_mean(u, mask, n)
-        x, u = tl.where(mask, x - mean_x, 0.0), tl.where(mask, u - mean_u, 0.0)
-        xx, uu, xu = _row_mean(x * x, mask, n), _row_mean(u * u, mask, n), _row_mean(x * u, mask, n)
+        mean_x, mean_u = _row_mean(x, N), _row_mean(u, N)
+        x, u = x - mean_x, u - mean_u
+        xx, uu, xu = _row_mean(x * x, N), _row_mean(u * u, N), _row_mean(x * u, N)
         rounding: tl.constexpr = 2.0**-44  # squared: what it leaves of a row that is constant
         xx, uu = tl.maximum(xx, rounding * mean_x * mean_x), tl.maximum(uu, rounding * mean_u * mean_u)
         a, c, _, _, _, _, _, _ = _closed_form(xx, uu, xu, eps, STEPS)
-        gain = tl.load(weight_ptr + column, mask=column < n, other=0.0).to(tl.float32)
-        shift = tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)
-        y = (a * x + c * u) * gain + shift
+        gain = _load_affine(weight_ptr, 0, PER_STEP, N, SIZE)
+        y = (a * x + c * u) * gain + _load_affine(bias_ptr, 0, PER_STEP, N, SIZE)
         to_stats = stats_ptr + row * 5
-        tl.store(to_stats, mean_x, mask=row < rows)
-        tl.store(to_stats + 1, mean_u, mask=row < rows)
-        tl.store(to_stats + 2, xx, mask=row < rows)
-        tl.store(to_stats + 3, uu, mask=row < rows)
-        tl.store(to_stats + 4, xu, mask=row < rows)
+        tl.store(to_stats, mean_x, mask=real)
+        tl.store(to_stats + 1, mean_u, mask=real)
+        tl.store(to_stats + 2, xx, mask=real)
+        tl.store(to_stats + 3, uu, mask=real)
+        tl.store(to_stats + 4, xu, mask=real)
     else:
         for step in tl.static_range(STEPS):
+            gain = _load_affine(weight_ptr, step, PER_STEP, N, SIZE)
+            shift = _load_affine(bias_ptr, step, PER_STEP, N, SIZE)
             y += x
-            mean = _row_mean(y, mask, n)
-            y = tl.where(mask, y - mean, 0.0)
-            rstd = 1 / tl.sqrt(_row_mean(y * y, mask, n) + eps)
-            affine = (step if PER_STEP else 0) * n + column
-            gain = tl.load(weight_ptr + affine, mask=column < n, other=0.0).to(tl.float32)
-            shift = tl.load(bias_ptr + affine, mask=column < n, other=0.0).to(tl.float32)
+            mean = _row_mean(y, N)
+            y -= mean
+            rstd = tl.rsqrt(_row_mean(y * y, N) + eps)
             y = y * rstd * gain + shift
-            tl.store(stats_ptr + (row * STEPS + step) * 2, mean, mask=row < rows)
-            tl.store(stats_ptr + (row * STEPS + step) * 2 + 1, rstd, mask=row < rows)
+            to_stats = stats_ptr + (row * STEPS + step) * 2
+            tl.store(to_stats, mean, mask=real)
+            tl.store(to_stats + 1, rstd, mask=real)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def closed_form_kernel(stats_ptr, to_ptr, rows, eps, STEPS: tl.constexpr, ROWS: tl.constexpr):
+    """What the closed form makes of each row's variances and covariance, computed by one thread a row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = row < rows
+    of_row = stats_ptr + row * 5
+    xx, uu = tl.load(of_row + 2, mask=real, other=1.0), tl.load(of_row + 3, mask=real, other=1.0)
+    found = _closed_form(xx, uu, tl.load(of_row + 4, mask=real, other=0.0), eps, STEPS)
+    for index in tl.static_range(8):
+        tl.store(to_ptr + row * 8 + index, found[index], mask=real)
+
+
+@triton.jit
 def backward_kernel(
-    gradient_ptr, x_ptr, branch_ptr, weight_ptr, bias_ptr, stats_ptr, grad_x_ptr, grad_branch_ptr, partial_ptr,
-    rows, n, eps, scale, blocks,
-    STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, AFFINE: tl.constexpr,
-    ROWS: tl.constexpr, SIZE: tl.constexpr,
+    gradient_ptr, x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr, stats_ptr, closed_ptr,
+    grad_x_ptr, grad_branch_ptr, partial_ptr, rows, scale, p,
+    N: tl.constexpr, STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, DROPOUT: tl.constexpr,
+    AFFINE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes `blocks` blocks of `ROWS` rows; `partial_ptr` is (programs, 2, affine rows, n).
+    """Each program takes every `programs`-th block of `ROWS` rows; `partial_ptr` is (programs, 2, affine rows, N).
 
     `AFFINE` is the number of affine rows, or the next power of two.
     """
     column = tl.arange(0, SIZE)[None, :]
-    in_row = column < n
     gains = tl.arange(0, AFFINE)[:, None]
     grad_weight = tl.zeros((AFFINE, SIZE), tl.float32)
     grad_bias = tl.zeros((AFFINE, SIZE), tl.float32)
-    for block in range(blocks):
-        row = ((tl.program_id(0).to(tl.int64) * blocks + block) * ROWS + tl.arange(0, ROWS))[:, None]
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = (block.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         real = row < rows
-        mask = real & in_row
-        offset = row * n + column
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) * scale
-        u = x + tl.load(branch_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gradient_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        mask = real & (column < N)
+        offset = row * N + column
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32) * scale
+        u = tl.load(branch_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        up = tl.load(gradient_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if DROPOUT:
+            kept = _kept(seed_ptr, offset, p)
+            u *= kept
+        u += x
         if CLOSED:
-            of_row = stats_ptr + row * 5
-            x = tl.where(mask, x - tl.load(of_row, mask=real, other=0.0), 0.0)
-            u = tl.where(mask, u - tl.load(of_row + 1, mask=real, other=0.0), 0.0)
-            xx = tl.load(of_row + 2, mask=real, other=1.0)
-            uu = tl.load(of_row + 3, mask=real, other=1.0)
-            xu = tl.load(of_row + 4, mask=real, other=0.0)
-            a, c, a_xx, a_uu, a_xu, c_xx, c_uu, c_xu = _closed_form(xx, uu, xu, eps, STEPS)
-            grad_weight += tl.sum(up * (a * x + c * u), axis=0)[None, :]
-            grad_bias += tl.sum(up, axis=0)[None, :]
-            up = up * tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-            by_x, by_u, mean = _row_mean(up * x, mask, n), _row_mean(up * u, mask, n), _row_mean(up, mask, n)
+            x -= tl.load(stats_ptr + row * 5, mask=real, other=0.0)
+            u -= tl.load(stats_ptr + row * 5 + 1, mask=real, other=0.0)
+            of_row = closed_ptr + row * 8
+            a, c = tl.load(of_row, mask=real, other=0.0), tl.load(of_row + 1, mask=real, other=0.0)
+            a_xx, c_xx = tl.load(of_row + 2, mask=real, other=0.0), tl.load(of_row + 5, mask=real, other=0.0)
+            a_uu, c_uu = tl.load(of_row + 3, mask=real, other=0.0), tl.load(of_row + 6, mask=real, other=0.0)
+            a_xu, c_xu = tl.load(of_row + 4, mask=real, other=0.0), tl.load(of_row + 7, mask=real, other=0.0)
+            grad_weight += tl.sum(up * (a * x + c * u), axis=0, keep_dims=True)
+            grad_bias += tl.sum(up, axis=0, keep_dims=True)
+            up *= _load_affine(weight_ptr, 0, PER_STEP, N, SIZE)
+            by_x, by_u, mean = _row_mean(up * x, N), _row_mean(up * u, N), _row_mean(up, N)
             by_xx, by_uu, by_xu = by_x * a_xx + by_u * c_xx, by_x * a_uu + by_u * c_uu, by_x * a_xu + by_u * c_xu
-            up = up - mean
+            up -= mean
             grad_u = c * up + 2 * by_uu * u + by_xu * x
             grad_x = a * up + 2 * by_xx * x + by_xu * u + grad_u
         else:
-            # The chain forwards, down to the input of the last step; its steps are rebuilt one by one on the way back.
+            of_row = stats_ptr + row * (2 * STEPS)
+            normalized = ()
+            for step in tl.static_range(STEPS):
+                mean = tl.load(of_row + 2 * step, mask=real, other=0.0)
+                rstd = tl.load(of_row + 2 * step + 1, mask=real, other=0.0)
+                if step > 0:
+                    gain = _load_affine(weight_ptr, step - 1, PER_STEP, N, SIZE)
+                    u = x + (normalized[step - 1] * gain + _load_affine(bias_ptr, step - 1, PER_STEP, N, SIZE))
+                normalized = normalized + ((u - mean) * rstd,)
             grad_u = up
             grad_x = tl.zeros((ROWS, SIZE), tl.float32)
-            for last in tl.static_range(STEPS - 1, -1, -1):
-                of_row = stats_ptr + row * (2 * STEPS)
-                h = (u - tl.load(of_row, mask=real, other=0.0)) * tl.load(of_row + 1, mask=real, other=0.0)
-                for step in tl.static_range(last):
-                    affine = (step if PER_STEP else 0) * n + column
-                    gain = tl.load(weight_ptr + affine, mask=in_row, other=0.0).to(tl.float32)
-                    shift = tl.load(bias_ptr + affine, mask=in_row, other=0.0).to(tl.float32)
-                    mean = tl.load(of_row + 2 * step + 2, mask=real, other=0.0)
-                    rstd = tl.load(of_row + 2 * step + 3, mask=real, other=0.0)
-                    h = (x + (h * gain + shift) - mean) * rstd
-                h = tl.where(mask, h, 0.0)
-                grad_weight += tl.where(gains == (last if PER_STEP else 0), tl.sum(grad_u * h, axis=0)[None, :], 0.0)
-                grad_bias += tl.where(gains == (last if PER_STEP else 0), tl.sum(grad_u, axis=0)[None, :], 0.0)
-                gain = tl.load(weight_ptr + (last if PER_STEP else 0) * n + column, mask=in_row, other=0.0).to(
-                    tl.float32
-                )
-                grad_u = grad_u * gain
-                mean, std = _row_mean(grad_u, mask, n), _row_mean(grad_u * h, mask, n)
-                rstd = tl.load(of_row + 2 * last + 1, mask=real, other=0.0)
-                grad_u = tl.where(mask, rstd * (grad_u - mean - h * std), 0.0)
+            for step in tl.static_range(STEPS - 1, -1, -1):
+                y = normalized[step]
+                here = gains == (step if PER_STEP else 0)
+                grad_weight += tl.where(here, tl.sum(grad_u * y, axis=0, keep_dims=True), 0.0)
+                grad_bias += tl.where(here, tl.sum(grad_u, axis=0, keep_dims=True), 0.0)
+                grad_u *= _load_affine(weight_ptr, step, PER_STEP, N, SIZE)
+                of_mean, of_std = _row_mean(grad_u, N), _row_mean(grad_u * y, N)
+                rstd = tl.load(of_row + 2 * step + 1, mask=real, other=0.0)
+                grad_u = rstd * (grad_u - of_mean - y * of_std)
                 grad_x += grad_u
+        if DROPOUT:
+            grad_u *= kept
         tl.store(grad_branch_ptr + offset, grad_u.to(grad_branch_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_x_ptr + offset, (scale * grad_x).to(grad_x_ptr.dtype.element_ty), mask=mask)
-    affine_rows = STEPS if PER_STEP else 1
-    to_weight = partial_ptr + (tl.program_id(0).to(tl.int64) * 2 * affine_rows + gains) * n + column
-    tl.store(to_weight, grad_weight, mask=in_row & (gains < affine_rows))
-    tl.store(to_weight + affine_rows * n, grad_bias, mask=in_row & (gains < affine_rows))
+    affine_rows: tl.constexpr = STEPS if PER_STEP else 1
+    to_weight = partial_ptr + (tl.program_id(0).to(tl.int64) * 2 * affine_rows + gains) * N + column
+    tl.store(to_weight, grad_weight, mask=(column < N) & (gains < affine_rows))
+    tl.store(to_weight + affine_rows * N, grad_bias, mask=(column < N) & (gains < affine_rows))
 
 
-def launch_options(size: int) -> dict[str, int]:
-    """Rows a program and warps for rows of `size` values: 4 warps hold one row of 512, 8 a row of 1024."""
-    padded = 1 << max(size - 1, 15).bit_length()
-    return {"ROWS": max(1, 512 // padded), "SIZE": padded, "num_warps": min(16, max(4, padded // 128))}
+def forward_options(size: int) -> dict[str, int]:
+    """Rows a program and warps for rows of `size` values: 8 values a thread, which are 16 bytes of bfloat16."""
+    padded = _padded(size)
+    return {"ROWS": max(1, 512 // padded), "SIZE": padded, "num_warps": min(16, max(2, padded // 256))}
+
+
+def backward_options(size: int) -> dict[str, int]:
+    padded = _padded(size)
+    return {"ROWS": max(1, 2048 // padded), "SIZE": padded, "num_warps": min(16, max(4, padded // 128))}
+
+
+def _padded(size):
+    return max(16, triton.next_power_of_2(size))
 
 
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # a copy of this file that came with a checkpoint has operators of its own
@@ -186,11 +231,11 @@ def rskip_layer_norm(
     rows, size = x.shape
     y = torch.empty_like(x, dtype=dtype)
     stats = x.new_empty(rows, 5 if closed else 2 * recursions, dtype=torch.float32)
-    options = launch_options(size)
+    options = forward_options(size)
     if rows > 0:
         wrap_triton(forward_kernel)[(triton.cdiv(rows, options["ROWS"]),)](
-            x, branch, weight, bias, y, stats, rows, size, eps, scale,
-            STEPS=recursions, PER_STEP=weight.shape[0] > 1, CLOSED=closed, **options,
+            x, branch, weight, bias, None, y, stats, rows, eps, scale, 0.0, N=size,
+            STEPS=recursions, PER_STEP=weight.shape[0] > 1, CLOSED=closed, DROPOUT=False, **options,
         )  # fmt: skip
     return y, stats
 
@@ -209,17 +254,22 @@ def rskip_layer_norm_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, size = x.shape
-    options = launch_options(size)
     grad_x, grad_branch = torch.empty_like(x), torch.empty_like(branch)
     if rows == 0:
         return grad_x, grad_branch, torch.zeros_like(weight), torch.zeros_like(bias)
-    blocks = triton.cdiv(triton.cdiv(rows, options["ROWS"]), 2 * _multiprocessors(x))
-    programs = triton.cdiv(rows, options["ROWS"] * blocks)
+    coefficients = None
+    if closed:
+        coefficients = x.new_empty(rows, 8, dtype=torch.float32)
+        wrap_triton(closed_form_kernel)[(triton.cdiv(rows, 128),)](
+            stats, coefficients, rows, eps, STEPS=recursions, ROWS=128, num_warps=4
+        )
+    options = backward_options(size)
+    programs = min(triton.cdiv(rows, options["ROWS"]), 2 * _multiprocessors(x))
     partial = x.new_empty(programs, 2, *weight.shape, dtype=torch.float32)
     wrap_triton(backward_kernel)[(programs,)](
-        gradient.contiguous(), x, branch, weight, bias, stats, grad_x, grad_branch, partial,
-        rows, size, eps, scale, blocks,
-        STEPS=recursions, PER_STEP=weight.shape[0] > 1, CLOSED=closed,
+        gradient.contiguous(), x, branch, weight, bias, None, stats, coefficients, grad_x, grad_branch, partial,
+        rows, scale, 0.0, N=size,
+        STEPS=recursions, PER_STEP=weight.shape[0] > 1, CLOSED=closed, DROPOUT=False,
         AFFINE=triton.next_power_of_2(weight.shape[0]), **options,
     )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0).unbind(0)
