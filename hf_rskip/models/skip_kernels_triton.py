@@ -139,7 +139,7 @@ def backward_kernel(
     grad_weight = tl.zeros((AFFINE, SIZE), tl.float32)
     grad_bias = tl.zeros((AFFINE, SIZE), tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = (block.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+        row = ((tl.zeros((ROWS,), tl.int64) + block) * ROWS + tl.arange(0, ROWS))[:, None]
         real = row < rows
         mask = real & (column < N)
         offset = row * N + column
