@@ -52,7 +52,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--report", action="store_true", help="run nothing: report what is there")
     parser.usage = "hf-rskip study STUDY.yaml [--jobs N | --cell N | --list | --report] [--key value ...]"
     parser.epilog = (
-        "Other keys override those of the recipe in all cells. What has been run is not run again. On a cluster, give "
+        "Other keys override those of the recipe in all cells, and are to be the same at every start. What has been "
+        "run is not run again. On a cluster, give "
         "each cell to a job of its own, `sbatch --array=1-60 --wrap 'hf-rskip study STUDY.yaml --cell "
         "$SLURM_ARRAY_TASK_ID'`, or `seq 60 | xargs -P 4 -I{} hf-rskip study STUDY.yaml --cell {}`, and gather by "
         "`hf-rskip study STUDY.yaml --report`."

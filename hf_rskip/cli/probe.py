@@ -3,6 +3,7 @@
 import argparse
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
@@ -42,7 +43,7 @@ def probe_systems(args: argparse.Namespace, rest: list[str]) -> None:
         print(f"table and pictures: {', '.join(str(path) for path in [folder / TABLE_NAME, *pictures])}")
 
 
-def _kind(system: str) -> str:
+def _kind(system: str | Path) -> str:
     return {".yaml": "recipe", ".yml": "recipe", ".csv": "table"}.get(Path(system).suffix, "model")
 
 
@@ -64,7 +65,9 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _name(systems: list[str]) -> dict[str, str]:
     """What the table calls each: the last part of its path, where that tells them apart."""
-    short = [Path(system).absolute().name.removesuffix(".yaml").removesuffix(".yml") for system in systems]
+    paths = [Path(system).absolute() for system in systems]
+    short = [(path.parent if _kind(path) == "table" else path).name for path in paths]
+    short = [name.removesuffix(".yaml").removesuffix(".yml") for name in short]
     if len(set(systems)) < len(systems):
         raise UserError("A system is given twice.")
     return dict(zip(systems, short if len(set(short)) == len(short) else systems, strict=True))
@@ -73,7 +76,9 @@ def _name(systems: list[str]) -> dict[str, str]:
 def _probe_all(args: argparse.Namespace, rest: list[str], names: dict[str, str]) -> Iterator[ProbedModel]:
     for system in args.systems:
         if _kind(system) == "table":
-            yield from read_table(system)
+            tables = read_table(system)
+            alone = len(names) == 1
+            yield from (table if alone else replace(table, model=f"{names[system]}: {table.model}") for table in tables)
         elif _kind(system) == "recipe":
             for seed in args.seeds or [None]:
                 yield _probe_recipe(system, names[system], seed, args, rest)

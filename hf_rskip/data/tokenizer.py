@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -45,9 +46,11 @@ def train_tokenizer(
             f"vocab_size must be at least {minimum} ({len(alphabet)} bytes and {len(SPECIAL_TOKENS)} special tokens), "
             f"not {vocab_size}."
         )
+    tokenizer = None
     if cache_file is not None and cache_file.exists():
-        tokenizer = Tokenizer.from_file(str(cache_file))
-    else:
+        with suppress(Exception):  # tokenizers has no narrower one for a file that lost power tore
+            tokenizer = Tokenizer.from_file(str(cache_file))
+    if tokenizer is None:
         tokenizer = _train_backend(texts, vocab_size, lowercase)
         if cache_file is not None:
             staged = cache_file.with_suffix(f".{os.getpid()}")

@@ -52,7 +52,7 @@ def write_image_model_card(
             )
             for key, title in _SCORES.items()
         ],
-        minutes=metrics["train_runtime"] / 60,
+        metrics=metrics,
         packages=("pillow",),
         architecture=recipe.model.architecture or f"ResNet of {config.layer_type} blocks",
         depths=" + ".join(map(str, config.depths)),

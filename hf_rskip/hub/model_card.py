@@ -26,7 +26,7 @@ def save_card(
     *,
     dataset: str,
     scores: list[EvalResult],
-    minutes: float,
+    metrics: dict,
     language: list[str] | None = None,
     packages: tuple[str, ...] = (),
     **values,
@@ -41,7 +41,7 @@ def save_card(
         recipe, model, state: of the training.
         dataset: what the model was trained on; a path is shown by its last part.
         scores: for the metadata.
-        minutes: of training.
+        metrics: `train_runtime` in seconds and, of a run that was resumed, `train_resumed_at_step`.
         language: codes of the languages, for the metadata.
         packages: whose versions matter beside those of all tasks.
         values: what else the template names.
@@ -68,7 +68,8 @@ def save_card(
         skip_module=None if skip.__module__.startswith("hf_rskip.") else skip.__module__,
         steps=f"{state.global_step:,}",
         epochs=f"{state.epoch:.1f}",
-        minutes=f"{minutes:.1f}",
+        minutes=f"{metrics['train_runtime'] / 60:.1f}",
+        resumed_at=f"{metrics['train_resumed_at_step']:,}" if "train_resumed_at_step" in metrics else None,
         processes=recipe.training.world_size,
         device=_device_name(),
         versions=", ".join(f"{package} {version(package)}" for package in (*_VERSIONS, *packages)),

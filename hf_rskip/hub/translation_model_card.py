@@ -59,7 +59,7 @@ def write_model_card(
             )
             for key, title in _SCORES.items()
         ],
-        minutes=metrics["train_runtime"] / 60,
+        metrics=metrics,
         # The Hub refuses a card with anything else.
         language=[code for code in (data.source_lang, data.target_lang) if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)],
         packages=("sacrebleu",),

@@ -62,5 +62,7 @@ def check_skip_fields(config) -> None:
         check_name(config, "skip_norm_axes", NORM_AXES)
         if not SKIP_CONNECTIONS[config.skip_type].for_images:
             raise ValueError(f"`skip_type` {config.skip_type!r} is not for a ResNet")
-    if config.skip_norm == "none" and SKIP_CONNECTIONS[config.skip_type].requires_norm:
-        raise ValueError(f"`skip_norm` must be a norm, not 'none', with `skip_type` {config.skip_type!r}")
+    norms = SKIP_CONNECTIONS[config.skip_type].norms
+    if config.skip_norm not in norms:
+        what = f"one of {', '.join(norms)}" if len(norms) > 1 else repr(norms[0])
+        raise ValueError(f"`skip_norm` must be {what} with `skip_type` {config.skip_type!r}, not {config.skip_norm!r}")

@@ -39,10 +39,13 @@ from torch import nn
 from transformers import initialization as init
 
 from .skip_kernels import choose_backend, rskip_layer_norm
-from .skip_norms import LayerNorm, NoNorm, make_norm, norm_of
+from .skip_norms import NORMS, LayerNorm, NoNorm, make_norm, norm_of
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
+
+
+_REAL_NORMS = tuple(name for name in NORMS if name != "none")
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class SkipConnection(nn.Module):
     formula: str | None = None
     """For model cards, where the first line of the docstring does not say it."""
 
-    requires_norm = False
-    """Whether `skip_norm="none"` would leave a formula that is not of this kind."""
+    norms: tuple[str, ...] = tuple(NORMS)
+    """The names of `skip_norm` with which the formula is of this kind."""
     for_images = True
     """Whether a ResNet can have it."""
     options: tuple[str, ...] = ()
@@ -242,7 +245,7 @@ class DetachedRSkip(SkipConnection):
     with gain and bias at the last step; only the gradient does not see how x and F make the weight.
     """
 
-    requires_norm = True
+    norms = ("layer_norm",)
     for_images = False
     options = ("skip_recursions",)
 
@@ -282,7 +285,7 @@ class DeepNorm(XSkip):
     away how large their weights are.
     """
 
-    requires_norm = True
+    norms = _REAL_NORMS
     for_images = False
     options = ()
 
@@ -319,7 +322,7 @@ class Admin(SkipConnection):
     constant is the one of its authors' admin-torch.
     """
 
-    requires_norm = True
+    norms = _REAL_NORMS
 
     def __init__(self, size: int, scale: float, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
         super().__init__()
@@ -341,7 +344,8 @@ class Admin(SkipConnection):
 class FixedAdmin(XSkip):
     """LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers: [`Admin`] without learning it."""
 
-    requires_norm = True
+    formula = "LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers"
+    norms = _REAL_NORMS
     options = ()
 
     @classmethod
@@ -374,7 +378,7 @@ class B2T(XSkip):
     these are the weights to scale is our reading. Source: Takase et al., 2023 (https://arxiv.org/abs/2206.00330).
     """
 
-    requires_norm = True
+    norms = _REAL_NORMS
     for_images = False
     options = ()
 
@@ -404,7 +408,7 @@ class PreNorm(SkipConnection):
     Source: Wang et al., ACL 2019 (https://arxiv.org/abs/1906.01787).
     """
 
-    requires_norm = True
+    norms = _REAL_NORMS
 
     def __init__(self, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
         super().__init__()
@@ -458,7 +462,7 @@ class Keel(XSkip):
     Source: Chen and Wei, 2026 (https://arxiv.org/abs/2601.19895), as others describe it.
     """
 
-    requires_norm = True
+    norms = _REAL_NORMS
     options = ()
 
     def __init__(

@@ -20,6 +20,7 @@ import importlib.util
 import torch
 from torch.nn import functional as F
 
+from .skip_dropout import draw_seed, keep_factors
 from .skip_kernels_autograd import RecomputedRSkip
 
 BACKENDS = ("auto", "reference", "recompute", "cpp", "triton")
@@ -35,6 +36,8 @@ def rskip_layer_norm(
     affine: str = "per_step",
     eps: float = 1e-5,
     scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """K steps of adding x and normalising: y_1 = LN(s x + F), y_k = LN(s x + y_{k-1}), output y_K.
@@ -52,10 +55,13 @@ def rskip_layer_norm(
             [`RSkip`].
         eps: added to the variance.
         scale: the factor s of x.
+        dropout: the part p of F that is zeroed first, at least 0 and less than 1; the rest is divided by 1 - p. For
+            training only: evaluation passes 0. The mask is not kept, and is the same in all implementations.
+        seed: of the mask, int64 `()` on the device of x; drawn from torch's default generator unless given.
         backend: see the table of this module.
 
     Raises:
-        `ValueError`: for a backend that is unknown or cannot run on these tensors.
+        `ValueError`: for a backend that is unknown or cannot run on these tensors, and for a `dropout` out of range.
 
     Example:
 
@@ -70,12 +76,38 @@ def rskip_layer_norm(
 
     ```
     """
+    return _rskip(x, branch, weight, bias, recursions, affine, True, eps, scale, dropout, seed, backend)
+
+
+def rskip_rms_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    recursions: int = 2,
+    affine: str = "per_step",
+    eps: float = 1e-5,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """[`rskip_layer_norm`] with root-mean-square normalisation: no centring and no bias."""
+    return _rskip(x, branch, weight, None, recursions, affine, False, eps, scale, dropout, seed, backend)
+
+
+def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend):
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be at least 0 and less than 1, not {dropout!r}")
+    if dropout and seed is None:
+        seed = draw_seed(x.device)
     if backend == "auto":
         backend = choose_backend(x, branch, recursions, affine)
     if backend == "reference":
-        return _reference(x, branch, weight, bias, recursions, affine, eps, scale)
+        if dropout:
+            branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
+        return _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale)
     size, rows = x.shape[-1], recursions if affine == "per_step" else 1
     weight = x.new_ones(rows, size, dtype=torch.float32) if weight is None else weight.reshape(rows, size)
     bias = torch.zeros_like(weight) if bias is None else bias.reshape(rows, size)
@@ -83,11 +115,12 @@ def rskip_layer_norm(
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
     closed = affine == "last" and recursions > 1
+    arguments = (seed, recursions, closed, centred, eps, scale, dropout, dtype)
     if backend == "recompute":
-        return RecomputedRSkip.apply(x, branch, weight, bias, recursions, closed, eps, scale, dtype, (-1,))
+        return RecomputedRSkip.apply(x, branch, weight, bias, *arguments, (-1,))
     operator = _operator(backend, x, branch)
     flat = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
-    y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), recursions, closed, eps, scale, dtype)
+    y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), *arguments)
     return y.view(x.shape)
 
 
@@ -138,12 +171,13 @@ def _operator(backend, x, branch):
     return operator
 
 
-def _reference(x, branch, weight, bias, recursions, affine, eps, scale):
+def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale):
     size, y = x.shape[-1], branch
     for step in range(recursions):
-        affine_of_step = [None, None]
+        gain, shift = None, None
         if affine != "last" or step == recursions - 1:
             row = step if affine == "per_step" else 0
-            affine_of_step = [None if tensor is None else tensor.reshape(-1, size)[row] for tensor in (weight, bias)]
-        y = F.layer_norm(torch.add(y, x, alpha=scale), (size,), *affine_of_step, eps)
+            gain, shift = (None if tensor is None else tensor.reshape(-1, size)[row] for tensor in (weight, bias))
+        y = torch.add(y, x, alpha=scale)
+        y = F.layer_norm(y, (size,), gain, shift, eps) if centred else F.rms_norm(y, (size,), gain, eps)
     return y

@@ -10,6 +10,8 @@ What is kept of a call is x, F and a few float32 numbers for each group of value
 
 import torch
 
+from .skip_dropout import keep_factors
+
 
 def closed_form(
     v_xx: torch.Tensor, v_uu: torch.Tensor, v_xu: torch.Tensor, recursions: int, eps: float
@@ -31,28 +33,35 @@ def closed_form(
 
 
 class RecomputedRSkip(torch.autograd.Function):
-    """The K steps in tensor operations, on any device and in any precision; statistics go over `dims`."""
+    """The K steps in tensor operations, on any device and in any precision.
+
+    Statistics go over `dims`, and are those of RMS norm where `centred` is false; `seed` is that of the dropout of F.
+    """
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, recursions, closed, eps, scale, dtype, dims):
+    def forward(ctx, x, branch, weight, bias, seed, recursions, closed, centred, eps, scale, dropout, dtype, dims):
+        wide = _widened(x, branch, weight, bias)
+        if dropout:
+            wide[1] = wide[1] * keep_factors(seed, dropout, wide[1])
         run = _closed_forward if closed else _chain_forward
-        y, stats = run(*_widened(x, branch, weight, bias), recursions, eps, scale, dims)
-        ctx.save_for_backward(x, branch, weight, bias, *stats)
-        ctx.arguments = recursions, closed, eps, scale, dims
+        y, stats = run(*wide, recursions, centred, eps, scale, dims)
+        ctx.save_for_backward(x, branch, weight, bias, seed, *stats)
+        ctx.arguments = recursions, closed, centred, eps, scale, dropout, dims
         return y.to(dtype)
 
     @staticmethod
     def backward(ctx, gradient):
         if torch.is_grad_enabled():
             raise RuntimeError("the recomputed gradient has no autograd formula of its own: use backend='reference'")
-        x, branch, weight, bias, *stats = ctx.saved_tensors
-        recursions, closed, eps, scale, dims = ctx.arguments
+        *inputs, seed = ctx.saved_tensors[:5]
+        recursions, closed, centred, eps, scale, dropout, dims = ctx.arguments
+        gradient, x, branch, weight, bias = _widened(gradient, *inputs)
+        factors = keep_factors(seed, dropout, branch) if dropout else 1
         run = _closed_backward if closed else _chain_backward
-        tensors = _widened(gradient, x, branch, weight, bias)
-        gradients = run(*tensors, stats, recursions, eps, scale, dims)
-        inputs = (x, branch, weight, bias)
-        found = (found.to(given.dtype) for found, given in zip(gradients, inputs, strict=True))
-        return *found, *[None] * 6
+        stats = ctx.saved_tensors[5:]
+        found = run(gradient, x, branch * factors, weight, bias, stats, recursions, centred, eps, scale, dims)
+        found = found[0], found[1] * factors, *found[2:]
+        return *(of.to(given.dtype) for of, given in zip(found, inputs, strict=True)), *[None] * 9
 
 
 def _widened(*tensors):
@@ -70,12 +79,16 @@ def _sum_of_rows(tensor):
     return tensor.reshape(-1, tensor.shape[-1]).sum(0)
 
 
-def _chain_forward(x, branch, weight, bias, recursions, eps, scale, dims):
+def _mean(tensor, centred, dims):
+    return tensor.mean(dims, keepdim=True) if centred else tensor.new_zeros(())
+
+
+def _chain_forward(x, branch, weight, bias, recursions, centred, eps, scale, dims):
     x = scale * x
     y, stats = branch, []
     for step in range(recursions):
         y = x + y
-        mean = y.mean(dims, keepdim=True)
+        mean = _mean(y, centred, dims)
         rstd = torch.rsqrt((y - mean).square().mean(dims, keepdim=True) + eps)
         gain, shift = _affine_of(step, weight, bias)
         y = (y - mean) * rstd * gain + shift
@@ -83,7 +96,7 @@ def _chain_forward(x, branch, weight, bias, recursions, eps, scale, dims):
     return y, stats
 
 
-def _chain_backward(gradient, x, branch, weight, bias, stats, recursions, eps, scale, dims):
+def _chain_backward(gradient, x, branch, weight, bias, stats, recursions, centred, eps, scale, dims):
     x = scale * x
     y, normalized = branch, []
     for step in range(recursions):
@@ -96,7 +109,7 @@ def _chain_backward(gradient, x, branch, weight, bias, stats, recursions, eps, s
         grad_weight[row] += _sum_of_rows(gradient * y)
         grad_bias[row] += _sum_of_rows(gradient)
         gradient = gradient * weight[row]
-        of_mean, of_std = gradient.mean(dims, keepdim=True), (gradient * y).mean(dims, keepdim=True)
+        of_mean, of_std = _mean(gradient, centred, dims), (gradient * y).mean(dims, keepdim=True)
         gradient = stats[2 * step + 1] * (gradient - of_mean - y * of_std)
         grad_x = grad_x + gradient
     return scale * grad_x, gradient, grad_weight, grad_bias
@@ -107,8 +120,8 @@ def _centred_pair(x, branch, scale, mean_x, mean_u):
     return x - mean_x, x + branch - mean_u
 
 
-def _closed_forward(x, branch, weight, bias, recursions, eps, scale, dims):
-    mean_x, mean_u = scale * x.mean(dims, keepdim=True), (scale * x + branch).mean(dims, keepdim=True)
+def _closed_forward(x, branch, weight, bias, recursions, centred, eps, scale, dims):
+    mean_x, mean_u = scale * _mean(x, centred, dims), _mean(scale * x + branch, centred, dims)
     x, u = _centred_pair(x, branch, scale, mean_x, mean_u)
     v_xx, v_uu, v_xu = ((p * q).mean(dims, keepdim=True) for p, q in ((x, x), (u, u), (x, u)))
     rounding = (2 * torch.finfo(x.dtype).eps) ** 2  # what it leaves of a row that is constant
@@ -117,14 +130,14 @@ def _closed_forward(x, branch, weight, bias, recursions, eps, scale, dims):
     return (a * x + c * u) * weight[0] + bias[0], [mean_x, mean_u, v_xx, v_uu, v_xu]
 
 
-def _closed_backward(gradient, x, branch, weight, bias, stats, recursions, eps, scale, dims):
+def _closed_backward(gradient, x, branch, weight, bias, stats, recursions, centred, eps, scale, dims):
     x, u = _centred_pair(x, branch, scale, *stats[:2])
     a, c, da, dc = closed_form(*stats[2:], recursions, eps)
     grad_weight, grad_bias = _sum_of_rows(gradient * (a * x + c * u)), _sum_of_rows(gradient)
     gradient = gradient * weight[0]
     along_x, along_u = (gradient * x).mean(dims, keepdim=True), (gradient * u).mean(dims, keepdim=True)
     by_xx, by_uu, by_xu = (along_x * p + along_u * q for p, q in zip(da, dc, strict=True))
-    gradient = gradient - gradient.mean(dims, keepdim=True)
+    gradient = gradient - _mean(gradient, centred, dims)
     grad_u = c * gradient + 2 * by_uu * u + by_xu * x
     grad_x = a * gradient + 2 * by_xx * x + by_xu * u + grad_u
     return scale * grad_x, grad_u, grad_weight[None], grad_bias[None]
@@ -133,21 +146,22 @@ def _closed_backward(gradient, x, branch, weight, bias, stats, recursions, eps, 
 def register_recomputation(forward_op, backward_op) -> None:
     """Gives the operator `forward_op` its gradient.
 
-    `forward_op(x, branch, weight, bias, recursions, closed, eps, scale, dtype)` returns y and the statistics, and
-    `backward_op(gradient, x, branch, weight, bias, stats, recursions, closed, eps, scale)` the gradients of the first
-    four; x and F are `(rows, size)`, weight and bias `(1 or recursions, size)`.
+    `forward_op(x, branch, weight, bias, seed, recursions, closed, centred, eps, scale, dropout, dtype)` returns y and
+    the statistics, and `backward_op(gradient, x, branch, weight, bias, stats, seed, recursions, closed, centred, eps,
+    scale, dropout)` the gradients of x, F, weight and bias. x and F are `(rows, size)`, weight and bias
+    `(1 or recursions, size)`; the seed is an int64 tensor `()`, or `None` without dropout.
     """
 
     def setup_context(ctx, inputs, output):
-        x, branch, weight, bias, recursions, closed, eps, scale, _ = inputs
-        ctx.save_for_backward(x, branch, weight, bias, output[1])
+        *tensors, seed, recursions, closed, centred, eps, scale, dropout, _ = inputs
+        ctx.save_for_backward(*tensors, output[1], seed)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.arguments = recursions, closed, eps, scale
+        ctx.arguments = recursions, closed, centred, eps, scale, dropout
 
     def backward(ctx, gradient, _):
         if gradient is None:
-            return (None,) * 9
-        return *backward_op(gradient, *ctx.saved_tensors, *ctx.arguments), *[None] * 5
+            return (None,) * 12
+        return *backward_op(gradient, *ctx.saved_tensors, *ctx.arguments), *[None] * 8
 
     forward_op.register_autograd(backward, setup_context=setup_context)

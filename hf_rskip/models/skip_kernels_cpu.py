@@ -33,8 +33,10 @@ SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define WIDTH 64
@@ -45,8 +47,14 @@ SOURCE = r"""
 #endif
 typedef float V __attribute__((vector_size(WIDTH)));
 typedef uint32_t U __attribute__((vector_size(WIDTH)));
+typedef int32_t I __attribute__((vector_size(WIDTH)));
+typedef uint64_t L __attribute__((vector_size(WIDTH)));
 typedef uint16_t H __attribute__((vector_size(WIDTH / 2)));
+typedef float Quarter __attribute__((vector_size(16)));
 constexpr int64_t LANES = WIDTH / 4;
+#ifndef GROUP
+#define GROUP 4
+#endif
 
 struct bfloat16 {
   uint16_t bits;
@@ -114,139 +122,278 @@ struct Whole {
   V keep(V v) const { return v; }
 };
 
-// Calls `body(i, part, lane)` for the vectors of a row; `lane` counts to UNROLL, for sums that do not wait for another.
-constexpr int UNROLL = 2;
+// Calls `body(i, part)` for the vectors of a row.
 template <class Body>
 static inline __attribute__((always_inline)) void over(int64_t n, Body body) {
   int64_t i = 0;
-  for (; i + UNROLL * LANES <= n; i += UNROLL * LANES) {
-    body(i, Whole{}, 0);
-    body(i + LANES, Whole{}, 1);
-  }
-  for (; i + LANES <= n; i += LANES) body(i, Whole{}, 0);
-  if (i < n) body(i, Tail{n - i}, 0);
+  for (; i + LANES <= n; i += LANES) body(i, Whole{});
+  if (i < n) body(i, Tail{n - i});
 }
 
-struct Sum {
-  V lanes[UNROLL] = {};
-  V& operator[](int lane) { return lanes[lane]; }
-  float total() const {
-    V v = lanes[0] + lanes[1];
-    float values[LANES];
-    std::memcpy(values, &v, sizeof v);
-    for (int64_t half = LANES / 2; half > 0; half /= 2)
-      for (int64_t i = 0; i < half; i++) values[i] += values[i + half];
-    return values[0];
-  }
-};
+static inline float total(V v) {
+  Quarter quarters[LANES / 4];
+  std::memcpy(quarters, &v, sizeof v);
+  for (int64_t half = LANES / 8; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; i++) quarters[i] += quarters[i + half];
+  const Quarter q = quarters[0];
+  return (q[0] + q[1]) + (q[2] + q[3]);
+}
 
 struct Job {
   int64_t rows, n, stride, steps, affine_rows;  // `stride` between rows of gains, biases and of what passes share
   float eps, scale, over_n;
+  bool closed, centred;
+  uint64_t seed;
+  float dropout;
 };
+
+// The tensors from some row on; `factors` is what dropout multiplies F with.
+struct Rows {
+  const TX* x;
+  const TF* f;
+  float* stats;
+  TY* y;
+  const TY* gradient;
+  TX* dx;
+  TF* df;
+  const float* factors;
+  Rows from(int64_t row, int64_t n, int64_t of_stats) const {
+    const int64_t i = row * n;
+    return {x + i, f + i, stats + row * of_stats, y + i, gradient + i, dx + i, df + i, factors};
+  }
+};
+
+// Brings rows that come next into the cache, a little at each vector of a row of this pass, one of several.
+template <bool WRITTEN>
+struct Ahead {
+  const char* at;
+  int64_t bytes;
+  template <class T>
+  Ahead(const T* next, int64_t rows, int64_t n, int64_t pass, int64_t passes)
+      : at((const char*)next + rows * n * sizeof(T) * pass / passes), bytes(rows * LANES * sizeof(T) / passes) {}
+  void operator()() {
+    for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + j, WRITTEN);
+    at += bytes;
+  }
+};
+
+// Dropout: u(seed, i) of `skip_dropout.py`, two halves of a vector in 64-bit lanes.
+static inline L times(L a, uint64_t m) {
+#if defined(__AVX512F__)
+  return (L)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+#elif defined(__AVX2__)
+  return (L)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#else
+  return (a & 0xffffffff) * m;
+#endif
+}
+static inline L philox(L position, uint64_t seed) {
+  L c0 = position, c1 = position >> 32, c2 = {}, c3 = {};
+  uint32_t k0 = seed, k1 = seed >> 32;
+  for (int round = 0; round < 10; round++, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
+    const L first = times(c0, 0xD2511F53), second = times(c2, 0xCD9E8D57);
+    c0 = (second >> 32) ^ c1 ^ k0;
+    c1 = second;
+    c2 = (first >> 32) ^ c3 ^ k1;
+    c3 = first;
+  }
+  return c0;
+}
+static void draw_factors(int64_t first, int64_t count, const Job& job, float* factors) {
+  L even;
+  for (int64_t i = 0; i < LANES / 2; i++) even[i] = first + 2 * i;
+  for (int64_t i = 0; i < count; i += LANES, even += LANES) {
+    const I word = (I)((philox(even, job.seed) & 0xffffffff) | (philox(even + 1, job.seed) << 32));
+    const V uniform = __builtin_convertvector(word ^ (word >> 31), V) * 4.6566127342e-10f;
+    narrow(uniform >= job.dropout ? V{} + 1 / (1 - job.dropout) : V{}, factors + i);
+  }
+}
 
 // Sums of squares lose digits far from the mean; that of the first eighth of a row is near enough, whatever is there.
 static inline int64_t sample_size(int64_t n) { return std::min(n, std::max(n / 8, int64_t(64))); }
 
-// Mean and 1 / std of `value(i, part)`, which `keep(i, v)` gets to see.
-template <class Value, class Keep>
-static inline __attribute__((always_inline)) void moments(const Job job, Value value, Keep keep, float* stats) {
-  const int64_t few = sample_size(job.n);
-  Sum sample, rest, square;
-  over(few, [&](int64_t i, auto part, int lane) { sample[lane] += value(i, part); });
-  const float shift = sample.total() / few;
-  over(job.n, [&](int64_t i, auto part, int lane) {
-    const V v = value(i, part), d = part.keep(v - shift);
-    keep(i, v);
-    rest[lane] += d;
-    square[lane] += d * d;
-  });
-  const float mean = rest.total() * job.over_n, variance = square.total() * job.over_n - mean * mean;
-  stats[0] = shift + mean;
-  stats[1] = 1 / std::sqrt(std::max(variance, 0.0f) + job.eps);
+struct Pair {
+  V x, f;
+};
+// s x and F of row r at i, F after dropout.
+template <bool DROP, class Part>
+static inline Pair load(const Rows& at, const Job& job, int64_t r, int64_t i, Part part) {
+  const int64_t j = r * job.n + i;
+  const V f = part.load(at.f + j);
+  return {job.scale * part.load(at.x + j), DROP ? f * part.load(at.factors + j) : f};
 }
 
-static void chain_forward(const TX* x, const TF* f, const float* w,
-                          const float* b, TY* y, float* stats, const Job job,
+template <int R>
+struct Shifts {
+  float x[R] = {}, f[R] = {};
+};
+template <int R, bool DROP>
+static inline Shifts<R> shifts_of(const Rows& at, const Job& job) {
+  Shifts<R> shift;
+  if (!job.centred) return shift;
+  const int64_t few = sample_size(job.n);
+  V x[R] = {}, f[R] = {};
+  over(few, [&](int64_t i, auto part) {
+    for (int r = 0; r < R; r++) {
+      const Pair v = load<DROP>(at, job, r, i, part);
+      x[r] += v.x;
+      f[r] += v.f;
+    }
+  });
+  for (int r = 0; r < R; r++) {
+    shift.x[r] = total(x[r]) / few;
+    shift.f[r] = total(f[r]) / few;
+  }
+  return shift;
+}
+
+// The chain, R rows at a time. Statistics of a row: the shifts of x and F, then for each step -mean / std and 1 / std
+// of what is normalised, from which the shifts have been subtracted. `b` are biases, and `inner` those whose mean was
+// subtracted, which the next step does not notice.
+template <int R, bool DROP>
+static void chain_forward(const Rows at, const float* w, const float* b, const float* inner, const Job job,
                           float* work) {
-  float *now = work, *next = work + job.stride;
-  moments(
-      job, [&](int64_t i, auto part) { return job.scale * part.load(x + i) + part.load(f + i); },
-      [&](int64_t i, V v) { narrow(v, now + i); }, stats);
-  for (int64_t k = 0;; k++, stats += 2) {
-    const int64_t row = job.affine_rows > 1 ? k * job.stride : 0;
-    const float *gain = w + row, *shift = b + row, mean = stats[0], rstd = stats[1];
-    const auto normalized = [&](int64_t i) {
-      return (widen(now + i) - mean) * rstd * widen(gain + i) + widen(shift + i);
-    };
-    if (k == job.steps - 1) {
-      over(job.n, [&](int64_t i, auto part, int) { part.store(normalized(i), y + i); });
+  const int64_t n = job.n, stride = job.stride, steps = job.steps, of_stats = 2 + 2 * steps;
+  float *now = work, *xs = work + R * stride;
+  const auto shift = shifts_of<R, DROP>(at, job);
+  float centre[R], rstd[R];
+  const auto finish = [&](int64_t k, const V* sum, const V* square) {
+    for (int r = 0; r < R; r++) {
+      const float mean = job.centred ? total(sum[r]) * job.over_n : 0;
+      const float variance = total(square[r]) * job.over_n - mean * mean;
+      rstd[r] = 1 / std::sqrt(std::max(variance, 0.0f) + job.eps);
+      centre[r] = -mean * rstd[r];
+      float* stats = at.stats + r * of_stats;
+      if (k == 0) stats[0] = shift.x[r], stats[1] = shift.f[r];
+      stats[2 + 2 * k] = centre[r];
+      stats[3 + 2 * k] = rstd[r];
+    }
+  };
+  {
+    V sum[R] = {}, square[R] = {};
+    over(n, [&](int64_t i, auto part) {
+      for (int r = 0; r < R; r++) {
+        const Pair v = load<DROP>(at, job, r, i, part);
+        const V x = part.keep(v.x - shift.x[r]), d = x + part.keep(v.f - shift.f[r]);
+        if (steps > 1) narrow(x, xs + r * stride + i);
+        narrow(d, now + r * stride + i);
+        sum[r] += d;
+        square[r] += d * d;
+      }
+    });
+    finish(0, sum, square);
+  }
+  for (int64_t k = 0;; k++) {
+    const int64_t row = job.affine_rows > 1 ? k * stride : 0;
+    Ahead<false> x(at.x + R * n, R, n, k, steps), f(at.f + R * n, R, n, k, steps);
+    Ahead<true> y(at.y + R * n, R, n, k, steps);
+    if (k == steps - 1) {
+      over(n, [&](int64_t i, auto part) {
+        x(), f(), y();
+        const V gain = widen(w + row + i), bias = widen(b + row + i);
+        for (int r = 0; r < R; r++)
+          part.store((widen(now + r * stride + i) * rstd[r] + centre[r]) * gain + bias, at.y + r * n + i);
+      });
       return;
     }
-    moments(
-        job, [&](int64_t i, auto part) { return job.scale * part.load(x + i) + normalized(i); },
-        [&](int64_t i, V v) { narrow(v, next + i); }, stats + 2);
-    std::swap(now, next);
+    V sum[R] = {}, square[R] = {};
+    over(n, [&](int64_t i, auto) {
+      x(), f(), y();
+      const V gain = widen(w + row + i), bias = widen(inner + row + i);
+      for (int r = 0; r < R; r++) {
+        float* to = now + r * stride + i;
+        const V d = widen(xs + r * stride + i) + ((widen(to) * rstd[r] + centre[r]) * gain + bias);
+        narrow(d, to);
+        sum[r] += d;
+        square[r] += d * d;
+      }
+    });
+    finish(k + 1, sum, square);
   }
 }
 
-// `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds K normalised rows, the gradient of y_k,
-// and the sum of those that reached x.
-static void chain_backward(const TY* gradient, const TX* x, const TF* f, const float* w, const float* b,
-                           const float* stats, TX* dx, TF* df, float* acc_w, float* acc_b, const Job job,
-                           float* work) {
-  const int64_t n = job.n, stride = job.stride, steps = job.steps;
+// `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds, for each row, its K normalised rows, the
+// gradient of y_k, and the sum of those that reached x.
+template <int R, bool DROP>
+static void chain_backward(const Rows at, const float* w, const float* inner, float* acc_w, float* acc_b,
+                           const Job job, float* work) {
+  const int64_t n = job.n, stride = job.stride, steps = job.steps, of_stats = 2 + 2 * steps;
   const auto row_of = [&](int64_t k) { return job.affine_rows > 1 ? k * stride : 0; };
-  const auto centred = [&](V v, int64_t k) { return (v - stats[2 * k]) * stats[2 * k + 1]; };
-  float *grad = work + steps * stride, *grad_x = grad + stride;
-  Sum of_mean, of_std;
-  // What the gradient `up` of the output of step k, which normalised to `h`, says of its gain, bias and input.
-  const auto gather = [&](int64_t k, int64_t i, V up, V h, int lane) {
+  const auto centre = [&](int r, int64_t k) { return at.stats[r * of_stats + 2 + 2 * k]; };
+  const auto rstd = [&](int r, int64_t k) { return at.stats[r * of_stats + 3 + 2 * k]; };
+  float *grad = work + R * steps * stride, *grad_x = grad + R * stride;
+  V of_mean[R] = {}, of_std[R] = {};
+  // What the gradients `up` of the outputs of step k, which normalised to `h`, say of its gain, bias and inputs.
+  const auto gather = [&](int64_t k, int64_t i, const V* up, const V* h) {
     float *to_w = acc_w + row_of(k) + i, *to_b = acc_b + row_of(k) + i;
-    const V weighted = up * widen(w + row_of(k) + i);
-    narrow(widen(to_w) + up * h, to_w);
-    narrow(widen(to_b) + up, to_b);
-    of_mean[lane] += weighted;
-    of_std[lane] += weighted * h;
-  };
-  const auto given = [&](int64_t i, auto part) { return part.load(gradient + i); };
-  const auto later = [&](int64_t i, auto) { return widen(grad + i); };
-  over(n, [&](int64_t i, auto part, int lane) {
-    const V scaled = job.scale * part.load(x + i);
-    V h = centred(scaled + part.load(f + i), 0);
-    narrow(h, work + i);
-    for (int64_t k = 1; k < steps; k++) {
-      h = centred(scaled + (h * widen(w + row_of(k - 1) + i) + widen(b + row_of(k - 1) + i)), k);
-      narrow(h, work + k * stride + i);
+    const V gain = widen(w + row_of(k) + i);
+    V of_gain = widen(to_w), of_bias = widen(to_b);
+    for (int r = 0; r < R; r++) {
+      const V weighted = up[r] * gain;
+      of_gain += up[r] * h[r];
+      of_bias += up[r];
+      of_mean[r] += weighted;
+      of_std[r] += weighted * h[r];
     }
-    gather(steps - 1, i, given(i, part), h, lane);
+    narrow(of_gain, to_w);
+    narrow(of_bias, to_b);
+  };
+  over(n, [&](int64_t i, auto part) {
+    V x[R], h[R], up[R];
+    for (int r = 0; r < R; r++) {
+      const float* stats = at.stats + r * of_stats;
+      const Pair v = load<DROP>(at, job, r, i, part);
+      x[r] = part.keep(v.x - stats[0]);
+      h[r] = (x[r] + part.keep(v.f - stats[1])) * rstd(r, 0) + centre(r, 0);
+      narrow(h[r], work + r * stride + i);
+    }
+    for (int64_t k = 1; k < steps; k++) {
+      const V gain = widen(w + row_of(k - 1) + i), bias = widen(inner + row_of(k - 1) + i);
+      for (int r = 0; r < R; r++) {
+        h[r] = (x[r] + (h[r] * gain + bias)) * rstd(r, k) + centre(r, k);
+        narrow(h[r], work + (k * R + r) * stride + i);
+      }
+    }
+    for (int r = 0; r < R; r++) up[r] = part.load(at.gradient + r * n + i);
+    gather(steps - 1, i, up, h);
   });
   for (int64_t k = steps - 1;; k--) {
-    const float mean = of_mean.total() * job.over_n, std = of_std.total() * job.over_n, rstd = stats[2 * k + 1];
-    const float *gain = w + row_of(k), *h = work + k * stride;
-    const auto through = [&](int64_t i, V up) { return rstd * (up * widen(gain + i) - mean - widen(h + i) * std); };
-    of_mean = of_std = Sum{};
-    const bool top = k == steps - 1;
-    if (k == 0) {
-      const auto write = [&](auto before) {
-        over(n, [&](int64_t i, auto part, int) {
-          const V up = through(i, before(i, part));
-          part.store(up, df + i);
-          part.store(job.scale * (top ? up : up + widen(grad_x + i)), dx + i);
-        });
-      };
-      top ? write(given) : write(later);
-      return;
+    float mean[R], std[R], scale[R];
+    for (int r = 0; r < R; r++) {
+      scale[r] = rstd(r, k);
+      mean[r] = job.centred ? -total(of_mean[r]) * job.over_n * scale[r] : 0;
+      std[r] = -total(of_std[r]) * job.over_n * scale[r];
+      of_mean[r] = of_std[r] = V{};
     }
-    const auto step = [&](auto before) {
-      over(n, [&](int64_t i, auto part, int lane) {
-        const V up = through(i, before(i, part));
-        narrow(up, grad + i);
-        narrow(top ? up : up + widen(grad_x + i), grad_x + i);
-        gather(k - 1, i, up, widen(h - stride + i), lane);
+    const int64_t pass = steps - 1 - k;
+    Ahead<false> next_x(at.x + R * n, R, n, pass, steps), next_f(at.f + R * n, R, n, pass, steps);
+    Ahead<false> next_gradient(at.gradient + R * n, R, n, pass, steps);
+    Ahead<true> next_dx(at.dx + R * n, R, n, pass, steps), next_df(at.df + R * n, R, n, pass, steps);
+    const float* h = work + k * R * stride;
+    const auto step = [&](auto top) {
+      over(n, [&](int64_t i, auto part) {
+        next_x(), next_f(), next_gradient(), next_dx(), next_df();
+        const V gain = widen(w + row_of(k) + i);
+        V up[R], before[R];
+        for (int r = 0; r < R; r++) {
+          const int64_t j = r * stride + i;
+          const V given = top ? part.load(at.gradient + r * n + i) : widen(grad + j);
+          up[r] = given * gain * scale[r] + (widen(h + j) * std[r] + mean[r]);
+          const V sum = top ? up[r] : up[r] + widen(grad_x + j);
+          if (k > 0) {
+            narrow(up[r], grad + j);
+            narrow(sum, grad_x + j);
+            before[r] = widen(h - R * stride + j);
+          } else {
+            part.store(DROP ? up[r] * part.load(at.factors + r * n + i) : up[r], at.df + r * n + i);
+            part.store(job.scale * sum, at.dx + r * n + i);
+          }
+        }
+        if (k > 0) gather(k - 1, i, up, before);
       });
     };
-    top ? step(given) : step(later);
+    k == steps - 1 ? step(std::true_type{}) : step(std::false_type{});
+    if (k == 0) return;
   }
 }
 
@@ -259,7 +406,7 @@ struct Stats {
   float mean_x, mean_u, xx, uu, xu;
 };
 
-static void closed_form(const Stats* stats, int64_t count, const Job job, bool derivatives, Coefficients& o) {
+static void closed_form(const Stats* stats, int64_t count, const Job& job, bool derivatives, Coefficients& o) {
   double xx[BLOCK] = {}, uu[BLOCK] = {}, xu[BLOCK] = {};
   o = Coefficients{};
   for (int64_t j = 0; j < count; j++) {
@@ -289,160 +436,253 @@ static void closed_form(const Stats* stats, int64_t count, const Job job, bool d
   }
 }
 
-static void closed_forward(const TX* x, const TF* f, const float* w, const float* b, TY* y, float* saved,
-                           int64_t count, const Job job) {
-  const int64_t n = job.n, few = sample_size(n);
-  Stats stats[BLOCK];
-  for (int64_t j = 0; j < count; j++) {
-    const TX* xj = x + j * n;
-    const TF* fj = f + j * n;
-    Sum sum_x, sum_u, rest_x, rest_u, xx, uu, xu;
-    over(few, [&](int64_t i, auto part, int lane) {
-      const V scaled = job.scale * part.load(xj + i);
-      sum_x[lane] += scaled;
-      sum_u[lane] += scaled + part.load(fj + i);
-    });
-    const float shift_x = sum_x.total() / few, shift_u = sum_u.total() / few;
-    over(n, [&](int64_t i, auto part, int lane) {
-      const V scaled = job.scale * part.load(xj + i), p = part.keep(scaled - shift_x);
-      const V q = part.keep(scaled + part.load(fj + i) - shift_u);
-      rest_x[lane] += p;
-      rest_u[lane] += q;
-      xx[lane] += p * p;
-      uu[lane] += q * q;
-      xu[lane] += p * q;
-    });
-    const float dx = rest_x.total() * job.over_n, du = rest_u.total() * job.over_n;
+template <int R, bool DROP>
+static void closed_statistics(const Rows at, const Job& job, Stats* stats) {
+  const auto shift = shifts_of<R, DROP>(at, job);
+  V rest_x[R] = {}, rest_u[R] = {}, xx[R] = {}, uu[R] = {}, xu[R] = {};
+  over(job.n, [&](int64_t i, auto part) {
+    for (int r = 0; r < R; r++) {
+      const Pair v = load<DROP>(at, job, r, i, part);
+      const V p = part.keep(v.x - shift.x[r]), q = p + part.keep(v.f - shift.f[r]);
+      rest_x[r] += p;
+      rest_u[r] += q;
+      xx[r] += p * p;
+      uu[r] += q * q;
+      xu[r] += p * q;
+    }
+  });
+  for (int r = 0; r < R; r++) {
+    float dx = total(rest_x[r]) * job.over_n, du = total(rest_u[r]) * job.over_n;
+    if (!job.centred) dx = du = 0;
+    const float shift_u = shift.x[r] + shift.f[r];
     const auto at_least = [](float variance, float mean) {  // what rounding leaves of a row that is constant
       const float rounding = mean * 0x1p-22f;
       return std::max(variance, rounding * rounding);
     };
-    stats[j] = {shift_x + dx, shift_u + du, at_least(xx.total() * job.over_n - dx * dx, shift_x),
-                at_least(uu.total() * job.over_n - du * du, shift_u), xu.total() * job.over_n - dx * du};
-  }
-  std::memcpy(saved, stats, count * sizeof(Stats));
-  Coefficients o;
-  closed_form(stats, count, job, false, o);
-  for (int64_t j = 0; j < count; j++) {
-    const float a = o.a[j], c = o.c[j], mean_x = stats[j].mean_x, mean_u = stats[j].mean_u;
-    const TX* xj = x + j * n;
-    const TF* fj = f + j * n;
-    over(n, [&](int64_t i, auto part, int) {
-      const V scaled = job.scale * part.load(xj + i), u = scaled + part.load(fj + i);
-      part.store((a * (scaled - mean_x) + c * (u - mean_u)) * widen(w + i) + widen(b + i), y + j * n + i);
-    });
+    stats[r] = {shift.x[r] + dx, shift_u + du, at_least(total(xx[r]) * job.over_n - dx * dx, shift.x[r]),
+                at_least(total(uu[r]) * job.over_n - du * du, shift_u), total(xu[r]) * job.over_n - dx * du};
   }
 }
 
-static void closed_backward(const TY* gradient, const TX* x, const TF* f, const float* w, const float* saved, TX* dx,
-                            TF* df, float* acc_w, float* acc_b, int64_t count, const Job job) {
+template <int R, bool DROP>
+static void closed_output(const Rows at, const float* w, const float* b, const Job& job, const Stats* stats,
+                          const double* a, const double* c, int64_t block) {
+  Ahead<false> next_x(at.x + block * job.n, R, job.n, 0, 1), next_f(at.f + block * job.n, R, job.n, 0, 1);
+  Ahead<true> next_y(at.y + block * job.n, R, job.n, 0, 1);
+  over(job.n, [&](int64_t i, auto part) {
+    next_x(), next_f(), next_y();
+    for (int r = 0; r < R; r++) {
+      const Pair v = load<DROP>(at, job, r, i, part);
+      const V p = v.x - stats[r].mean_x, q = v.x + v.f - stats[r].mean_u;
+      part.store((float(a[r]) * p + float(c[r]) * q) * widen(w + i) + widen(b + i), at.y + r * job.n + i);
+    }
+  });
+}
+
+template <int R, bool DROP>
+static void closed_backward(const Rows at, const float* w, float* acc_w, float* acc_b, const Job& job,
+                            const Stats* stats, const Coefficients& o, int64_t first, int64_t block) {
   const int64_t n = job.n;
-  Stats stats[BLOCK];
-  std::memcpy(stats, saved, count * sizeof(Stats));
-  Coefficients o;
-  closed_form(stats, count, job, true, o);
-  for (int64_t j = 0; j < count; j++) {
-    const float a = o.a[j], c = o.c[j], mean_x = stats[j].mean_x, mean_u = stats[j].mean_u;
-    const TY* gj = gradient + j * n;
-    const TX* xj = x + j * n;
-    const TF* fj = f + j * n;
-    Sum sum, along_x, along_u;
-    over(n, [&](int64_t i, auto part, int lane) {
-      const V up = part.load(gj + i), g = up * widen(w + i), scaled = job.scale * part.load(xj + i);
-      const V p = scaled - mean_x, q = scaled + part.load(fj + i) - mean_u;
-      sum[lane] += g;
-      along_x[lane] += g * p;
-      along_u[lane] += g * q;
-      narrow(widen(acc_w + i) + up * (a * p + c * q), acc_w + i);
-      narrow(widen(acc_b + i) + up, acc_b + i);
-    });
-    const double by_x = along_x.total() * job.over_n, by_u = along_u.total() * job.over_n;
-    float by[3], mean = sum.total() * job.over_n;
-    for (int p = 0; p < 3; p++) by[p] = (p < 2 ? 2 : 1) * (by_x * o.da[p][j] + by_u * o.dc[p][j]);
-    over(n, [&](int64_t i, auto part, int) {
-      const V g = part.load(gj + i) * widen(w + i) - mean, scaled = job.scale * part.load(xj + i);
-      const V p = scaled - mean_x, q = scaled + part.load(fj + i) - mean_u;
-      const V du = c * g + by[1] * q + by[2] * p;
-      part.store(du, df + j * n + i);
-      part.store(job.scale * (a * g + by[0] * p + by[2] * q + du), dx + j * n + i);
-    });
+  const double *a = o.a + first, *c = o.c + first;
+  V sum[R] = {}, along_x[R] = {}, along_u[R] = {};
+  over(n, [&](int64_t i, auto part) {
+    const V gain = widen(w + i);
+    V of_gain = widen(acc_w + i), of_bias = widen(acc_b + i);
+    for (int r = 0; r < R; r++) {
+      const Pair v = load<DROP>(at, job, r, i, part);
+      const V up = part.load(at.gradient + r * n + i), g = up * gain;
+      const V p = v.x - stats[r].mean_x, q = v.x + v.f - stats[r].mean_u;
+      sum[r] += g;
+      along_x[r] += g * p;
+      along_u[r] += g * q;
+      of_gain += up * (float(a[r]) * p + float(c[r]) * q);
+      of_bias += up;
+    }
+    narrow(of_gain, acc_w + i);
+    narrow(of_bias, acc_b + i);
+  });
+  float by[3][R], mean[R];
+  for (int r = 0; r < R; r++) {
+    const double by_x = total(along_x[r]) * job.over_n, by_u = total(along_u[r]) * job.over_n;
+    mean[r] = job.centred ? total(sum[r]) * job.over_n : 0;
+    for (int p = 0; p < 3; p++) by[p][r] = (p < 2 ? 2 : 1) * (by_x * o.da[p][first + r] + by_u * o.dc[p][first + r]);
+  }
+  Ahead<false> next_x(at.x + block * n, R, n, 0, 1), next_f(at.f + block * n, R, n, 0, 1);
+  Ahead<false> next_gradient(at.gradient + block * n, R, n, 0, 1);
+  Ahead<true> next_dx(at.dx + block * n, R, n, 0, 1), next_df(at.df + block * n, R, n, 0, 1);
+  over(n, [&](int64_t i, auto part) {
+    next_x(), next_f(), next_gradient(), next_dx(), next_df();
+    const V gain = widen(w + i);
+    for (int r = 0; r < R; r++) {
+      const int64_t j = r * n + i;
+      const Pair v = load<DROP>(at, job, r, i, part);
+      const V g = part.load(at.gradient + j) * gain - mean[r];
+      const V p = v.x - stats[r].mean_x, q = v.x + v.f - stats[r].mean_u;
+      const V du = float(c[r]) * g + by[1][r] * q + by[2][r] * p;
+      part.store(DROP ? du * part.load(at.factors + j) : du, at.df + j);
+      part.store(job.scale * (float(a[r]) * g + by[0][r] * p + by[2][r] * q + du), at.dx + j);
+    }
+  });
+}
+
+// Rows of floats at the start of a line of the cache.
+struct Buffer {
+  std::vector<float> memory;
+  float* data;
+  explicit Buffer(int64_t count) : memory(count + 16) {
+    data = (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+  }
+  Buffer(const Buffer&) = delete;
+};
+
+// Rows of gains or biases with zeros up to whole vectors, less the mean of each where that is asked for.
+static void pad(const float* rows, const Job& job, bool centred, float* result) {
+  for (int64_t k = 0; k < job.affine_rows; k++) {
+    double mean = 0;
+    for (int64_t i = 0; centred && i < job.n; i++) mean += rows[k * job.n + i];
+    mean /= job.n;
+    for (int64_t i = 0; i < job.n; i++) result[k * job.stride + i] = rows[k * job.n + i] - mean;
   }
 }
 
-// Rows of gains or biases with zeros up to whole vectors.
-static std::vector<float> padded(const float* rows, const Job job) {
-  std::vector<float> result(job.affine_rows * job.stride);
-  for (int64_t k = 0; k < job.affine_rows; k++)
-    std::copy(rows + k * job.n, rows + (k + 1) * job.n, result.begin() + k * job.stride);
-  return result;
-}
+struct Affine {
+  Buffer w, b, inner;
+  Affine(const float* weight, const float* bias, const Job& job)
+      : w(job.affine_rows * job.stride), b(job.affine_rows * job.stride), inner(job.affine_rows * job.stride) {
+    pad(weight, job, false, w.data);
+    pad(bias, job, false, b.data);
+    pad(bias, job, job.centred, inner.data);
+  }
+};
 
-static Job make_job(int64_t rows, int64_t n, int64_t steps, int64_t affine_rows, float eps, float scale) {
+
+static Job make_job(const int64_t* sizes, const double* numbers, int64_t seed) {
+  const int64_t n = sizes[1];
   // Rows at multiples of 4096 bytes would take turns in one set of the cache.
   const int64_t stride = (n + LANES - 1) / LANES * LANES + 80;
-  return {rows, n, stride, steps, affine_rows, eps, scale, 1.0f / n};
+  return {sizes[0], n, stride, sizes[2], sizes[3], float(numbers[0]), float(numbers[1]), 1.0f / n,
+          sizes[4] != 0, sizes[5] != 0, uint64_t(seed), float(numbers[2])};
 }
 
-extern "C" void rskip_forward(const TX* x, const TF* f, const float* weight, const float* bias, TY* y, float* stats,
-                              int64_t rows, int64_t n, int64_t steps, int64_t affine_rows, int64_t closed, float eps,
-                              float scale, int threads) {
-  const Job job = make_job(rows, n, steps, affine_rows, eps, scale);
-  const auto w = padded(weight, job), b = padded(bias, job);
-  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+// Blocks of rows that stay in the cache.
+static int64_t rows_a_block(const Job& job) {
+  return std::max(int64_t(1), std::min(BLOCK, 65536 / job.n / 4 * 4));
+}
+
+// Calls `body(first, rows at a time)` for the rows of a block, R and then one at a time.
+template <int R, class Body>
+static inline void groups(int64_t count, int64_t n, Body body) {
+  int64_t row = 0;
+  if (n <= 4096)
+    for (; row + R <= count; row += R) body(row, std::integral_constant<int, R>{});
+  for (; row < count; row++) body(row, std::integral_constant<int, 1>{});
+}
+
+template <bool DROP>
+static void forward(const Rows tensors, const Affine& affine, const Job job, int threads) {
+  const int64_t n = job.n, size = rows_a_block(job), blocks = (job.rows + size - 1) / size;
+  const int64_t of_stats = job.closed ? 5 : 2 + 2 * job.steps;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> work(2 * job.stride);
+    Buffer work(job.closed ? 0 : 2 * GROUP * job.stride), factors(DROP ? size * n + LANES : 0);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-      const int64_t first = block * BLOCK, end = std::min(first + BLOCK, rows);
-      if (closed)
-        closed_forward(x + first * n, f + first * n, w.data(), b.data(), y + first * n, stats + first * 5,
-                       end - first, job);
-      else
-        for (int64_t row = first; row < end; row++)
-          chain_forward(x + row * n, f + row * n, w.data(), b.data(), y + row * n, stats + row * 2 * steps, job,
-                        work.data());
+      const int64_t first = block * size, count = std::min(size, job.rows - first);
+      if (DROP) draw_factors(first * n, count * n, job, factors.data);
+      const Rows at = tensors.from(first, n, of_stats);
+      const auto of = [&](int64_t row) {
+        Rows rows = at.from(row, n, of_stats);
+        rows.factors = factors.data + row * n;
+        return rows;
+      };
+      if (job.closed) {
+        Stats stats[BLOCK];
+        groups<2>(count, n, [&](int64_t row, auto r) { closed_statistics<r, DROP>(of(row), job, stats + row); });
+        std::memcpy(at.stats, stats, count * sizeof(Stats));
+        Coefficients o;
+        closed_form(stats, count, job, false, o);
+        groups<2>(count, n, [&](int64_t row, auto r) {
+          closed_output<r, DROP>(of(row), affine.w.data, affine.b.data, job, stats + row, o.a + row, o.c + row, size);
+        });
+      } else {
+        groups<GROUP>(count, n, [&](int64_t row, auto r) {
+          chain_forward<r, DROP>(of(row), affine.w.data, affine.b.data, affine.inner.data, job, work.data);
+        });
+      }
     }
   }
 }
 
-// `partial` is (chunks, 2, affine_rows, n): sums over consecutive rows, which do not depend on the number of threads.
-extern "C" void rskip_backward(const TY* gradient, const TX* x, const TF* f, const float* weight, const float* bias,
-                               const float* stats, TX* dx, TF* df, double* partial, int64_t chunks, int64_t rows,
-                               int64_t n, int64_t steps, int64_t affine_rows, int64_t closed, float eps, float scale,
-                               int threads) {
-  const Job job = make_job(rows, n, steps, affine_rows, eps, scale);
-  const auto w = padded(weight, job), b = padded(bias, job);
-  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+template <bool DROP>
+static void backward(const Rows tensors, const Affine& affine, double* partial, int64_t chunks, const Job job,
+                     int threads) {
+  const int64_t n = job.n, size = rows_a_block(job), blocks = (job.rows + size - 1) / size;
+  const int64_t of_stats = job.closed ? 5 : 2 + 2 * job.steps, gains = job.affine_rows * job.stride;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> acc_w(w.size()), acc_b(b.size()), work((steps + 2) * job.stride);
-    const auto flush = [&](std::vector<float>& acc, double* sums) {
-      for (int64_t k = 0; k < affine_rows; k++)
+    Buffer acc_w(gains), acc_b(gains), work(job.closed ? 0 : (job.steps + 2) * GROUP * job.stride);
+    Buffer factors(DROP ? size * n + LANES : 0);
+    const auto flush = [&](float* acc, double* sums) {
+      for (int64_t k = 0; k < job.affine_rows; k++)
         for (int64_t i = 0; i < n; i++) sums[k * n + i] += acc[k * job.stride + i];
-      std::fill(acc.begin(), acc.end(), 0.0f);
+      std::fill(acc, acc + gains, 0.0f);
     };
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      double* sums = partial + chunk * 2 * affine_rows * n;
-      std::fill(sums, sums + 2 * affine_rows * n, 0.0);
+      double* sums = partial + chunk * 2 * job.affine_rows * n;
+      std::fill(sums, sums + 2 * job.affine_rows * n, 0.0);
       const int64_t last = (chunk + 1) * blocks / chunks;
       for (int64_t block = chunk * blocks / chunks, added = 0; block < last; block++) {
-        const int64_t first = block * BLOCK, end = std::min(first + BLOCK, rows);
-        if (closed)
-          closed_backward(gradient + first * n, x + first * n, f + first * n, w.data(), stats + first * 5,
-                          dx + first * n, df + first * n, acc_w.data(), acc_b.data(), end - first, job);
-        else
-          for (int64_t row = first; row < end; row++)
-            chain_backward(gradient + row * n, x + row * n, f + row * n, w.data(), b.data(), stats + row * 2 * steps,
-                           dx + row * n, df + row * n, acc_w.data(), acc_b.data(), job, work.data());
-        if (++added % 8 == 0 || block == last - 1) {  // few enough to add in single precision
-          flush(acc_w, sums);
-          flush(acc_b, sums + affine_rows * n);
+        const int64_t first = block * size, count = std::min(size, job.rows - first);
+        if (DROP) draw_factors(first * n, count * n, job, factors.data);
+        const Rows at = tensors.from(first, n, of_stats);
+        const auto of = [&](int64_t row) {
+          Rows rows = at.from(row, n, of_stats);
+          rows.factors = factors.data + row * n;
+          return rows;
+        };
+        if (job.closed) {
+          Stats stats[BLOCK];
+          std::memcpy(stats, at.stats, count * sizeof(Stats));
+          Coefficients o;
+          closed_form(stats, count, job, true, o);
+          groups<2>(count, n, [&](int64_t row, auto r) {
+            closed_backward<r, DROP>(of(row), affine.w.data, acc_w.data, acc_b.data, job, stats + row, o, row, size);
+          });
+        } else {
+          groups<GROUP>(count, n, [&](int64_t row, auto r) {
+            chain_backward<r, DROP>(of(row), affine.w.data, affine.inner.data, acc_w.data, acc_b.data, job, work.data);
+          });
+        }
+        added += count;
+        if (added >= 128 || block == last - 1) {  // few enough to add in single precision
+          flush(acc_w.data, sums);
+          flush(acc_b.data, sums + job.affine_rows * n);
+          added = 0;
         }
       }
     }
   }
+}
+
+// `sizes` are rows, n, K, affine rows, closed, centred, chunks of the backward pass; `numbers` eps, scale, dropout.
+extern "C" void rskip_forward(const TX* x, const TF* f, const float* weight, const float* bias, TY* y, float* stats,
+                              const int64_t* sizes, const double* numbers, int64_t seed, int threads) {
+  const Job job = make_job(sizes, numbers, seed);
+  const Affine affine(weight, bias, job);
+  const Rows rows{x, f, stats, y, nullptr, nullptr, nullptr, nullptr};
+  job.dropout > 0 ? forward<true>(rows, affine, job, threads) : forward<false>(rows, affine, job, threads);
+}
+
+// `partial` is (chunks, 2, affine rows, n): sums over consecutive rows, which do not depend on the number of threads.
+extern "C" void rskip_backward(const TY* gradient, const TX* x, const TF* f, const float* weight, const float* bias,
+                               float* stats, TX* dx, TF* df, double* partial, const int64_t* sizes,
+                               const double* numbers, int64_t seed, int threads) {
+  const Job job = make_job(sizes, numbers, seed);
+  const Affine affine(weight, bias, job);
+  const Rows rows{x, f, stats, nullptr, gradient, dx, df, nullptr};
+  job.dropout > 0 ? backward<true>(rows, affine, partial, sizes[6], job, threads)
+                  : backward<false>(rows, affine, partial, sizes[6], job, threads);
 }
 """
 
@@ -487,13 +727,14 @@ def _processor() -> str:
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # a copy of this file that came with a checkpoint has operators of its own
 
 
-def _arguments(*values):
-    return [ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else value for value in values]
-
-
-def _sizes(x, weight, recursions, closed, eps, scale):
-    sizes = map(ctypes.c_int64, (*x.shape, recursions, len(weight), closed))
-    return *sizes, ctypes.c_float(eps), ctypes.c_float(scale), ctypes.c_int(torch.get_num_threads())
+def _arguments(tensors, sizes, numbers, seed):
+    return (
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_double * len(numbers))(*numbers),
+        ctypes.c_int64(0 if seed is None else seed.item()),
+        torch.get_num_threads(),
+    )
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::rskip_layer_norm", mutates_args=(), device_types="cpu")
@@ -502,25 +743,32 @@ def rskip_layer_norm(
     branch: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    seed: torch.Tensor | None,
     recursions: int,
     closed: bool,
+    centred: bool,
     eps: float,
     scale: float,
+    dropout: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y = torch.empty_like(x, dtype=dtype)
-    stats = x.new_empty(len(x), 5 if closed else 2 * recursions, dtype=torch.float32)
-    weight, bias = weight.float(), bias.float()
+    stats = x.new_empty(len(x), _stats_of_row(recursions, closed), dtype=torch.float32)
+    tensors = (x, branch, weight.float(), bias.float(), y, stats)
+    sizes = (*x.shape, recursions, len(weight), closed, centred)
     library = load((x.dtype, branch.dtype, dtype))
-    sizes = _sizes(x, weight, recursions, closed, eps, scale)
-    library.rskip_forward(*_arguments(x, branch, weight, bias, y, stats), *sizes)
+    library.rskip_forward(*_arguments(tensors, sizes, (eps, scale, dropout), seed))
     return y, stats
 
 
 @rskip_layer_norm.register_fake
-def _(x, branch, weight, bias, recursions, closed, eps, scale, dtype):
-    stats = x.new_empty(x.shape[0], 5 if closed else 2 * recursions, dtype=torch.float32)
+def _(x, branch, weight, bias, seed, recursions, closed, centred, eps, scale, dropout, dtype):
+    stats = x.new_empty(x.shape[0], _stats_of_row(recursions, closed), dtype=torch.float32)
     return torch.empty_like(x, dtype=dtype), stats
+
+
+def _stats_of_row(recursions, closed):
+    return 5 if closed else 2 + 2 * recursions
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::rskip_layer_norm_backward", mutates_args=(), device_types="cpu")
@@ -531,26 +779,29 @@ def rskip_layer_norm_backward(
     weight: torch.Tensor,
     bias: torch.Tensor,
     stats: torch.Tensor,
+    seed: torch.Tensor | None,
     recursions: int,
     closed: bool,
+    centred: bool,
     eps: float,
     scale: float,
+    dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     gradient = gradient.contiguous()
     grad_x, grad_branch = torch.empty_like(x), torch.empty_like(branch)
-    wide_weight, wide_bias = weight.float(), bias.float()
-    chunks = min(64, -(-len(x) // 64))
+    rows, size = x.shape
+    chunks = min(64, -(-rows // (64 if size <= 8192 else 16)))
     partial = torch.empty(chunks, 2, *weight.shape, dtype=torch.float64)
-    tensors = (gradient, x, branch, wide_weight, wide_bias, stats, grad_x, grad_branch, partial)
+    tensors = (gradient, x, branch, weight.float(), bias.float(), stats, grad_x, grad_branch, partial)
+    sizes = (rows, size, recursions, len(weight), closed, centred, chunks)
     library = load((x.dtype, branch.dtype, gradient.dtype))
-    sizes = _sizes(x, weight, recursions, closed, eps, scale)
-    library.rskip_backward(*_arguments(*tensors), ctypes.c_int64(chunks), *sizes)
+    library.rskip_backward(*_arguments(tensors, sizes, (eps, scale, dropout), seed))
     grad_weight, grad_bias = partial.sum(0)
     return grad_x, grad_branch, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 @rskip_layer_norm_backward.register_fake
-def _(gradient, x, branch, weight, bias, stats, recursions, closed, eps, scale):
+def _(gradient, x, branch, weight, bias, stats, seed, recursions, closed, centred, eps, scale, dropout):
     return tuple(map(torch.empty_like, (x, branch, weight, bias)))
 
 

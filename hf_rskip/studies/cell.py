@@ -4,6 +4,7 @@ import datetime
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -24,10 +25,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import models
 from ..errors import Diverged, Preempted, UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
-from ..training.checkpoints import list_checkpoints
+from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import Recipe, parse_recipe
 from ..training.train import train_recipe
-from .study import METRICS, Cell, find_difference, write_recipe
+from .study import METRICS, Cell, write_recipe, write_whole
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TAKEN = 75
@@ -36,18 +37,26 @@ _PACKAGES = ("hf_rskip", "torch", "transformers", "datasets", "accelerate", "tok
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
-    """What the cell has come to, or `None` if it has not yet; a failure counts until it is tried again."""
+    """What the cell has come to, or `None` if it has not yet; a failure counts until it is tried again.
+
+    Raises:
+        [`UserError`]: if the file is torn, or something else.
+    """
+    path = cell.folder / "result.json"
     try:
-        return json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or result.get("state") not in (FINISHED, DIVERGED, FAILED):
+        raise UserError(f"{str(path)!r} is not the result of a cell: remove it, and the cell is run again.")
+    return result
 
 
 def write_result(cell: Cell, **values) -> None:
     """Writes `result.json`, whole or not at all."""
-    staged = cell.folder / f".result-{os.getpid()}.json"
-    staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    staged.replace(cell.folder / "result.json")
+    write_whole(cell.folder / "result.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_done(cell: Cell) -> bool:
@@ -72,9 +81,10 @@ class Surroundings:
 
     def command(self, cell: Cell) -> str:
         """That trains the cell alone."""
-        return " ".join(
-            ["hf-rskip train", str(cell.recipe_path), *(f"--import_module {module}" for module in self.modules)]
-        )
+        words = ["hf-rskip", "train", str(cell.recipe_path)]
+        for module in self.modules:
+            words += ["--import_module", module]
+        return shlex.join(words)
 
 
 def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
@@ -83,11 +93,13 @@ def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
     What it prints goes to `log.txt`. It ends by itself, with a checkpoint where it can, when the study dies.
     """
     _follow_study()
-    cell.folder.mkdir(parents=True, exist_ok=True)
     try:
+        cell.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cell.folder / "lock", timeout=patience).acquire()
     except Timeout:
         sys.exit(TAKEN)
+    except OSError as error:
+        sys.exit(f"hf-rskip: {cell}: {error}")
     with lock:
         if not is_done(cell):
             _train(cell, surroundings)
@@ -97,8 +109,6 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
     with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    if find_difference(cell) and not list_checkpoints(cell.run_folder):
-        shutil.rmtree(cell.run_folder, ignore_errors=True)
     write_recipe(cell)
     (cell.folder / "result.json").unlink(missing_ok=True)
     started, resumed = time.perf_counter(), bool(list_checkpoints(cell.run_folder))
@@ -111,6 +121,7 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
         recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
         metrics = train_recipe(recipe)
         outcome = {"state": FINISHED, **_describe_run(recipe, metrics)}
+        shutil.copy(cell.run_folder / PREDICTIONS_NAME, cell.folder)
     except Preempted as stop:
         print(f"hf-rskip: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)
@@ -126,8 +137,6 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
         "device": _name_device(),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    if outcome["state"] == FINISHED:
-        shutil.copy(cell.run_folder / PREDICTIONS_NAME, cell.folder)
     record(cell, surroundings, outcome)
     if outcome["state"] != FAILED and not surroundings.keep_models:
         shutil.rmtree(cell.run_folder, ignore_errors=True)
@@ -163,6 +172,7 @@ def _follow_study() -> None:
 def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
     folder, keeps_best = Path(recipe.training.output_dir), recipe.training.load_best_model_at_end
     state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    kept = state["best_model_checkpoint"]
     evaluations = [entry for entry in state["log_history"] if any(key.startswith("eval_") for key in entry)]
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -174,7 +184,8 @@ def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
             | {name: entry[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in entry}
             for entry in evaluations
         ],
-        "kept_step": (keeps_best and state["best_global_step"]) or state["global_step"],
+        # The best step may be one that was not saved: then the last model was kept.
+        "kept_step": checkpoint_step(Path(kept)) if keeps_best and kept else state["global_step"],
         "steps": state["global_step"],
         "parameters": parameters,
         "seconds": round(metrics["train_runtime"], 1),

@@ -82,12 +82,14 @@ def draw_grid(results: Results, unit: str, path: Path) -> Path | None:
     across, down = names[-1], names[-2] if len(names) > 1 else None
     if len(names) > 2:
         across, down = names[1], names[0]
-    x_values, y_values = ([*dict.fromkeys(dict(point).get(key) for point in study.settings)] for key in (across, down))
+    x_values, y_values = (
+        [*dict.fromkeys(str(dict(point).get(key)) for point in study.settings)] for key in (across, down)
+    )
     maps = {form: np.full((len(y_values), len(x_values)), np.nan) for form in study.forms}
     notes = {form: {} for form in study.forms}
     for group in results.groups:
         point = dict(group.setting)
-        place = y_values.index(point.get(down)), x_values.index(point[across])
+        place = y_values.index(str(point.get(down))), x_values.index(str(point[across]))
         scores = [result.validation for result in group.of_state(FINISHED) if result.validation is not None]
         if scores:
             maps[group.form][place] = np.nanmax([maps[group.form][place], fmean(scores)])
@@ -101,19 +103,20 @@ def draw_grid(results: Results, unit: str, path: Path) -> Path | None:
     width, height = 0.9 + 0.62 * len(x_values), 0.8 + 0.42 * len(y_values)
     figure = _new_figure(1.2 + width * columns, 0.5 + height * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    lowest, highest = (bound([np.nan, *np.ravel([*maps.values()])]) for bound in (np.nanmin, np.nanmax))
+    shown = [value for value in np.ravel([*maps.values()]) if not np.isnan(value)] or [0.0]  # 0: all have diverged
+    lowest, highest = min(shown), max(shown)
     for panel, (form, values) in zip(panels.flat, maps.items(), strict=False):
         image = panel.imshow(values, cmap="cividis", vmin=lowest, vmax=highest, aspect="auto")
         _annotate(panel, values, notes[form], (lowest + highest) / 2)
         panel.set_title(_shorten(form, 26), fontsize="medium")
-        panel.set_xticks(range(len(x_values)), [f"{value}" for value in x_values], rotation=45)
-        panel.set_yticks(range(len(y_values)), [f"{value}" for value in y_values] if down else [""])
+        panel.set_xticks(range(len(x_values)), x_values, rotation=45)
+        panel.set_yticks(range(len(y_values)), y_values if down else [""])
     for panel in list(panels.flat)[len(maps) :]:
         panel.remove()
-    figure.supxlabel(across, fontsize="medium")
+    figure.supxlabel(f"{across} (mean of the seeds that finished)", fontsize="medium")
     if down:
         figure.supylabel(down, fontsize="medium")
-    figure.colorbar(image, ax=panels, label=f"validation {unit}, mean of the seeds that finished (\u00d7: diverged)")
+    figure.colorbar(image, ax=panels, label=f"validation {unit} (\u00d7: diverged)")
     return _save(figure, path)
 
 

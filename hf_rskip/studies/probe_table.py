@@ -30,10 +30,11 @@ class ProbedModel:
     sublayers: list[SublayerProbe]
 
     def stacks(self) -> dict[str, list[SublayerProbe]]:
-        """The sublayers of each stack, from the bottom to the top."""
+        """The sublayers of each stack, from the bottom to the top; what stands around a layer is none of them."""
         stacks: dict[str, list[SublayerProbe]] = {}
         for row in self.sublayers:
-            stacks.setdefault(row.stack, []).append(row)
+            if not row.name.endswith("layer_skip"):
+                stacks.setdefault(row.stack, []).append(row)
         return stacks
 
 

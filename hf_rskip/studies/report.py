@@ -86,7 +86,9 @@ def _format_best(results: Results) -> str:
 
 
 def _score_headers(results: Results) -> list[str]:
-    return [f"test {UNITS[results.study.metric]}", "sd", "difference", "95%", "p sentences", "p seeds"]
+    metric = results.study.metric
+    examples = "images" if metric == "accuracy" else "sentences"
+    return [f"test {UNITS[metric]}", "sd", "difference", "95%", f"p {examples}", "p seeds"]
 
 
 def _format_scores(group: Group, results: Results) -> list[str]:
@@ -96,7 +98,7 @@ def _format_scores(group: Group, results: Results) -> list[str]:
         is_baseline = group.form == results.study.baseline
         return [*row, "baseline" if is_baseline and group.test_mean is not None else "", "", "", ""]
     low, high = difference.interval
-    p_values = [_format(p, ".4f") for p in (difference.p_bootstrap, difference.p_seeds)]
+    p_values = [_format_p(p) for p in (difference.p_bootstrap, difference.p_seeds)]
     return [*row, f"{difference.score:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p_values]
 
 
@@ -118,6 +120,10 @@ def _format(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
+def _format_p(p: float | None) -> str:
+    return "<0.001" if p is not None and p < 0.001 else _format(p, ".3f")
+
+
 def _escape(name: str) -> str:
     return name.replace("|", "\\|")
 
@@ -126,7 +132,8 @@ def _describe(results: Results, command: str, pictures: dict[str, str]) -> str:
     study = results.study
     records = [result.record for result in results.cells if result.state in (FINISHED, DIVERGED)]
     finished = [result for result in results.cells if result.state == FINISHED]
-    parts = [f"# {study.path.stem}", format_tables(results), _explain(results)]
+    name = study.path.absolute().parent.name if study.path.stem == "study" else study.path.stem
+    parts = [f"# {name}", format_tables(results), _explain(results)]
     parts += [f"![{title}]({name})" for title, name in pictures.items()]
     facts = {"seeds": map(str, study.seeds), "device": (record["device"] for record in records)}
     if finished:
@@ -146,6 +153,9 @@ def _describe(results: Results, command: str, pictures: dict[str, str]) -> str:
     if problems:
         parts += ["## Diverged and failed", "\n".join(problems)]
     parts += ["## Forms", _format_yaml(read_yaml(study.path, "study")["forms"])]
+    keys = [cell.keys for cell in study.cells]
+    common = {name: value for name, value in keys[0].items() if all(name in k and k[name] == value for k in keys)}
+    parts += ["## Recipe", "What all cells have in common:", _format_yaml(common)]
     parts += ["## Commands", "All of it:", f"```bash\n{command}\n```"]
     commands = "\n".join(result.record["command"] for result in results.cells if "command" in result.record)
     if commands:

@@ -150,13 +150,13 @@ def gather_results(study: Study) -> Results:
         [`UserError`]: if cells were tested on different data.
     """
     results = [_read(cell, study.metric) for cell in study.cells]
-    by_place: dict[tuple, list[CellResult]] = {}
+    by_place: dict[tuple[str, str], list[CellResult]] = {}
     for result in results:
-        by_place.setdefault((result.cell.setting, result.cell.form), []).append(result)
+        by_place.setdefault((str(result.cell.setting), result.cell.form), []).append(result)
     bootstrap = _Bootstrap(study)
 
     def group(form: str, setting: Setting, rival: Setting) -> Group:
-        members, others = by_place[setting, form], by_place[rival, study.baseline]
+        members, others = by_place[str(setting), form], by_place[str(rival), study.baseline]
         difference = None if members is others else bootstrap.compare(members, others)
         return Group(form, setting, members, difference)
 
@@ -170,7 +170,9 @@ def gather_results(study: Study) -> Results:
         trained = sum(_trains(part, study.trains_at) for part in tried)
         chosen = None
         if setting is not None:
-            chosen = Group(form, setting, by_place[setting, form]) if rival is None else group(form, setting, rival)
+            chosen = (
+                Group(form, setting, by_place[str(setting), form]) if rival is None else group(form, setting, rival)
+            )
         best.append(Best(form, chosen, trained, len(tried)))
     return Results(study, results, groups, best)
 

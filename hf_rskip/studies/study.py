@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -119,7 +120,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     given = _parse_words(overrides)
     overrides = _underscored(file.overrides or {})
     common = {**_underscored(read_yaml(recipe_path)), **overrides, **given}
-    grid = {key.replace("-", "_"): values for key, values in (file.grid or {}).items()}
+    grid = _underscored(file.grid or {})
     forms = {name: _underscored(keys or {}) for name, keys in file.forms.items()}
     _check_disjoint(forms, grid, {**overrides, **given}, str(path))
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
@@ -130,6 +131,8 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         cell_folder = folder / "cells" / re.sub(r"[^\w.+]+", "-", name)
         values = {**common, **forms[form], **dict(setting), "seed": seed, "output_dir": str(cell_folder / "run")}
         values = {key: value for key, value in values.items() if value is not None and key != "resume_from_checkpoint"}
+        if any(file.metric in known for known in METRICS.values()):
+            values.setdefault("metric_for_best_model", file.metric)
         try:
             recipe = parse_values(values, [], str(recipe_path))
         except UserError as error:
@@ -159,7 +162,14 @@ def describe_setting(setting: Setting) -> list[str]:
 
 def write_recipe(cell: Cell) -> None:
     """Writes the whole recipe of a cell, by which `hf-rskip train` repeats it."""
-    cell.recipe_path.write_text(yaml.safe_dump(cell.keys, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(cell.recipe_path, yaml.safe_dump(cell.keys, sort_keys=False, allow_unicode=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, whenever the process is killed."""
+    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def find_difference(cell: Cell) -> str | None:
@@ -236,7 +246,7 @@ def _parse_words(words: list[str]) -> dict[str, Any]:
 
 
 def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: str) -> None:
-    """A key has one place: the forms, the grid, or the overrides (of file and command line); some have none of these."""
+    """A key has one place: the forms, the grid, or the overrides of file and command line; some have none of these."""
     by_forms = {key for keys in forms.values() for key in keys}
     places = {"the forms": by_forms, "the grid": set(grid), "the overrides": set(overrides)}
     for place, keys in places.items():

@@ -127,6 +127,11 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     return checkpoint
 
 
+def read_step(checkpoint: Path) -> int:
+    """After how many steps a checkpoint was saved."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
 def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterable[str]) -> None:
     """A run must not go on as another model than it began; where the weights fit all the same, nobody would notice.
 

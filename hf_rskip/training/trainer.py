@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_sh
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..data.batching import TokenBatchSampler
 from ..data.columns import read_column
@@ -45,6 +46,8 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             self._check_fsdp()
         if self.args.chunked_cross_entropy and self.compute_loss_func is None:
             self.compute_loss_func = self._chunked_loss
+            # The loss asks for hidden states; done in the first step this would break the graph of a compiled model.
+            maybe_install_capturing_hooks(self.model)
 
     def _check_fsdp(self) -> None:
         if self.args.probe_steps:

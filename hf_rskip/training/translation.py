@@ -26,7 +26,7 @@ from ..hub.translation_model_card import write_model_card
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..studies.probe_callback import ProbeCallback
 from ..studies.probe_data import training_sentences
-from .checkpoints import check_same_model, find_checkpoint
+from .checkpoints import check_same_model, find_checkpoint, read_step
 from .describe import describe_model
 from .recipe import Recipe
 from .trainer import RSkipTrainer
@@ -100,7 +100,9 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         if checkpoint:
             print(f"resuming from {checkpoint}", flush=True)
 
+    resumed = {"train_resumed_at_step": read_step(checkpoint)} if checkpoint else {}
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result.metrics.update(resumed)
     trainer.use_moving_average()
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card

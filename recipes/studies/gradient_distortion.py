@@ -36,7 +36,7 @@ from hf_rskip.studies.probe_table import gradient_growth, gradient_ratio
 
 FORMS = {
     **{f"xSkip, s = {s}": {"skip_type": "xskip", "skip_norm": "none", "skip_scale": s} for s in (0.5, 1.0, 2.0)},
-    **{f"xSkip+LN, s = {s}": {"skip_type": "xskip", "skip_scale": s} for s in (0.5, 1.0, 2.0)},
+    **{f"xSkip+LN, s = {s}": {"skip_type": "xskip", "skip_scale": s} for s in (0.5, 1.0, 2.0, 2.414)},
     "xSkip+BN, s = 1.0": {"skip_type": "xskip", "skip_norm": "batch_norm"},
     **{f"rSkip+LN, K = {k}": {"skip_type": "rskip", "skip_recursions": k} for k in (1, 2, 3)},
     "pre-LN": {"skip_type": "pre_norm"},
@@ -49,7 +49,7 @@ ARCHITECTURES = [
 COLORS = {"xSkip": "#D55E00", "xSkip+LN": "#0072B2", "xSkip+BN": "#009E73", "rSkip+LN": "#000000", "pre-LN": "#CC79A7"}
 LIMIT = 1e12
 """Of the picture: what goes beyond it is cut off, lest all else look flat."""
-STYLES = [("-", "o"), ("--", "s"), (":", "^")]
+STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v")]
 
 
 def measure(network: str, depth: int, form: str, seed: int):

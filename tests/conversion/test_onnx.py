@@ -23,6 +23,7 @@ from hf_rskip import (
 from hf_rskip.cli.main import main
 from hf_rskip.conversion.onnx import OnnxTranslationModel, export_onnx
 from hf_rskip.errors import UserError
+from hf_rskip.models.skip_connections import B2T, Admin, DeepNorm, DetachedRSkip, Keel, PeriNorm, ReZero
 
 SOURCE_LENGTHS = [7, 4, 2]
 
@@ -105,6 +106,10 @@ def mixed(monkeypatch):
             partial(RSkip, recursions=2, norm="rms_norm"),
             partial(XSkip, scale=1.7),
             partial(PreNorm, norm="batch_norm"),
+            partial(Admin, scale=1.5),
+            partial(PeriNorm),
+            partial(Keel, scale=6.0),
+            partial(ReZero, norm="none"),
         ],
         "decoder": [
             partial(RSkip, recursions=2, affine="last"),
@@ -113,6 +118,9 @@ def mixed(monkeypatch):
             partial(RSkip, recursions=3, affine="shared"),
             partial(RSkip, recursions=3, affine="last", norm="rms_norm"),
             partial(PreNorm),
+            partial(DetachedRSkip, recursions=3),
+            partial(DeepNorm, scale=1.2, beta=0.5),
+            partial(B2T, norm="none"),
         ],
     }
 
@@ -120,6 +128,10 @@ def mixed(monkeypatch):
         @classmethod
         def from_config(cls, config, size, position):
             return kinds[position.stack].pop(0)(size)
+
+        @classmethod
+        def around_layer(cls, config, size):
+            return B2T.around_layer(config, size)
 
         @classmethod
         def final_norm(cls, config, size):
@@ -137,8 +149,8 @@ def test_every_kind_of_skip_connection(mixed, model_and_tokenizer, tmp_path):
         decoder_vocab_size=40,
         share_encoder_decoder_embeddings=False,
         d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=4,
+        decoder_layers=3,
         encoder_attention_heads=2,
         decoder_attention_heads=4,
         encoder_ffn_dim=24,

@@ -177,3 +177,12 @@ def test_a_tokenizer_is_trained_once(tmp_path):
     assert again("zwei Häuser").input_ids == first("zwei Häuser").input_ids
     assert again("Haus").input_ids[-1] == again.eos_token_id
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("text", ["", '{"version": "1.0", "trunc'])
+def test_a_torn_cache_is_written_again(tmp_path, text):
+    cache = tmp_path / "tokenizer.json"
+    cache.write_text(text)
+    vocabulary = train_tokenizer(["a cat"] * 5, 300, cache_file=cache).get_vocab()
+    assert vocabulary == train_tokenizer(["a cat"] * 5, 300).get_vocab()
+    assert train_tokenizer([], 300, cache_file=cache).get_vocab() == vocabulary

@@ -84,7 +84,11 @@ def test_a_wrong_value_names_the_field_and_what_is_allowed(field, value, allowed
     [
         (
             {"skip_type": "pre_norm", "skip_norm": "none"},
-            "`skip_norm` must be a norm, not 'none', with `skip_type` 'pre_norm'",
+            "`skip_norm` must be one of layer_norm, rms_norm, batch_norm with `skip_type` 'pre_norm', not 'none'",
+        ),
+        (
+            {"skip_type": "rskip_detached", "skip_norm": "rms_norm"},
+            "`skip_norm` must be 'layer_norm' with `skip_type` 'rskip_detached', not 'rms_norm'",
         ),
         (
             {"d_model": 20, "encoder_attention_heads": 8, "decoder_attention_heads": 4},

@@ -94,7 +94,7 @@ def test_a_named_architecture_is_plain_unless_a_skip_type_is_given():
     config = RSkipResNetConfig.from_name("resnet18", num_labels=7, drop_path_rate=0.1)
     assert (config.skip_type, config.skip_norm, config.skip_scale) == ("xskip", "none", 1.0)
     assert (config.num_labels, config.drop_path_rate) == (7, 0.1)
-    for skip_type in SKIP_CONNECTIONS:
+    for skip_type in (name for name, kind in SKIP_CONNECTIONS.items() if kind.for_images):
         config = RSkipResNetConfig.from_name("resnet18", skip_type=skip_type)
         assert (config.skip_type, config.skip_norm) == (skip_type, "layer_norm")
     labels = {0: "cat", 1: "dog"}
@@ -165,7 +165,7 @@ def test_a_problem_type_that_there_is_not():
     [
         (
             {"skip_type": "pre_norm", "skip_norm": "none"},
-            "`skip_norm` must be a norm, not 'none', with `skip_type` 'pre_norm'",
+            "`skip_norm` must be one of layer_norm, rms_norm, batch_norm with `skip_type` 'pre_norm', not 'none'",
         ),
         (
             {"depths": [1, 2]},

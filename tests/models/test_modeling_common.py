@@ -395,7 +395,7 @@ for name, parameter in sharded.named_parameters():
 source = {name: batch[name] for name in ("input_ids", "attention_mask")}
 tokens = [model.generate(**source, num_beams=3, max_new_tokens=8) for model in (sharded, whole)]
 assert torch.equal(*tokens)
-print(len(split))
+print(f"{len(split)}\\n", end="", flush=True)  # in one piece, as two processes print
 torch.distributed.destroy_process_group()
 """
 

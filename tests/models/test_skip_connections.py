@@ -351,7 +351,7 @@ KINDS = [
     }.items()
     for options in choices
     for norm in NORMS
-    if not (norm == "none" and kind.requires_norm or norm != "layer_norm" and kind is DetachedRSkip)
+    if norm in kind.norms
 ]
 
 

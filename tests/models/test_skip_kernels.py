@@ -236,7 +236,8 @@ def test_the_operator_is_one_of_torch(closed):
     leaves, _ = random_leaves((9, 32), 3, "last" if closed else "per_step")
     x, branch, weight, bias = (leaf.requires_grad_() for leaf in leaves)
     rows = 1 if closed else 3
-    arguments = (x, branch, weight.reshape(rows, 32), bias.reshape(rows, 32), 3, closed, EPS, 1.0, torch.float32)
+    arguments = (x, branch, weight.reshape(rows, 32), bias.reshape(rows, 32), None, 3, closed, True, EPS, 1.0, 0.0)
+    arguments += (torch.float32,)
     torch.library.opcheck(skip_kernels_cpu.rskip_layer_norm, arguments)
 
 

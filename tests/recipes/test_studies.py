@@ -11,6 +11,9 @@ from transformers import GenerationConfig
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
 from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.models import RSkipResNetConfig, RSkipResNetForImageClassification
+from hf_rskip.studies.study import read_study
+from hf_rskip.training.recipe import parse_recipe
 
 STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 
@@ -38,3 +41,22 @@ def test_growing_recursions_on_pairs_with_missing_and_long_sides(recipe, pairs, 
     assert result.returncode == 0, result.stderr
     *_, as_it_is, grown = result.stdout.splitlines()
     assert as_it_is.startswith("| K = 1 |") and grown.startswith("| K = 2, gain 10 |")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*/study.yaml")), ids=lambda path: path.parent.name)
+def test_every_cell_of_every_study_is_a_recipe_and_every_form_a_model(path, tmp_path):
+    study = read_study(path, ["--dataset_name", str(tmp_path)], str(tmp_path / "output"))
+    assert study.baseline in study.forms
+    readme = (STUDIES / "README.md").read_text(encoding="utf-8")
+    assert path.parent.name in readme and "hf-rskip study" in path.read_text(encoding="utf-8")
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 300}
+    for cell in {cell.form: cell for cell in study.cells}.values():
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(cell.keys))
+        model = vars(parse_recipe(file, []).model)
+        if study.task == "translation":
+            RSkipForConditionalGeneration(RSkipConfig(**(model | sizes)))
+        else:
+            name = model.pop("architecture")
+            config = RSkipResNetConfig.from_name(name, **{k: v for k, v in model.items() if v is not None})
+            RSkipResNetForImageClassification(config)

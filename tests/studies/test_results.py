@@ -172,13 +172,46 @@ def test_a_report_of_what_is_there(make_study, tmp_path):
     write_report(gather_results(study), "hf-rskip study study.yaml")
     output = tmp_path / "output"
     report = (output / "report.md").read_text()
-    assert report.startswith("# study\n\n155 of 160 cells: ") and "5 not run" in report
+    assert report.startswith(f"# {study.path.parent.name}\n\n155 of 160 cells: ") and "5 not run" in report
     assert "```bash\nhf-rskip study study.yaml\n```" in report and "`made up`" in report
     for name in ("scores.png", "curves.png", "grid.png"):
         assert f"]({name})" in report and (output / name).stat().st_size > 20_000
     assert len(list(csv.DictReader((output / "results.csv").open()))) == 160
     rows = list(csv.DictReader((output / "summary.csv").open()))
     assert len(rows) == 80 and rows[0]["learning_rate"] == "0.001" and rows[0]["p_seeds"] == ""
+
+
+def test_a_grid_of_values_that_are_no_numbers(make_study, tmp_path):
+    """Mappings, words and nulls; cells of equal values are told apart by what they are."""
+    decays = [{"min_lr": 1e-4}, {"min_lr": 1e-3}]
+    grid = {"lr_scheduler_kwargs": decays, "lowercase": [True, False], "early_stopping_patience": [None, 1]}
+    study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, grid=grid, seeds=[1])
+    for cell in study.cells:
+        finish(cell, 20.0 + cell.number, [float(cell.number)])
+    results = gather_results(study)
+    assert [len(group.results) for group in results.groups] == [1] * 16
+    assert dict(results.best[1].group.setting) == {name: values[-1] for name, values in grid.items()}
+    write_report(results, "hf-rskip study study.yaml")
+    assert (tmp_path / "output/grid.png").exists()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_grid_on_which_everything_diverged(make_study, tmp_path):
+    study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, grid={"learning_rate": [1, 2]}, seeds=[1])
+    for cell in study.cells:
+        diverge(cell, 3)
+    write_report(gather_results(study), "hf-rskip study study.yaml")
+    assert "4 of 4 cells: 4 diverged." in (tmp_path / "output/report.md").read_text()
+    assert (tmp_path / "output/grid.png").exists() and not (tmp_path / "output/scores.png").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "fini', "[]", '{"state": "odd"}'])
+def test_a_result_that_is_none(make_study, text):
+    study = make_study(forms={"a": {}}, seeds=[1])
+    finish(study.cells[0], 20.0, [1.0])
+    (study.cells[0].folder / "result.json").write_text(text)
+    with pytest.raises(UserError, match="a-seed-1/result.json' is not the result of a cell: remove it"):
+        gather_results(study)
 
 
 def test_nothing_run_yet(make_study, tmp_path):

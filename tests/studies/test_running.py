@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -147,6 +148,28 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_with_a_blank_and_a_recipe_that_was_torn(run_cli, write_recipe, tmp_path):
+    """A version that wrote recipes in place could be killed while it did."""
+    path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, seeds=[1])
+    folder = tmp_path / "out put"
+    cell = folder / "cells/a-seed-1"
+    cell.mkdir(parents=True)
+    (cell / "recipe.yaml").write_text("dataset_name: x\noutp")
+    result = run_cli("study", path, "--output_dir", folder)
+    assert result.code == 0, result.err
+    words = shlex.split(read_results(folder)["a-seed-1"]["command"])
+    assert words == ["hf-rskip", "train", str(cell / "recipe.yaml")]
+    assert not [name for name in os.listdir(cell) if name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_written(run_cli, write_recipe, tmp_path):
+    path = write_study(tmp_path, write_recipe(), forms={"a": {}}, seeds=[1])
+    result = run_cli("study", path, "--output_dir", "/proc/output")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("hf-rskip: error: FileNotFoundError")
+
+
+@pytest.mark.slow
 def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
     path = write_study(tmp_path, write_recipe(num_train_epochs=500, early_stopping_patience=None), forms={"a": {}})
     cell = tmp_path / "output/cells/a-seed-1"
@@ -203,3 +226,19 @@ def wait_for(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_last_model_is_kept_where_the_best_was_not_saved(run_cli, write_recipe, tmp_path):
+    """Nothing is learned, so that the first evaluation stays the best; what is saved is the model after the second."""
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    recipe = write_recipe(**steps, learning_rate=0.0, early_stopping_patience=None)
+    path = write_study(tmp_path, recipe, forms={"still": {}}, seeds=[1], metric="chrf")
+    result = run_cli("study", path)
+    assert result.code == 0, result.err
+    record = read_results(tmp_path / "output")["still-seed-1"]
+    assert record["kept_step"] == 4
+    assert (
+        yaml.safe_load((tmp_path / "output/cells/still-seed-1/recipe.yaml").read_text())["metric_for_best_model"]
+        == "chrf"
+    )
