@@ -21,8 +21,8 @@ except ImportError as error:
 
 @triton.jit
 def _row_mean(values, N: tl.constexpr):
-    """Of the first N columns of (rows, columns), as (rows, 1)."""
-    if N < values.shape[1]:
+    """Of the first N columns of `values`, (rows, columns), as (rows, 1)."""
+    if values.shape[1] > N:
         values = tl.where(tl.arange(0, values.shape[1])[None, :] < N, values, 0.0)
     return tl.sum(values, axis=1, keep_dims=True) / N
 
@@ -36,22 +36,30 @@ def _load_affine(pointer, step: tl.constexpr, PER_STEP: tl.constexpr, N: tl.cons
 
 
 @triton.jit
-def _kept(seed_ptr, offset, p):
-    """1 / (1 - p) with probability 1 - p, else 0: the same whenever it is computed."""
+def _keep_factors(seed_ptr, offset, dropout):
+    """What `skip_dropout.keep_factors` says of the values at `offset`, int64."""
     low, high = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, high * 0, high * 0)
-    return tl.where(tl.uint_to_uniform_float(word) >= p, 1 / (1 - p), 0.0)
+    zero = tl.zeros_like(high)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
+    return tl.where(tl.uint_to_uniform_float(word) >= dropout, 1 / (1 - dropout), 0.0)
 
 
 @triton.jit
 def _closed_form(xx, uu, xu, eps, STEPS: tl.constexpr):
-    """a and c of y_K = a x + c u, and their derivatives by the variances xx and uu and the covariance xu."""
+    """a and c of y_K = a x + c u, and their derivatives by the variances xx and uu and the covariance xu.
+
+    All of them are those of x and u divided by sigma, the larger of their standard deviations, so that they stay small
+    for rows that are (almost) constant. 1 / sigma is returned first.
+    """
+    sigma = tl.sqrt(tl.maximum(tl.maximum(xx, uu), 1e-36))
+    over = 1 / sigma
+    xx, uu, xu = xx * over * over, uu * over * over, xu * over * over
     a = xx * 0.0
-    c = a + 1.0
+    c = a + sigma
     a_xx, a_uu, a_xu, c_xx, c_uu, c_xu = a, a, a, a, a, a
     for step in tl.static_range(STEPS):
         if step > 0:
-            a += 1.0
+            a += sigma
         variance = tl.maximum(a * a * xx + c * c * uu + 2 * a * c * xu, 0.0)
         rstd = tl.rsqrt(variance + eps)
         by_a, by_c, factor = 2 * (a * xx + c * xu), 2 * (c * uu + a * xu), -0.5 * rstd * rstd * rstd
@@ -61,14 +69,14 @@ def _closed_form(xx, uu, xu, eps, STEPS: tl.constexpr):
         a_xx, a_uu, a_xu = a_xx * rstd + a * r_xx, a_uu * rstd + a * r_uu, a_xu * rstd + a * r_xu
         c_xx, c_uu, c_xu = c_xx * rstd + c * r_xx, c_uu * rstd + c * r_uu, c_xu * rstd + c * r_xu
         a, c = a * rstd, c * rstd
-    return a, c, a_xx, a_uu, a_xu, c_xx, c_uu, c_xu
+    return over, a, c, a_xx, a_uu, a_xu, c_xx, c_uu, c_xu
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, stats_ptr, rows, eps, scale, p,
-    N: tl.constexpr, STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr, SIZE: tl.constexpr,
+    x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, stats_ptr, rows, eps, scale, dropout,
+    N: tl.constexpr, STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, CENTRED: tl.constexpr,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` rows of N values a program; `SIZE` is N or the next power of two."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -79,17 +87,19 @@ def forward_kernel(
     x = tl.load(x_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32) * scale
     y = tl.load(branch_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if DROPOUT:
-        y *= _kept(seed_ptr, offset, p)
+        y *= _keep_factors(seed_ptr, offset, dropout)
     if CLOSED:
         u = x + y
-        mean_x, mean_u = _row_mean(x, N), _row_mean(u, N)
-        x, u = x - mean_x, u - mean_u
+        mean_x, mean_u = tl.zeros((ROWS, 1), tl.float32), tl.zeros((ROWS, 1), tl.float32)
+        if CENTRED:
+            mean_x, mean_u = _row_mean(x, N), _row_mean(u, N)
+            x, u = x - mean_x, u - mean_u
         xx, uu, xu = _row_mean(x * x, N), _row_mean(u * u, N), _row_mean(x * u, N)
         rounding: tl.constexpr = 2.0**-44  # squared: what it leaves of a row that is constant
         xx, uu = tl.maximum(xx, rounding * mean_x * mean_x), tl.maximum(uu, rounding * mean_u * mean_u)
-        a, c, _, _, _, _, _, _ = _closed_form(xx, uu, xu, eps, STEPS)
+        over, a, c, _, _, _, _, _, _ = _closed_form(xx, uu, xu, eps, STEPS)
         gain = _load_affine(weight_ptr, 0, PER_STEP, N, SIZE)
-        y = (a * x + c * u) * gain + _load_affine(bias_ptr, 0, PER_STEP, N, SIZE)
+        y = (a * (over * x) + c * (over * u)) * gain + _load_affine(bias_ptr, 0, PER_STEP, N, SIZE)
         to_stats = stats_ptr + row * 5
         tl.store(to_stats, mean_x, mask=real)
         tl.store(to_stats + 1, mean_u, mask=real)
@@ -101,7 +111,7 @@ def forward_kernel(
             gain = _load_affine(weight_ptr, step, PER_STEP, N, SIZE)
             shift = _load_affine(bias_ptr, step, PER_STEP, N, SIZE)
             y += x
-            mean = _row_mean(y, N)
+            mean = _row_mean(y, N) if CENTRED else tl.zeros((ROWS, 1), tl.float32)
             y -= mean
             rstd = tl.rsqrt(_row_mean(y * y, N) + eps)
             y = y * rstd * gain + shift
@@ -119,25 +129,28 @@ def closed_form_kernel(stats_ptr, to_ptr, rows, eps, STEPS: tl.constexpr, ROWS: 
     of_row = stats_ptr + row * 5
     xx, uu = tl.load(of_row + 2, mask=real, other=1.0), tl.load(of_row + 3, mask=real, other=1.0)
     found = _closed_form(xx, uu, tl.load(of_row + 4, mask=real, other=0.0), eps, STEPS)
-    for index in tl.static_range(8):
-        tl.store(to_ptr + row * 8 + index, found[index], mask=real)
+    for index in tl.static_range(9):
+        tl.store(to_ptr + row * 9 + index, found[index], mask=real)
 
 
 @triton.jit
 def backward_kernel(
     gradient_ptr, x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr, stats_ptr, closed_ptr,
-    grad_x_ptr, grad_branch_ptr, partial_ptr, rows, scale, p,
-    N: tl.constexpr, STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, DROPOUT: tl.constexpr,
-    AFFINE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    grad_x_ptr, grad_branch_ptr, partial_ptr, rows, scale, dropout,
+    N: tl.constexpr, STEPS: tl.constexpr, PER_STEP: tl.constexpr, CLOSED: tl.constexpr, CENTRED: tl.constexpr,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every `programs`-th block of `ROWS` rows; `partial_ptr` is (programs, 2, affine rows, N).
 
-    `AFFINE` is the number of affine rows, or the next power of two.
+    The gradients of gains and biases are summed over rows where their terms lie, so that nothing moves between threads.
     """
+    AFFINE: tl.constexpr = STEPS if PER_STEP else 1
     column = tl.arange(0, SIZE)[None, :]
-    gains = tl.arange(0, AFFINE)[:, None]
-    grad_weight = tl.zeros((AFFINE, SIZE), tl.float32)
-    grad_bias = tl.zeros((AFFINE, SIZE), tl.float32)
+    grad_weight = ()
+    grad_bias = ()
+    for _ in tl.static_range(AFFINE):
+        grad_weight = grad_weight + (tl.zeros((ROWS, SIZE), tl.float32),)
+        grad_bias = grad_bias + (tl.zeros((ROWS, SIZE), tl.float32),)
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = ((tl.zeros((ROWS,), tl.int64) + block) * ROWS + tl.arange(0, ROWS))[:, None]
         real = row < rows
@@ -147,25 +160,27 @@ def backward_kernel(
         u = tl.load(branch_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         up = tl.load(gradient_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if DROPOUT:
-            kept = _kept(seed_ptr, offset, p)
-            u *= kept
+            factors = _keep_factors(seed_ptr, offset, dropout)
+            u *= factors
         u += x
         if CLOSED:
-            x -= tl.load(stats_ptr + row * 5, mask=real, other=0.0)
-            u -= tl.load(stats_ptr + row * 5 + 1, mask=real, other=0.0)
-            of_row = closed_ptr + row * 8
-            a, c = tl.load(of_row, mask=real, other=0.0), tl.load(of_row + 1, mask=real, other=0.0)
-            a_xx, c_xx = tl.load(of_row + 2, mask=real, other=0.0), tl.load(of_row + 5, mask=real, other=0.0)
-            a_uu, c_uu = tl.load(of_row + 3, mask=real, other=0.0), tl.load(of_row + 6, mask=real, other=0.0)
-            a_xu, c_xu = tl.load(of_row + 4, mask=real, other=0.0), tl.load(of_row + 7, mask=real, other=0.0)
-            grad_weight += tl.sum(up * (a * x + c * u), axis=0, keep_dims=True)
-            grad_bias += tl.sum(up, axis=0, keep_dims=True)
+            of_row = closed_ptr + row * 9
+            over = tl.load(of_row, mask=real, other=0.0)
+            a, c = tl.load(of_row + 1, mask=real, other=0.0), tl.load(of_row + 2, mask=real, other=0.0)
+            a_xx, c_xx = tl.load(of_row + 3, mask=real, other=0.0), tl.load(of_row + 6, mask=real, other=0.0)
+            a_uu, c_uu = tl.load(of_row + 4, mask=real, other=0.0), tl.load(of_row + 7, mask=real, other=0.0)
+            a_xu, c_xu = tl.load(of_row + 5, mask=real, other=0.0), tl.load(of_row + 8, mask=real, other=0.0)
+            x = over * (x - tl.load(stats_ptr + row * 5, mask=real, other=0.0))
+            u = over * (u - tl.load(stats_ptr + row * 5 + 1, mask=real, other=0.0))
+            grad_weight = (grad_weight[0] + up * (a * x + c * u),)
+            grad_bias = (grad_bias[0] + up,)
             up *= _load_affine(weight_ptr, 0, PER_STEP, N, SIZE)
-            by_x, by_u, mean = _row_mean(up * x, N), _row_mean(up * u, N), _row_mean(up, N)
+            by_x, by_u = _row_mean(up * x, N), _row_mean(up * u, N)
             by_xx, by_uu, by_xu = by_x * a_xx + by_u * c_xx, by_x * a_uu + by_u * c_uu, by_x * a_xu + by_u * c_xu
-            up -= mean
-            grad_u = c * up + 2 * by_uu * u + by_xu * x
-            grad_x = a * up + 2 * by_xx * x + by_xu * u + grad_u
+            if CENTRED:
+                up -= _row_mean(up, N)
+            grad_u = over * (c * up + 2 * by_uu * u + by_xu * x)
+            grad_x = over * (a * up + 2 * by_xx * x + by_xu * u) + grad_u
         else:
             of_row = stats_ptr + row * (2 * STEPS)
             normalized = ()
@@ -178,24 +193,32 @@ def backward_kernel(
                 normalized = normalized + ((u - mean) * rstd,)
             grad_u = up
             grad_x = tl.zeros((ROWS, SIZE), tl.float32)
+            new_weight = ()
+            new_bias = ()
             for step in tl.static_range(STEPS - 1, -1, -1):
                 y = normalized[step]
-                here = gains == (step if PER_STEP else 0)
-                grad_weight += tl.where(here, tl.sum(grad_u * y, axis=0, keep_dims=True), 0.0)
-                grad_bias += tl.where(here, tl.sum(grad_u, axis=0, keep_dims=True), 0.0)
+                if PER_STEP:
+                    new_weight = (grad_weight[step] + grad_u * y,) + new_weight
+                    new_bias = (grad_bias[step] + grad_u,) + new_bias
+                else:
+                    grad_weight = (grad_weight[0] + grad_u * y,)
+                    grad_bias = (grad_bias[0] + grad_u,)
                 grad_u *= _load_affine(weight_ptr, step, PER_STEP, N, SIZE)
-                of_mean, of_std = _row_mean(grad_u, N), _row_mean(grad_u * y, N)
-                rstd = tl.load(of_row + 2 * step + 1, mask=real, other=0.0)
-                grad_u = rstd * (grad_u - of_mean - y * of_std)
+                of_std = _row_mean(grad_u * y, N)
+                if CENTRED:
+                    grad_u -= _row_mean(grad_u, N)
+                grad_u = tl.load(of_row + 2 * step + 1, mask=real, other=0.0) * (grad_u - y * of_std)
                 grad_x += grad_u
+            if PER_STEP:
+                grad_weight, grad_bias = new_weight, new_bias
         if DROPOUT:
-            grad_u *= kept
+            grad_u *= factors
         tl.store(grad_branch_ptr + offset, grad_u.to(grad_branch_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_x_ptr + offset, (scale * grad_x).to(grad_x_ptr.dtype.element_ty), mask=mask)
-    affine_rows: tl.constexpr = STEPS if PER_STEP else 1
-    to_weight = partial_ptr + (tl.program_id(0).to(tl.int64) * 2 * affine_rows + gains) * N + column
-    tl.store(to_weight, grad_weight, mask=(column < N) & (gains < affine_rows))
-    tl.store(to_weight + affine_rows * N, grad_bias, mask=(column < N) & (gains < affine_rows))
+    for step in tl.static_range(AFFINE):
+        to_weight = partial_ptr + (tl.program_id(0).to(tl.int64) * 2 * AFFINE + step) * N + column
+        tl.store(to_weight, tl.sum(grad_weight[step], axis=0, keep_dims=True), mask=column < N)
+        tl.store(to_weight + AFFINE * N, tl.sum(grad_bias[step], axis=0, keep_dims=True), mask=column < N)
 
 
 def forward_options(size: int) -> dict[str, int]:
@@ -206,7 +229,7 @@ def forward_options(size: int) -> dict[str, int]:
 
 def backward_options(size: int) -> dict[str, int]:
     padded = _padded(size)
-    return {"ROWS": max(1, 2048 // padded), "SIZE": padded, "num_warps": min(16, max(4, padded // 128))}
+    return {"ROWS": max(1, 1024 // padded), "SIZE": padded, "num_warps": min(16, max(4, padded // 256))}
 
 
 def _padded(size):
@@ -222,10 +245,13 @@ def rskip_layer_norm(
     branch: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    seed: torch.Tensor | None,
     recursions: int,
     closed: bool,
+    centred: bool,
     eps: float,
     scale: float,
+    dropout: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = x.shape
@@ -234,8 +260,8 @@ def rskip_layer_norm(
     options = forward_options(size)
     if rows > 0:
         wrap_triton(forward_kernel)[(triton.cdiv(rows, options["ROWS"]),)](
-            x, branch, weight, bias, None, y, stats, rows, eps, scale, 0.0, N=size,
-            STEPS=recursions, PER_STEP=weight.shape[0] > 1, CLOSED=closed, DROPOUT=False, **options,
+            x, branch, weight, bias, seed, y, stats, rows, eps, scale, dropout, N=size, STEPS=recursions,
+            PER_STEP=weight.shape[0] > 1, CLOSED=closed, CENTRED=centred, DROPOUT=dropout > 0, **options,
         )  # fmt: skip
     return y, stats
 
@@ -248,10 +274,13 @@ def rskip_layer_norm_backward(
     weight: torch.Tensor,
     bias: torch.Tensor,
     stats: torch.Tensor,
+    seed: torch.Tensor | None,
     recursions: int,
     closed: bool,
+    centred: bool,
     eps: float,
     scale: float,
+    dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, size = x.shape
     grad_x, grad_branch = torch.empty_like(x), torch.empty_like(branch)
@@ -259,21 +288,25 @@ def rskip_layer_norm_backward(
         return grad_x, grad_branch, torch.zeros_like(weight), torch.zeros_like(bias)
     coefficients = None
     if closed:
-        coefficients = x.new_empty(rows, 8, dtype=torch.float32)
+        coefficients = x.new_empty(rows, 9, dtype=torch.float32)
         wrap_triton(closed_form_kernel)[(triton.cdiv(rows, 128),)](
             stats, coefficients, rows, eps, STEPS=recursions, ROWS=128, num_warps=4
         )
     options = backward_options(size)
-    programs = min(triton.cdiv(rows, options["ROWS"]), 2 * _multiprocessors(x))
+    programs = _programs(rows, options["ROWS"], _multiprocessors(x))
     partial = x.new_empty(programs, 2, *weight.shape, dtype=torch.float32)
     wrap_triton(backward_kernel)[(programs,)](
-        gradient.contiguous(), x, branch, weight, bias, None, stats, coefficients, grad_x, grad_branch, partial,
-        rows, scale, 0.0, N=size,
-        STEPS=recursions, PER_STEP=weight.shape[0] > 1, CLOSED=closed, DROPOUT=False,
-        AFFINE=triton.next_power_of_2(weight.shape[0]), **options,
+        gradient.contiguous(), x, branch, weight, bias, seed, stats, coefficients, grad_x, grad_branch, partial,
+        rows, scale, dropout, N=size, STEPS=recursions,
+        PER_STEP=weight.shape[0] > 1, CLOSED=closed, CENTRED=centred, DROPOUT=dropout > 0, **options,
     )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0).unbind(0)
     return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True)
+
+
+def _programs(rows: int, block: int, multiprocessors: int) -> int:
+    """Up to four a multiprocessor, of 32 rows at least where that leaves none idle: each writes sums of its own."""
+    return min(triton.cdiv(rows, block), max(multiprocessors, min(4 * multiprocessors, rows // 32)))
 
 
 def _multiprocessors(x: torch.Tensor) -> int:

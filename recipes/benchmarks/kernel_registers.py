@@ -3,7 +3,8 @@
     python recipes/benchmarks/kernel_registers.py --output kernel_registers.csv
 
 `spills` are bytes of a thread's stack, 0 where all that it works on stays in registers; `shared` are bytes a program.
-`blocks` is how many programs registers and threads let run at once on a multiprocessor, out of which its `warps` follow.
+`blocks` is how many programs registers and threads let run at once on a multiprocessor, which gives
+`warps`.
 """
 
 import argparse
@@ -36,9 +37,8 @@ def compile_kernel(name, size, steps, affine, architecture, dtype="bf16", dropou
     options = dict(options)
     warps = {"num_warps": options.pop("num_warps")}
     per_step, closed = affine == "per_step" and steps > 1, affine == "last" and steps > 1
-    constants = {"N": size, "STEPS": steps, "PER_STEP": per_step, "CLOSED": closed, "DROPOUT": dropout} | options
-    if name == "backward":
-        constants["AFFINE"] = triton.next_power_of_2(steps) if per_step else 1
+    constants = {"N": size, "STEPS": steps, "PER_STEP": per_step, "CLOSED": closed, "CENTRED": True}
+    constants |= {"DROPOUT": dropout} | options
     if not dropout:
         constants["seed_ptr"] = None
     if not closed and name == "backward":
