@@ -232,7 +232,7 @@ def test_any_strides():
 @COMPILES
 @pytest.mark.parametrize("affine", ["per_step", "last"])
 def test_tracing_sees_the_kernels(affine):
-    """Without a graph break, and with the kernels themselves in the graph, where a compiler can put its own beside them."""
+    """Without a graph break, and with the kernels themselves in the graph, beside which a compiler puts its own."""
     leaves, upstream = random_leaves((9, 32), 2, affine)
 
     def call(*tensors):
@@ -248,7 +248,9 @@ def test_tracing_sees_the_kernels(affine):
     torch.compile(call, backend=backend, fullgraph=True)(*leaves)
     assert len(graphs) == 1
 
-    graph = make_fx(lambda *leaves: results(call, leaves, upstream), tracing_mode="fake")(*leaves).graph
+    graph = make_fx(lambda upstream, *leaves: results(call, leaves, upstream), tracing_mode="fake")(
+        upstream, *leaves
+    ).graph
     kernels = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     assert len(kernels) == (3 if affine == "last" else 2)
     y, *gradients = (node.meta["val"] for node in graph.output_node().args[0])
@@ -296,9 +298,9 @@ def test_autocast_gives_float32_as_layer_norm_does():
     leaves, _ = random_leaves((64, 512), 2, "per_step", (torch.float32, torch.bfloat16))
     x, branch, weight, bias = (leaf.to(DEVICE) for leaf in leaves)
     with torch.autocast("cuda", torch.bfloat16):
-        for x in (x, x.bfloat16()):
+        for residual in (x, x.bfloat16()):
             for backend in ("triton", "reference"):
-                y = rskip_layer_norm(x, branch, weight, bias, backend=backend)
+                y = rskip_layer_norm(residual, branch, weight, bias, backend=backend)
                 assert y.dtype == torch.float32
 
 
