@@ -3,15 +3,17 @@
     python recipes/benchmarks/skip_kernels.py --output skip_kernels.csv --plot skip_kernels.pdf
 
 measures everything on the GPU, or where there is none on the CPU, at one size. All implementations and K take turns,
-in an order that rotates from round to round; reported are medians. On a GPU times are those of its events,
-on a CPU processor time, which other processes disturb less than the clock. Liger's and flash-attention's add and layer
-norm (K = 1) take part where they are installed. `copy` reads and writes one tensor: its bytes a second are what memory
-allows.
+in an order that rotates from round to round; reported are medians. On a GPU each call is replayed from a CUDA graph,
+which leaves out what Python takes to launch it (`--no_graphs` leaves that in), with cold caches, and times are those of
+its events; on a CPU it is processor time, which other processes disturb less than the clock. Liger's and
+flash-attention's add and layer norm (K = 1) take part where they are installed. `forward_of_copy_bandwidth` is what x,
+F and y (3 tensors) take of the bytes a second that copying a tensor of that size reaches.
 """
 
 import argparse
 import statistics
 import time
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -93,21 +95,25 @@ class Case:
 
     def __init__(self, module, inputs, upstream):
         self.module, self.inputs, self.upstream = module, inputs, upstream
-        self.forward_times, self.backward_times = [], []
+        self.leaves = [*inputs, *module.parameters()]
+        self.forward_times, self.total_times = [], []
 
-    def run(self, clock):
-        start = clock()
-        y = self.module(*self.inputs)
-        middle = clock()
-        y.backward(self.upstream)
-        end = clock()
-        for tensor in (*self.inputs, *self.module.parameters()):
-            tensor.grad = None
-        return start, middle, end
+    def forward(self):
+        return self.module(*self.inputs)
+
+    def both(self):
+        return torch.autograd.grad(self.forward(), self.leaves, self.upstream)
+
+    def measure_on_cpu(self):
+        start = time.process_time()
+        y = self.forward()
+        middle = time.process_time()
+        torch.autograd.grad(y, self.leaves, self.upstream)
+        return middle - start, time.process_time() - start
 
     def kept_bytes(self):
         """Of the activations that wait for the backward pass, without inputs and parameters."""
-        given = {tensor.untyped_storage().data_ptr() for tensor in (*self.inputs, *self.module.parameters())}
+        given = {tensor.untyped_storage().data_ptr() for tensor in self.leaves}
         kept = {}
 
         def pack(tensor):
@@ -117,31 +123,51 @@ class Case:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = self.module(*self.inputs)
+            y = self.forward()
         del y
         return sum(kept.values())
 
 
-def take_turns(cases, rounds, warmup, device):
-    def clock():
-        if device == "cpu":
-            return time.process_time()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+class Gpu:
+    """Times calls by events, each with caches that hold something else."""
 
+    def __init__(self, graphs):
+        self.graphs, self.other = graphs, torch.empty(2**28, dtype=torch.int8, device="cuda")
+
+    def prepare(self, function):
+        if not self.graphs:
+            return function
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    def measure(self, function):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.other.zero_()  # meanwhile what follows is put into the queue
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+
+def take_turns(cases, rounds, warmup, gpu):
+    if gpu:
+        calls = {case: (gpu.prepare(case.forward), gpu.prepare(case.both)) for case in cases}
     for index in range(-warmup, rounds):
         start = index % len(cases)
         for case in cases[start:] + cases[:start]:
-            times = case.run(clock)
-            if device == "cuda":
-                torch.cuda.synchronize()
-                forward, backward = (1e-3 * a.elapsed_time(b) for a, b in zip(times, times[1:], strict=False))
-            else:
-                forward, backward = times[1] - times[0], times[2] - times[1]
+            forward, total = map(gpu.measure, calls[case]) if gpu else case.measure_on_cpu()
             if index >= 0:
                 case.forward_times.append(forward)
-                case.backward_times.append(backward)
+                case.total_times.append(total)
 
 
 def make_cases(args, rows, size, device, dtype):
@@ -164,18 +190,14 @@ def make_cases(args, rows, size, device, dtype):
     return cases
 
 
-def measure_copy(rows, size, device, dtype):
+def measure_copy(rows, size, device, dtype, gpu):
     """Bytes a second of reading and writing a tensor."""
-    source, seconds = torch.randn(rows, size, device=device, dtype=dtype), []
-    target = torch.empty_like(source)
+    source = torch.randn(rows, size, device=device, dtype=dtype)
+    target, seconds = torch.empty_like(source), []
+    copy = gpu.prepare(lambda: target.copy_(source)) if gpu else None
     for _ in range(20):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            target.copy_(source)
-            end.record()
-            torch.cuda.synchronize()
-            seconds.append(1e-3 * start.elapsed_time(end))
+        if gpu:
+            seconds.append(gpu.measure(copy))
         else:
             start = time.process_time()
             target.copy_(source)
@@ -190,16 +212,17 @@ def plot(rows, path):
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
+    plt.style.use("tableau-colorblind10")
     rows = [row for row in rows if row["what"] == "skip"]
     panels = sorted({(row["rows"], row["size"], row["affine"]) for row in rows})
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
         here = [row for row in rows if (row["rows"], row["size"], row["affine"]) == panel]
-        for name in dict.fromkeys(row["implementation"] for row in here):
+        for name, marker in zip(dict.fromkeys(row["implementation"] for row in here), "osD^vP*X", strict=False):
             points = [(row["K"], float(row["total_ms"])) for row in here if row["implementation"] == name]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=f"{panel[0]} x {panel[1]}, {panel[2]}", xlabel="K", ylim=(0, None))
-    axes[0][0].set_ylabel("forward and backward, ms")
+            axis.plot(*zip(*points, strict=True), marker=marker, label=name)
+        axis.set(title=f"{panel[0]} rows of {panel[1]}, {panel[2]}", xlabel="recursions K", ylim=(0, None))
+    axes[0][0].set_ylabel("forward and backward (ms)")
     axes[0][-1].legend()
     figure.savefig(path)
 
@@ -214,6 +237,7 @@ def main():
     parser.add_argument("--rounds", type=int, help="measured calls of each: 100 on a GPU, 7 on a CPU")
     parser.add_argument("--warmup", type=int, default=3, help="calls before those")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--no_graphs", action="store_true", help="call from Python, on a GPU, rather than CUDA graphs")
     parser.add_argument("--no_layer", dest="layer", action="store_false", help="leave the encoder layer out")
     parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
     parser.add_argument("--plot", type=Path, help="file of a plot of time against K")
@@ -224,21 +248,21 @@ def main():
     dtype = getattr(torch, args.dtype or {"cuda": "bfloat16", "cpu": "float32"}[device])
     rounds = args.rounds or {"cuda": 100, "cpu": 7}[device]
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else SIZES[device]
+    gpu = Gpu(not args.no_graphs) if device == "cuda" else None
     rows = []
     for count, size in sizes:
         torch._dynamo.reset()
         torch._dynamo.config.cache_size_limit = 256
         cases = make_cases(args, count, size, device, dtype)
-        copy = measure_copy(count, size, device, dtype)
-        take_turns(list(cases.values()), rounds, args.warmup, device)
+        copy = measure_copy(count, size, device, dtype, gpu)
+        take_turns(list(cases.values()), rounds, args.warmup, gpu)
         medians = {
-            key: [statistics.median(times) for times in (case.forward_times, case.backward_times)]
+            key: [statistics.median(times) for times in (case.forward_times, case.total_times)]
             for key, case in cases.items()
         }
-        for key, (forward, backward) in medians.items():
+        for key, (forward, total) in medians.items():
             what, name, affine, recursions = key
             least, eager = (what, name, affine, min(args.recursions)), (what, "reference", affine, recursions)
-            total = forward + backward
             moved = 3 * count * size * dtype.itemsize / forward
             rows.append(
                 {
@@ -249,16 +273,17 @@ def main():
                     "rows": count,
                     "size": size,
                     "forward_ms": f"{1e3 * forward:.4g}",
-                    "backward_ms": f"{1e3 * backward:.4g}",
+                    "backward_ms": f"{1e3 * (total - forward):.4g}",
                     "total_ms": f"{1e3 * total:.4g}",
                     "forward_to_K1": f"{forward / medians[least][0]:.3f}" if least in medians else "",
-                    "total_to_K1": f"{total / sum(medians[least]):.3f}" if least in medians else "",
-                    "eager_to_this": f"{sum(medians[eager]) / total:.3f}" if eager in medians else "",
+                    "total_to_K1": f"{total / medians[least][1]:.3f}" if least in medians else "",
+                    "eager_to_this": f"{medians[eager][1] / total:.3f}" if eager in medians else "",
                     "forward_of_copy_bandwidth": f"{moved / copy:.3f}" if what == "skip" else "",
                     "kept_MiB": f"{cases[key].kept_bytes() / 2**20:.2f}",
                 }
             )
-    about = {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds, **describe_run(device)}
+    triton = version("triton") if find_spec("triton") else ""
+    about = {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds, **describe_run(device), "triton": triton}
     print_table([{name: str(value) for name, value in row.items()} for row in rows], about)
     append_csv([row | about for row in rows], args.output)
     if args.plot:

@@ -33,6 +33,18 @@ SHAPES = {
         "max_position_embeddings": 512,
         "dropout": 0.1,
     },
+    "tiny": {  # for the tests
+        "vocab_size": 100,
+        "d_model": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 64,
+        "dropout": 0.1,
+    },
     "small": {
         "vocab_size": 4000,
         "d_model": 512,
