@@ -261,8 +261,9 @@ def rskip_layer_norm(
     options = forward_options(size)
     if rows > 0:
         wrap_triton(forward_kernel)[(triton.cdiv(rows, options["ROWS"]),)](
-            x, branch, weight, bias, seed, y, stats, rows, eps, scale, dropout, N=size, STEPS=recursions,
-            PER_STEP=weight.shape[0] > 1, CLOSED=closed, CENTRED=centred, DROPOUT=dropout > 0, **options,
+            x, branch, weight, bias, stats if seed is None else seed, y, stats, rows, eps, scale, dropout, N=size,
+            STEPS=recursions, PER_STEP=weight.shape[0] > 1, CLOSED=closed, CENTRED=centred, DROPOUT=dropout > 0,
+            **options,
         )  # fmt: skip
     return y, stats
 
@@ -287,7 +288,7 @@ def rskip_layer_norm_backward(
     grad_x, grad_branch = torch.empty_like(x), torch.empty_like(branch)
     if rows == 0:
         return grad_x, grad_branch, torch.zeros_like(weight), torch.zeros_like(bias)
-    coefficients = None
+    coefficients = stats  # unused
     if closed:
         coefficients = x.new_empty(rows, 9, dtype=torch.float32)
         wrap_triton(closed_form_kernel)[(triton.cdiv(rows, 128),)](
@@ -297,8 +298,8 @@ def rskip_layer_norm_backward(
     programs = _programs(rows, options, _multiprocessors(x))
     partial = x.new_empty(programs, 2, *weight.shape, dtype=torch.float32)
     wrap_triton(backward_kernel)[(programs,)](
-        gradient.contiguous(), x, branch, weight, bias, seed, stats, coefficients, grad_x, grad_branch, partial,
-        rows, scale, dropout, N=size, STEPS=recursions,
+        gradient.contiguous(), x, branch, weight, bias, stats if seed is None else seed, stats, coefficients,
+        grad_x, grad_branch, partial, rows, scale, dropout, N=size, STEPS=recursions,
         PER_STEP=weight.shape[0] > 1, CLOSED=closed, CENTRED=centred, DROPOUT=dropout > 0, **options,
     )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0).unbind(0)
@@ -308,7 +309,7 @@ def rskip_layer_norm_backward(
 def _programs(rows: int, options: dict[str, int], multiprocessors: int) -> int:
     """16 warps a multiprocessor; fewer for few rows, as each program writes sums of its own, but none idle."""
     most, blocks = 16 // options["num_warps"] * multiprocessors, triton.cdiv(rows, options["ROWS"])
-    return min(blocks, max(multiprocessors, min(most, rows // 32)))
+    return torch.sym_min(blocks, torch.sym_max(multiprocessors, torch.sym_min(most, rows // 32)))
 
 
 def _multiprocessors(x: torch.Tensor) -> int:

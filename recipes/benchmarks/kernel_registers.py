@@ -39,10 +39,6 @@ def compile_kernel(name, size, steps, affine, architecture, dtype="bf16", dropou
     per_step, closed = affine == "per_step" and steps > 1, affine == "last" and steps > 1
     constants = {"N": size, "STEPS": steps, "PER_STEP": per_step, "CLOSED": closed, "CENTRED": True}
     constants |= {"DROPOUT": dropout} | options
-    if not dropout:
-        constants["seed_ptr"] = None
-    if not closed and name == "backward":
-        constants["closed_ptr"] = None
     types, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
