@@ -8,8 +8,8 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 
-def run(script, output, *arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--output", str(output)]
+def run(script, output, arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments.split(), "--output", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     with output.open(newline="") as file:
@@ -19,10 +19,9 @@ def run(script, output, *arguments):
 
 
 def test_skip_kernels(tmp_path):
-    arguments = ["--sizes", "128x64", "--recursions", "1", "3", "--rounds", "2", "--warmup", "1"]
-    implementations = ["reference", "recompute", "auto"]
-    arguments += ["--implementations", *implementations, "--plot", str(tmp_path / "plot.pdf")]
-    rows = run("skip_kernels.py", tmp_path / "rows.csv", *arguments)
+    arguments = "--sizes 128x64 --recursions 1 3 --rounds 2 --warmup 1 --implementations reference recompute auto"
+    arguments += f" --plot {tmp_path / 'plot.pdf'}"
+    rows = run("skip_kernels.py", tmp_path / "rows.csv", arguments)
     keys = {(row["what"], row["implementation"], row["affine"], row["K"]) for row in rows}
     assert len(rows) == len(keys) == 2 * 3 * 2 * 2
     for row in rows:
@@ -40,22 +39,8 @@ def test_skip_kernels(tmp_path):
 
 
 def test_training_step(tmp_path):
-    arguments = [
-        "--shape",
-        "tiny",
-        "--batch_size",
-        "2",
-        "--length",
-        "8",
-        "--recursions",
-        "1",
-        "2",
-        "--rounds",
-        "2",
-        "--warmup",
-        "1",
-    ]
-    rows = run("training_step.py", tmp_path / "rows.csv", *arguments)
+    arguments = "--shape tiny --batch_size 2 --length 8 --recursions 1 2 --rounds 2 --warmup 1 --bf16"
+    rows = run("training_step.py", tmp_path / "rows.csv", arguments)
     assert [(row["model"], row["K"]) for row in rows] == [
         ("fused per_step", "1"),
         ("fused last", "1"),
