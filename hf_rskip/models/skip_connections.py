@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.integrations import use_kernel_forward_from_hub
 
 from .skip_kernels import choose_backend, rskip_layer_norm, rskip_rms_norm
 from .skip_norms import NORMS, LayerNorm, NoNorm, RMSNorm, make_norm, norm_of
@@ -130,6 +131,7 @@ def _is_plain(norm: nn.Module) -> bool:
     return type(norm) in (LayerNorm, RMSNorm) and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
 
 
+@use_kernel_forward_from_hub("RSkip")
 class RSkip(SkipConnection):
     """Recursive skip connection with layer normalisation, rSkip+LN.
 
