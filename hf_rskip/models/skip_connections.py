@@ -37,9 +37,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.integrations import use_kernel_forward_from_hub
 
-from .skip_kernels import choose_backend, rskip_layer_norm
-from .skip_norms import NORMS, LayerNorm, NoNorm, make_norm, norm_of
+from .skip_kernels import choose_backend, rskip_layer_norm, rskip_rms_norm
+from .skip_norms import NORMS, LayerNorm, NoNorm, RMSNorm, make_norm, norm_of
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
@@ -124,12 +125,13 @@ class SkipConnection(nn.Module):
         return x
 
 
-def _is_plain_layer_norm(norm: nn.Module) -> bool:
+def _is_plain(norm: nn.Module) -> bool:
     """Whether nobody would notice that `norm` is not called: no hook watches it, or brings its weights."""
     watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return type(norm) is LayerNorm and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
+    return type(norm) in (LayerNorm, RMSNorm) and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
 
 
+@use_kernel_forward_from_hub("RSkip")
 class RSkip(SkipConnection):
     """Recursive skip connection with layer normalisation, rSkip+LN.
 
@@ -190,23 +192,22 @@ class RSkip(SkipConnection):
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         recursions = len(self.norm)
-        if all(map(_is_plain_layer_norm, self.norm)):
+        if all(map(_is_plain, self.norm)):
             backend = choose_backend(x, branch, recursions, self.affine)
             if backend != "reference":
-                weight, bias = self._gains_and_biases()
-                return rskip_layer_norm(
-                    x, branch, weight, bias, recursions, self.affine, self.norm[0].eps, backend=backend
-                )
+                function = rskip_layer_norm if isinstance(self.norm[0], LayerNorm) else rskip_rms_norm
+                arguments = recursions, self.affine, self.norm[0].eps
+                return function(x, branch, *self._gains_and_biases(), *arguments, backend=backend)
         y = branch
         for norm in self.norm:
             y = self.norm[0](x + y, mask, norm) if self.affine == "shared" else norm(x + y, mask)
         return y
 
-    def _gains_and_biases(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.affine == "per_step":
-            return torch.stack([norm.weight for norm in self.norm]), torch.stack([norm.bias for norm in self.norm])
-        norm = self.norm[0 if self.affine == "shared" else -1]
-        return norm.weight, norm.bias
+    def _gains_and_biases(self) -> list[torch.Tensor]:
+        """Without biases where the norm has none."""
+        norms = self.norm if self.affine == "per_step" else [self.norm[0 if self.affine == "shared" else -1]]
+        stacked = [torch.stack([norm.weight for norm in norms])]
+        return stacked if norms[0].bias is None else [*stacked, torch.stack([norm.bias for norm in norms])]
 
     def extra_repr(self) -> str:
         return f"recursions={len(self.norm)}, affine={self.affine}"

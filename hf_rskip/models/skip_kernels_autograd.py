@@ -53,12 +53,12 @@ class RecomputedRSkip(torch.autograd.Function):
     def backward(ctx, gradient):
         if torch.is_grad_enabled():
             raise RuntimeError("the recomputed gradient has no autograd formula of its own: use backend='reference'")
-        *inputs, seed = ctx.saved_tensors[:5]
+        saved = ctx.saved_tensors  # only once: a checkpoint gives them no second time
+        inputs, seed, stats = saved[:4], saved[4], saved[5:]
         recursions, closed, centred, eps, scale, dropout, dims = ctx.arguments
         gradient, x, branch, weight, bias = _widened(gradient, *inputs)
         factors = keep_factors(seed, dropout, branch) if dropout else 1
         run = _closed_backward if closed else _chain_backward
-        stats = ctx.saved_tensors[5:]
         found = run(gradient, x, branch * factors, weight, bias, stats, recursions, centred, eps, scale, dims)
         found = found[0], found[1] * factors, *found[2:]
         return *(of.to(given.dtype) for of, given in zip(found, inputs, strict=True)), *[None] * 9

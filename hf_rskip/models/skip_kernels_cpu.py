@@ -52,9 +52,6 @@ typedef uint64_t L __attribute__((vector_size(WIDTH)));
 typedef uint16_t H __attribute__((vector_size(WIDTH / 2)));
 typedef float Quarter __attribute__((vector_size(16)));
 constexpr int64_t LANES = WIDTH / 4;
-#ifndef GROUP
-#define GROUP 4
-#endif
 
 struct bfloat16 {
   uint16_t bits;
@@ -122,22 +119,32 @@ struct Whole {
   V keep(V v) const { return v; }
 };
 
-// Calls `body(i, part)` for the vectors of a row.
+// Calls `body(i, part, lane)` for the vectors of a row; `lane` counts to UNROLL, for sums that do not wait for another.
+constexpr int UNROLL = 2;
 template <class Body>
 static inline __attribute__((always_inline)) void over(int64_t n, Body body) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) body(i, Whole{});
-  if (i < n) body(i, Tail{n - i});
+  for (; i + UNROLL * LANES <= n; i += UNROLL * LANES) {
+    body(i, Whole{}, 0);
+    body(i + LANES, Whole{}, 1);
+  }
+  for (; i + LANES <= n; i += LANES) body(i, Whole{}, 0);
+  if (i < n) body(i, Tail{n - i}, 0);
 }
 
-static inline float total(V v) {
-  Quarter quarters[LANES / 4];
-  std::memcpy(quarters, &v, sizeof v);
-  for (int64_t half = LANES / 8; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; i++) quarters[i] += quarters[i + half];
-  const Quarter q = quarters[0];
-  return (q[0] + q[1]) + (q[2] + q[3]);
-}
+struct Sum {
+  V lanes[UNROLL] = {};
+  V& operator[](int lane) { return lanes[lane]; }
+  float total() const {
+    const V v = lanes[0] + lanes[1];
+    Quarter quarters[LANES / 4];
+    std::memcpy(quarters, &v, sizeof v);
+    for (int64_t half = LANES / 8; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; i++) quarters[i] += quarters[i + half];
+    const Quarter q = quarters[0];
+    return (q[0] + q[1]) + (q[2] + q[3]);
+  }
+};
 
 struct Job {
   int64_t rows, n, stride, steps, affine_rows;  // `stride` between rows of gains, biases and of what passes share
@@ -159,23 +166,15 @@ struct Rows {
   const float* factors;
   Rows from(int64_t row, int64_t n, int64_t of_stats) const {
     const int64_t i = row * n;
-    return {x + i, f + i, stats + row * of_stats, y + i, gradient + i, dx + i, df + i, factors};
+    return {x + i, f + i, stats + row * of_stats, y + i, gradient + i, dx + i, df + i, factors + i};
   }
 };
 
-// Brings rows that come next into the cache, a little at each vector of a row of this pass, one of several.
-template <bool WRITTEN>
-struct Ahead {
-  const char* at;
-  int64_t bytes;
-  template <class T>
-  Ahead(const T* next, int64_t rows, int64_t n, int64_t pass, int64_t passes)
-      : at((const char*)next + rows * n * sizeof(T) * pass / passes), bytes(rows * LANES * sizeof(T) / passes) {}
-  void operator()() {
-    for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + j, WRITTEN);
-    at += bytes;
-  }
-};
+// Asks for what lies some rows ahead, into the cache of second level.
+template <class T>
+static inline void ahead(const T* p, const Job& job) {
+  __builtin_prefetch(p + 4 * job.n, 0, 2);
+}
 
 // Dropout: u(seed, i) of `skip_dropout.py`, two halves of a vector in 64-bit lanes.
 static inline L times(L a, uint64_t m) {
@@ -215,186 +214,149 @@ static inline int64_t sample_size(int64_t n) { return std::min(n, std::max(n / 8
 struct Pair {
   V x, f;
 };
-// s x and F of row r at i, F after dropout.
+// s x and F at i, F after dropout.
 template <bool DROP, class Part>
-static inline Pair load(const Rows& at, const Job& job, int64_t r, int64_t i, Part part) {
-  const int64_t j = r * job.n + i;
-  const V f = part.load(at.f + j);
-  return {job.scale * part.load(at.x + j), DROP ? f * part.load(at.factors + j) : f};
+static inline Pair load(const Rows& at, const Job& job, int64_t i, Part part) {
+  const V f = part.load(at.f + i);
+  return {job.scale * part.load(at.x + i), DROP ? f * part.load(at.factors + i) : f};
 }
 
-template <int R>
-struct Shifts {
-  float x[R] = {}, f[R] = {};
+struct Shift {
+  float x = 0, f = 0;
 };
-template <int R, bool DROP>
-static inline Shifts<R> shifts_of(const Rows& at, const Job& job) {
-  Shifts<R> shift;
-  if (!job.centred) return shift;
+template <bool DROP>
+static inline Shift shift_of(const Rows& at, const Job& job) {
+  if (!job.centred) return {};
   const int64_t few = sample_size(job.n);
-  V x[R] = {}, f[R] = {};
-  over(few, [&](int64_t i, auto part) {
-    for (int r = 0; r < R; r++) {
-      const Pair v = load<DROP>(at, job, r, i, part);
-      x[r] += v.x;
-      f[r] += v.f;
-    }
+  Sum x, f;
+  over(few, [&](int64_t i, auto part, int lane) {
+    const Pair v = load<DROP>(at, job, i, part);
+    x[lane] += v.x;
+    f[lane] += v.f;
   });
-  for (int r = 0; r < R; r++) {
-    shift.x[r] = total(x[r]) / few;
-    shift.f[r] = total(f[r]) / few;
-  }
-  return shift;
+  return {x.total() / few, f.total() / few};
 }
 
-// The chain, R rows at a time. Statistics of a row: the shifts of x and F, then for each step -mean / std and 1 / std
-// of what is normalised, from which the shifts have been subtracted. `b` are biases, and `inner` those whose mean was
-// subtracted, which the next step does not notice.
-template <int R, bool DROP>
+// The chain. Statistics of a row: the shifts of x and F, then for each step -mean / std and 1 / std of what is
+// normalised, from which the shifts have been subtracted. `b` are biases, and `inner` those whose mean was subtracted,
+// which the next step does not notice. The processor does not see for itself, over more than a step of other work, that
+// the next rows are read soon; it is told while it does that work.
+template <bool DROP>
 static void chain_forward(const Rows at, const float* w, const float* b, const float* inner, const Job job,
                           float* work) {
-  const int64_t n = job.n, stride = job.stride, steps = job.steps, of_stats = 2 + 2 * steps;
-  float *now = work, *xs = work + R * stride;
-  const auto shift = shifts_of<R, DROP>(at, job);
-  float centre[R], rstd[R];
-  const auto finish = [&](int64_t k, const V* sum, const V* square) {
-    for (int r = 0; r < R; r++) {
-      const float mean = job.centred ? total(sum[r]) * job.over_n : 0;
-      const float variance = total(square[r]) * job.over_n - mean * mean;
-      rstd[r] = 1 / std::sqrt(std::max(variance, 0.0f) + job.eps);
-      centre[r] = -mean * rstd[r];
-      float* stats = at.stats + r * of_stats;
-      if (k == 0) stats[0] = shift.x[r], stats[1] = shift.f[r];
-      stats[2 + 2 * k] = centre[r];
-      stats[3 + 2 * k] = rstd[r];
-    }
+  const int64_t n = job.n, steps = job.steps;
+  float *now = work, *xs = work + job.stride, centre, rstd;
+  const auto finish = [&](int64_t k, const Sum& sum, const Sum& square) {
+    const float mean = job.centred ? sum.total() * job.over_n : 0;
+    const float variance = square.total() * job.over_n - mean * mean;
+    at.stats[3 + 2 * k] = rstd = 1 / std::sqrt(std::max(variance, 0.0f) + job.eps);
+    at.stats[2 + 2 * k] = centre = -mean * rstd;
   };
-  {
-    V sum[R] = {}, square[R] = {};
-    over(n, [&](int64_t i, auto part) {
-      for (int r = 0; r < R; r++) {
-        const Pair v = load<DROP>(at, job, r, i, part);
-        const V x = part.keep(v.x - shift.x[r]), d = x + part.keep(v.f - shift.f[r]);
-        if (steps > 1) narrow(x, xs + r * stride + i);
-        narrow(d, now + r * stride + i);
-        sum[r] += d;
-        square[r] += d * d;
-      }
-    });
-    finish(0, sum, square);
-  }
-  for (int64_t k = 0;; k++) {
-    const int64_t row = job.affine_rows > 1 ? k * stride : 0;
-    Ahead<false> x(at.x + R * n, R, n, k, steps), f(at.f + R * n, R, n, k, steps);
-    Ahead<true> y(at.y + R * n, R, n, k, steps);
-    if (k == steps - 1) {
-      over(n, [&](int64_t i, auto part) {
-        x(), f(), y();
-        const V gain = widen(w + row + i), bias = widen(b + row + i);
-        for (int r = 0; r < R; r++)
-          part.store((widen(now + r * stride + i) * rstd[r] + centre[r]) * gain + bias, at.y + r * n + i);
-      });
-      return;
-    }
-    V sum[R] = {}, square[R] = {};
-    over(n, [&](int64_t i, auto) {
-      x(), f(), y();
-      const V gain = widen(w + row + i), bias = widen(inner + row + i);
-      for (int r = 0; r < R; r++) {
-        float* to = now + r * stride + i;
-        const V d = widen(xs + r * stride + i) + ((widen(to) * rstd[r] + centre[r]) * gain + bias);
-        narrow(d, to);
-        sum[r] += d;
-        square[r] += d * d;
-      }
-    });
-    finish(k + 1, sum, square);
-  }
-}
-
-// `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds, for each row, its K normalised rows, the
-// gradient of y_k, and the sum of those that reached x.
-template <int R, bool DROP>
-static void chain_backward(const Rows at, const float* w, const float* inner, float* acc_w, float* acc_b,
-                           const Job job, float* work) {
-  const int64_t n = job.n, stride = job.stride, steps = job.steps, of_stats = 2 + 2 * steps;
-  const auto row_of = [&](int64_t k) { return job.affine_rows > 1 ? k * stride : 0; };
-  const auto centre = [&](int r, int64_t k) { return at.stats[r * of_stats + 2 + 2 * k]; };
-  const auto rstd = [&](int r, int64_t k) { return at.stats[r * of_stats + 3 + 2 * k]; };
-  float *grad = work + R * steps * stride, *grad_x = grad + R * stride;
-  V of_mean[R] = {}, of_std[R] = {};
-  // What the gradients `up` of the outputs of step k, which normalised to `h`, say of its gain, bias and inputs.
-  const auto gather = [&](int64_t k, int64_t i, const V* up, const V* h) {
-    float *to_w = acc_w + row_of(k) + i, *to_b = acc_b + row_of(k) + i;
-    const V gain = widen(w + row_of(k) + i);
-    V of_gain = widen(to_w), of_bias = widen(to_b);
-    for (int r = 0; r < R; r++) {
-      const V weighted = up[r] * gain;
-      of_gain += up[r] * h[r];
-      of_bias += up[r];
-      of_mean[r] += weighted;
-      of_std[r] += weighted * h[r];
-    }
-    narrow(of_gain, to_w);
-    narrow(of_bias, to_b);
-  };
-  over(n, [&](int64_t i, auto part) {
-    V x[R], h[R], up[R];
-    for (int r = 0; r < R; r++) {
-      const float* stats = at.stats + r * of_stats;
-      const Pair v = load<DROP>(at, job, r, i, part);
-      x[r] = part.keep(v.x - stats[0]);
-      h[r] = (x[r] + part.keep(v.f - stats[1])) * rstd(r, 0) + centre(r, 0);
-      narrow(h[r], work + r * stride + i);
-    }
-    for (int64_t k = 1; k < steps; k++) {
-      const V gain = widen(w + row_of(k - 1) + i), bias = widen(inner + row_of(k - 1) + i);
-      for (int r = 0; r < R; r++) {
-        h[r] = (x[r] + (h[r] * gain + bias)) * rstd(r, k) + centre(r, k);
-        narrow(h[r], work + (k * R + r) * stride + i);
-      }
-    }
-    for (int r = 0; r < R; r++) up[r] = part.load(at.gradient + r * n + i);
-    gather(steps - 1, i, up, h);
+  const Shift shift = shift_of<DROP>(at, job);
+  at.stats[0] = shift.x;
+  at.stats[1] = shift.f;
+  Sum sum, square;
+  over(n, [&](int64_t i, auto part, int lane) {
+    const Pair v = load<DROP>(at, job, i, part);
+    const V x = part.keep(v.x - shift.x), d = x + part.keep(v.f - shift.f);
+    narrow(x, xs + i);
+    narrow(d, now + i);
+    sum[lane] += d;
+    square[lane] += d * d;
   });
-  for (int64_t k = steps - 1;; k--) {
-    float mean[R], std[R], scale[R];
-    for (int r = 0; r < R; r++) {
-      scale[r] = rstd(r, k);
-      mean[r] = job.centred ? -total(of_mean[r]) * job.over_n * scale[r] : 0;
-      std[r] = -total(of_std[r]) * job.over_n * scale[r];
-      of_mean[r] = of_std[r] = V{};
-    }
-    const int64_t pass = steps - 1 - k;
-    Ahead<false> next_x(at.x + R * n, R, n, pass, steps), next_f(at.f + R * n, R, n, pass, steps);
-    Ahead<false> next_gradient(at.gradient + R * n, R, n, pass, steps);
-    Ahead<true> next_dx(at.dx + R * n, R, n, pass, steps), next_df(at.df + R * n, R, n, pass, steps);
-    const float* h = work + k * R * stride;
-    const auto step = [&](auto top) {
-      over(n, [&](int64_t i, auto part) {
-        next_x(), next_f(), next_gradient(), next_dx(), next_df();
-        const V gain = widen(w + row_of(k) + i);
-        V up[R], before[R];
-        for (int r = 0; r < R; r++) {
-          const int64_t j = r * stride + i;
-          const V given = top ? part.load(at.gradient + r * n + i) : widen(grad + j);
-          up[r] = given * gain * scale[r] + (widen(h + j) * std[r] + mean[r]);
-          const V sum = top ? up[r] : up[r] + widen(grad_x + j);
-          if (k > 0) {
-            narrow(up[r], grad + j);
-            narrow(sum, grad_x + j);
-            before[r] = widen(h - R * stride + j);
-          } else {
-            part.store(DROP ? up[r] * part.load(at.factors + r * n + i) : up[r], at.df + r * n + i);
-            part.store(job.scale * sum, at.dx + r * n + i);
-          }
-        }
-        if (k > 0) gather(k - 1, i, up, before);
+  finish(0, sum, square);
+  int64_t row = 0;
+  for (int64_t k = 0; k < steps - 1; k++, row += job.affine_rows > 1 ? job.stride : 0) {
+    const auto step = [&](auto meanwhile) {
+      sum = square = Sum{};
+      over(n, [&](int64_t i, auto, int lane) {
+        meanwhile(i);
+        const V y = (widen(now + i) * rstd + centre) * widen(w + row + i) + widen(inner + row + i);
+        const V d = widen(xs + i) + y;
+        narrow(d, now + i);
+        sum[lane] += d;
+        square[lane] += d * d;
       });
     };
-    k == steps - 1 ? step(std::true_type{}) : step(std::false_type{});
-    if (k == 0) return;
+    if (steps > 2 && k == 0)
+      step([&](int64_t i) { ahead(at.x + i, job), ahead(at.f + i, job); });
+    else if (k == 1)
+      step([&](int64_t i) { ahead(at.y + i, job); });
+    else
+      step([](int64_t) {});
+    finish(k + 1, sum, square);
   }
+  over(n, [&](int64_t i, auto part, int) {
+    part.store((widen(now + i) * rstd + centre) * widen(w + row + i) + widen(b + row + i), at.y + i);
+  });
+}
+
+// `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds the K normalised rows, each until the
+// gradient of what was normalised takes its place.
+template <bool DROP>
+static void chain_backward(const Rows at, const float* w, const float* inner, float* acc_w, float* acc_b,
+                           const Job job, float* work) {
+  const int64_t n = job.n, steps = job.steps, stride = job.stride, of_affine = job.affine_rows > 1 ? stride : 0;
+  Sum of_mean, of_std;
+  // What the gradient `up` of the output of step k, which normalised to `h`, says of its gain, bias and input.
+  const auto gather = [&](int64_t k, int64_t i, V up, V h, int lane) {
+    float *to_w = acc_w + k * of_affine + i, *to_b = acc_b + k * of_affine + i;
+    const V weighted = up * widen(w + k * of_affine + i);
+    narrow(widen(to_w) + up * h, to_w);
+    narrow(widen(to_b) + up, to_b);
+    of_mean[lane] += weighted;
+    of_std[lane] += weighted * h;
+  };
+  over(n, [&](int64_t i, auto part, int lane) {
+    const Pair v = load<DROP>(at, job, i, part);
+    const V x = part.keep(v.x - at.stats[0]);
+    V h = (x + part.keep(v.f - at.stats[1])) * at.stats[3] + at.stats[2];
+    narrow(h, work + i);
+    for (int64_t k = 1; k < steps; k++) {
+      const int64_t j = (k - 1) * of_affine + i;
+      h = (x + (h * widen(w + j) + widen(inner + j))) * at.stats[3 + 2 * k] + at.stats[2 + 2 * k];
+      narrow(h, work + k * stride + i);
+    }
+    gather(steps - 1, i, part.load(at.gradient + i), h, lane);
+  });
+  float mean, std, rstd;
+  const auto finish = [&](int64_t k) {
+    rstd = at.stats[3 + 2 * k];
+    mean = job.centred ? -of_mean.total() * job.over_n * rstd : 0;
+    std = -of_std.total() * job.over_n * rstd;
+    of_mean = of_std = Sum{};
+  };
+  const auto through = [&](int64_t k, int64_t i, V up) {
+    return up * widen(w + k * of_affine + i) * rstd + (widen(work + k * stride + i) * std + mean);
+  };
+  for (int64_t k = steps - 1; k > 0; k--) {
+    finish(k);
+    float* here = work + k * stride;
+    const auto step = [&](auto given, auto meanwhile) {
+      over(n, [&](int64_t i, auto part, int lane) {
+        meanwhile(i);
+        const V up = through(k, i, given(i, part));
+        narrow(up, here + i);
+        gather(k - 1, i, up, widen(here - stride + i), lane);
+      });
+    };
+    const auto later = [&](int64_t i, auto) { return widen(here + stride + i); };
+    if (k == steps - 1)
+      step([&](int64_t i, auto part) { return part.load(at.gradient + i); },
+           [&](int64_t i) { ahead(at.x + i, job), ahead(at.f + i, job), ahead(at.gradient + i, job); });
+    else if (k == steps - 2)
+      step(later, [&](int64_t i) { ahead(at.dx + i, job), ahead(at.df + i, job); });
+    else
+      step(later, [](int64_t) {});
+  }
+  finish(0);
+  over(n, [&](int64_t i, auto part, int) {
+    const V up = through(0, i, steps == 1 ? part.load(at.gradient + i) : widen(work + stride + i));
+    V sum = up;
+    for (int64_t k = 1; k < steps; k++) sum += widen(work + k * stride + i);
+    part.store(DROP ? up * part.load(at.factors + i) : up, at.df + i);
+    part.store(job.scale * sum, at.dx + i);
+  });
 }
 
 // The closed form: y_k = a x + c u with the derivatives of a and c by (v_xx, v_uu, v_xu), for rows side by side.
@@ -436,92 +398,64 @@ static void closed_form(const Stats* stats, int64_t count, const Job& job, bool 
   }
 }
 
-template <int R, bool DROP>
-static void closed_statistics(const Rows at, const Job& job, Stats* stats) {
-  const auto shift = shifts_of<R, DROP>(at, job);
-  V rest_x[R] = {}, rest_u[R] = {}, xx[R] = {}, uu[R] = {}, xu[R] = {};
-  over(job.n, [&](int64_t i, auto part) {
-    for (int r = 0; r < R; r++) {
-      const Pair v = load<DROP>(at, job, r, i, part);
-      const V p = part.keep(v.x - shift.x[r]), q = p + part.keep(v.f - shift.f[r]);
-      rest_x[r] += p;
-      rest_u[r] += q;
-      xx[r] += p * p;
-      uu[r] += q * q;
-      xu[r] += p * q;
-    }
+template <bool DROP>
+static Stats closed_statistics(const Rows at, const Job& job) {
+  const Shift shift = shift_of<DROP>(at, job);
+  const float shift_u = shift.x + shift.f;
+  Sum rest_x, rest_u, xx, uu, xu;
+  over(job.n, [&](int64_t i, auto part, int lane) {
+    const Pair v = load<DROP>(at, job, i, part);
+    const V p = part.keep(v.x - shift.x), q = part.keep(v.x + v.f - shift_u);
+    rest_x[lane] += p;
+    rest_u[lane] += q;
+    xx[lane] += p * p;
+    uu[lane] += q * q;
+    xu[lane] += p * q;
   });
-  for (int r = 0; r < R; r++) {
-    float dx = total(rest_x[r]) * job.over_n, du = total(rest_u[r]) * job.over_n;
-    if (!job.centred) dx = du = 0;
-    const float shift_u = shift.x[r] + shift.f[r];
-    const auto at_least = [](float variance, float mean) {  // what rounding leaves of a row that is constant
-      const float rounding = mean * 0x1p-22f;
-      return std::max(variance, rounding * rounding);
-    };
-    stats[r] = {shift.x[r] + dx, shift_u + du, at_least(total(xx[r]) * job.over_n - dx * dx, shift.x[r]),
-                at_least(total(uu[r]) * job.over_n - du * du, shift_u), total(xu[r]) * job.over_n - dx * du};
-  }
+  const float dx = job.centred ? rest_x.total() * job.over_n : 0, du = job.centred ? rest_u.total() * job.over_n : 0;
+  const auto at_least = [](float variance, float mean) {  // what rounding leaves of a row that is constant
+    const float rounding = mean * 0x1p-22f;
+    return std::max(variance, rounding * rounding);
+  };
+  return {shift.x + dx, shift_u + du, at_least(xx.total() * job.over_n - dx * dx, shift.x),
+          at_least(uu.total() * job.over_n - du * du, shift_u), xu.total() * job.over_n - dx * du};
 }
 
-template <int R, bool DROP>
-static void closed_output(const Rows at, const float* w, const float* b, const Job& job, const Stats* stats,
-                          const double* a, const double* c, int64_t block) {
-  Ahead<false> next_x(at.x + block * job.n, R, job.n, 0, 1), next_f(at.f + block * job.n, R, job.n, 0, 1);
-  Ahead<true> next_y(at.y + block * job.n, R, job.n, 0, 1);
-  over(job.n, [&](int64_t i, auto part) {
-    next_x(), next_f(), next_y();
-    for (int r = 0; r < R; r++) {
-      const Pair v = load<DROP>(at, job, r, i, part);
-      const V p = v.x - stats[r].mean_x, q = v.x + v.f - stats[r].mean_u;
-      part.store((float(a[r]) * p + float(c[r]) * q) * widen(w + i) + widen(b + i), at.y + r * job.n + i);
-    }
+template <bool DROP>
+static void closed_output(const Rows at, const float* w, const float* b, const Job& job,
+                          const Stats& stats, float a, float c) {
+  over(job.n, [&](int64_t i, auto part, int) {
+    const Pair v = load<DROP>(at, job, i, part);
+    const V p = v.x - stats.mean_x, q = v.x + v.f - stats.mean_u;
+    part.store((a * p + c * q) * widen(w + i) + widen(b + i), at.y + i);
   });
 }
 
-template <int R, bool DROP>
-static void closed_backward(const Rows at, const float* w, float* acc_w, float* acc_b, const Job& job,
-                            const Stats* stats, const Coefficients& o, int64_t first, int64_t block) {
-  const int64_t n = job.n;
-  const double *a = o.a + first, *c = o.c + first;
-  V sum[R] = {}, along_x[R] = {}, along_u[R] = {};
-  over(n, [&](int64_t i, auto part) {
-    const V gain = widen(w + i);
-    V of_gain = widen(acc_w + i), of_bias = widen(acc_b + i);
-    for (int r = 0; r < R; r++) {
-      const Pair v = load<DROP>(at, job, r, i, part);
-      const V up = part.load(at.gradient + r * n + i), g = up * gain;
-      const V p = v.x - stats[r].mean_x, q = v.x + v.f - stats[r].mean_u;
-      sum[r] += g;
-      along_x[r] += g * p;
-      along_u[r] += g * q;
-      of_gain += up * (float(a[r]) * p + float(c[r]) * q);
-      of_bias += up;
-    }
-    narrow(of_gain, acc_w + i);
-    narrow(of_bias, acc_b + i);
+template <bool DROP>
+static void closed_backward(const Rows at, const float* w, float* acc_w, float* acc_b,
+                            const Job& job, const Stats& stats, const Coefficients& o, int64_t j) {
+  const float a = o.a[j], c = o.c[j];
+  Sum sum, along_x, along_u;
+  over(job.n, [&](int64_t i, auto part, int lane) {
+    const Pair v = load<DROP>(at, job, i, part);
+    const V up = part.load(at.gradient + i), g = up * widen(w + i);
+    const V p = v.x - stats.mean_x, q = v.x + v.f - stats.mean_u;
+    sum[lane] += g;
+    along_x[lane] += g * p;
+    along_u[lane] += g * q;
+    narrow(widen(acc_w + i) + up * (a * p + c * q), acc_w + i);
+    narrow(widen(acc_b + i) + up, acc_b + i);
   });
-  float by[3][R], mean[R];
-  for (int r = 0; r < R; r++) {
-    const double by_x = total(along_x[r]) * job.over_n, by_u = total(along_u[r]) * job.over_n;
-    mean[r] = job.centred ? total(sum[r]) * job.over_n : 0;
-    for (int p = 0; p < 3; p++) by[p][r] = (p < 2 ? 2 : 1) * (by_x * o.da[p][first + r] + by_u * o.dc[p][first + r]);
-  }
-  Ahead<false> next_x(at.x + block * n, R, n, 0, 1), next_f(at.f + block * n, R, n, 0, 1);
-  Ahead<false> next_gradient(at.gradient + block * n, R, n, 0, 1);
-  Ahead<true> next_dx(at.dx + block * n, R, n, 0, 1), next_df(at.df + block * n, R, n, 0, 1);
-  over(n, [&](int64_t i, auto part) {
-    next_x(), next_f(), next_gradient(), next_dx(), next_df();
-    const V gain = widen(w + i);
-    for (int r = 0; r < R; r++) {
-      const int64_t j = r * n + i;
-      const Pair v = load<DROP>(at, job, r, i, part);
-      const V g = part.load(at.gradient + j) * gain - mean[r];
-      const V p = v.x - stats[r].mean_x, q = v.x + v.f - stats[r].mean_u;
-      const V du = float(c[r]) * g + by[1][r] * q + by[2][r] * p;
-      part.store(DROP ? du * part.load(at.factors + j) : du, at.df + j);
-      part.store(job.scale * (float(a[r]) * g + by[0][r] * p + by[2][r] * q + du), at.dx + j);
-    }
+  const double by_x = along_x.total() * job.over_n, by_u = along_u.total() * job.over_n;
+  float by[3], mean = job.centred ? sum.total() * job.over_n : 0;
+  for (int p = 0; p < 3; p++) by[p] = (p < 2 ? 2 : 1) * (by_x * o.da[p][j] + by_u * o.dc[p][j]);
+  over(job.n, [&](int64_t i, auto part, int) {
+    const Pair v = load<DROP>(at, job, i, part);
+    const V g = part.load(at.gradient + i) * widen(w + i) - mean;
+    const V p = v.x - stats.mean_x, q = v.x + v.f - stats.mean_u;
+    const V du = c * g + by[1] * q + by[2] * p;
+    part.store(DROP ? du * part.load(at.factors + i) : du, at.df + i);
+    part.store(job.scale * (a * g + by[0] * p + by[2] * q + du), at.dx + i);
   });
 }
 
@@ -569,45 +503,41 @@ static int64_t rows_a_block(const Job& job) {
   return std::max(int64_t(1), std::min(BLOCK, 65536 / job.n / 4 * 4));
 }
 
-// Calls `body(first, rows at a time)` for the rows of a block, R and then one at a time.
-template <int R, class Body>
-static inline void groups(int64_t count, int64_t n, Body body) {
-  int64_t row = 0;
-  if (n <= 4096)
-    for (; row + R <= count; row += R) body(row, std::integral_constant<int, R>{});
-  for (; row < count; row++) body(row, std::integral_constant<int, 1>{});
-}
-
 template <bool DROP>
 static void forward(const Rows tensors, const Affine& affine, const Job job, int threads) {
-  const int64_t n = job.n, size = rows_a_block(job), blocks = (job.rows + size - 1) / size;
+  const int64_t n = job.n, size = rows_a_block(job) * (job.closed ? 8 : 1), blocks = (job.rows + size - 1) / size;
   const int64_t of_stats = job.closed ? 5 : 2 + 2 * job.steps;
 #pragma omp parallel num_threads(threads)
   {
-    Buffer work(job.closed ? 0 : 2 * GROUP * job.stride), factors(DROP ? size * n + LANES : 0);
+    Buffer work(job.closed ? 0 : 2 * job.stride), factors(DROP ? size * n + LANES : 0);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t first = block * size, count = std::min(size, job.rows - first);
       if (DROP) draw_factors(first * n, count * n, job, factors.data);
-      const Rows at = tensors.from(first, n, of_stats);
-      const auto of = [&](int64_t row) {
-        Rows rows = at.from(row, n, of_stats);
-        rows.factors = factors.data + row * n;
-        return rows;
-      };
+      Rows at = tensors.from(first, n, of_stats);
+      at.factors = factors.data;
+      const auto of = [&](int64_t row) { return at.from(row, n, of_stats); };
       if (job.closed) {
-        Stats stats[BLOCK];
-        groups<2>(count, n, [&](int64_t row, auto r) { closed_statistics<r, DROP>(of(row), job, stats + row); });
-        std::memcpy(at.stats, stats, count * sizeof(Stats));
+        // Rows are read by the side of others that are written.
+        Stats stats[2][BLOCK];
         Coefficients o;
-        closed_form(stats, count, job, false, o);
-        groups<2>(count, n, [&](int64_t row, auto r) {
-          closed_output<r, DROP>(of(row), affine.w.data, affine.b.data, job, stats + row, o.a + row, o.c + row, size);
-        });
+        const auto row_of = [&](int64_t part, int64_t j) { return of(part * BLOCK + j); };
+        const auto rows_of = [&](int64_t part) { return std::max(int64_t(0), std::min(BLOCK, count - part * BLOCK)); };
+        for (int64_t part = 0, written = 0; part * BLOCK < count + BLOCK; part++) {
+          const int64_t read = rows_of(part);
+          for (int64_t j = 0; j < std::max(read, written); j++) {
+            if (j < read) stats[part % 2][j] = closed_statistics<DROP>(row_of(part, j), job);
+            if (j < written)
+              closed_output<DROP>(row_of(part - 1, j), affine.w.data, affine.b.data, job, stats[(part + 1) % 2][j],
+                                  o.a[j], o.c[j]);
+          }
+          if (read > 0) std::memcpy(row_of(part, 0).stats, stats[part % 2], read * sizeof(Stats));
+          closed_form(stats[part % 2], read, job, false, o);
+          written = read;
+        }
       } else {
-        groups<GROUP>(count, n, [&](int64_t row, auto r) {
-          chain_forward<r, DROP>(of(row), affine.w.data, affine.b.data, affine.inner.data, job, work.data);
-        });
+        for (int64_t row = 0; row < count; row++)
+          chain_forward<DROP>(of(row), affine.w.data, affine.b.data, affine.inner.data, job, work.data);
       }
     }
   }
@@ -620,7 +550,7 @@ static void backward(const Rows tensors, const Affine& affine, double* partial, 
   const int64_t of_stats = job.closed ? 5 : 2 + 2 * job.steps, gains = job.affine_rows * job.stride;
 #pragma omp parallel num_threads(threads)
   {
-    Buffer acc_w(gains), acc_b(gains), work(job.closed ? 0 : (job.steps + 2) * GROUP * job.stride);
+    Buffer acc_w(gains), acc_b(gains), work(job.closed ? 0 : job.steps * job.stride);
     Buffer factors(DROP ? size * n + LANES : 0);
     const auto flush = [&](float* acc, double* sums) {
       for (int64_t k = 0; k < job.affine_rows; k++)
@@ -635,24 +565,19 @@ static void backward(const Rows tensors, const Affine& affine, double* partial, 
       for (int64_t block = chunk * blocks / chunks, added = 0; block < last; block++) {
         const int64_t first = block * size, count = std::min(size, job.rows - first);
         if (DROP) draw_factors(first * n, count * n, job, factors.data);
-        const Rows at = tensors.from(first, n, of_stats);
-        const auto of = [&](int64_t row) {
-          Rows rows = at.from(row, n, of_stats);
-          rows.factors = factors.data + row * n;
-          return rows;
-        };
+        Rows at = tensors.from(first, n, of_stats);
+        at.factors = factors.data;
+        const auto of = [&](int64_t row) { return at.from(row, n, of_stats); };
         if (job.closed) {
           Stats stats[BLOCK];
           std::memcpy(stats, at.stats, count * sizeof(Stats));
           Coefficients o;
           closed_form(stats, count, job, true, o);
-          groups<2>(count, n, [&](int64_t row, auto r) {
-            closed_backward<r, DROP>(of(row), affine.w.data, acc_w.data, acc_b.data, job, stats + row, o, row, size);
-          });
+          for (int64_t row = 0; row < count; row++)
+            closed_backward<DROP>(of(row), affine.w.data, acc_w.data, acc_b.data, job, stats[row], o, row);
         } else {
-          groups<GROUP>(count, n, [&](int64_t row, auto r) {
-            chain_backward<r, DROP>(of(row), affine.w.data, affine.inner.data, acc_w.data, acc_b.data, job, work.data);
-          });
+          for (int64_t row = 0; row < count; row++)
+            chain_backward<DROP>(of(row), affine.w.data, affine.inner.data, acc_w.data, acc_b.data, job, work.data);
         }
         added += count;
         if (added >= 128 || block == last - 1) {  // few enough to add in single precision

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from hf_rskip import RSkip
-from hf_rskip.models import skip_kernels, skip_kernels_cpu
-from hf_rskip.models.skip_connections import rskip_layer_norm
+from hf_rskip.models import skip_dropout, skip_kernels, skip_kernels_cpu
+from hf_rskip.models.skip_connections import rskip_layer_norm, rskip_rms_norm
 
 AFFINES = ("per_step", "shared", "last")
 EPS = 1e-5
@@ -256,6 +256,124 @@ def test_the_number_of_threads_changes_no_bit(affine):
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
+# RMS norm
+
+
+@BACKENDS
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("recursions", [1, 2, 5])
+def test_rms_norm(backend, recursions, affine):
+    for shape in ((0, 16), (37, 24), (2, 3, 100), (5, 512)):
+        leaves, upstream = random_leaves(shape, recursions, affine)
+        leaves = [leaves[0] + 1, *leaves[1:3]]  # a mean that must stay
+
+        def formula_of_rms(x, branch, weight, recursions=recursions):
+            y = branch
+            for step in range(recursions):
+                y = 1.7 * x + y
+                y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + EPS)
+                if affine != "last" or step == recursions - 1:
+                    y = y * weight.reshape(-1, x.shape[-1])[step if affine == "per_step" else 0]
+            return y
+
+        found = results(rskip_rms_norm, leaves, upstream, recursions, affine, EPS, 1.7, backend=backend)
+        expected = results(formula_of_rms, [leaf.double() for leaf in leaves], upstream)
+        eager = results(rskip_rms_norm, leaves, upstream, recursions, affine, EPS, 1.7, backend="reference")
+        for one, same, wanted in zip(found, eager, expected, strict=True):
+            bound = 2e-6 * wanted.abs().max().item() if wanted.numel() else 0
+            torch.testing.assert_close(one.double(), wanted, rtol=1e-5, atol=bound)
+            torch.testing.assert_close(same.double(), wanted, rtol=1e-5, atol=bound)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(counter, key, words):
+    """Of `kat_vectors` in Random123, the authors' own code."""
+    found = skip_dropout.philox4x32([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
+    assert [word.item() for word in found] == [int(word, 16) for word in words.split()]
+
+
+def test_uniform_numbers():
+    seed = torch.tensor(-(2**62) + 12345)
+    uniform = skip_dropout.philox_uniform(seed, 100_000).double()
+    assert 0 <= uniform.min() < 1e-4 and 1 - 1e-4 < uniform.max() < 1
+    assert (uniform.mean() - 0.5).abs() < 0.005 and (uniform.var() - 1 / 12).abs() < 0.002
+    other = skip_dropout.philox_uniform(seed + 2**32, 100_000).double()  # the upper half of the seed counts
+    assert torch.corrcoef(torch.stack([uniform, other]))[0, 1].abs() < 0.02
+
+
+@BACKENDS
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16)], ids=str)
+def test_dropout_is_the_formula_with_its_mask(backend, affine, dtypes):
+    seed = torch.tensor(0x9E3779B97F4A7C15 - 2**64)
+    for shape, recursions, dropout in (
+        ((37, 24), 3, 0.1),
+        ((2, 70, 100), 1, 0.5),
+        ((40, 33), 2, 0.9),
+        ((0, 16), 2, 0.5),
+    ):
+        leaves, upstream = random_leaves(shape, recursions, affine, dtypes)
+        uniform = skip_dropout.philox_uniform(seed, leaves[0].numel()).view(shape)
+        kept = (uniform >= dropout).double() / (1 - dropout)
+
+        def dropped_formula(x, branch, weight, bias, kept=kept, recursions=recursions):
+            return formula(x, kept * branch, weight, bias, recursions, affine)
+
+        arguments = {"recursions": recursions, "affine": affine, "eps": EPS, "dropout": dropout, "seed": seed}
+        found = results(rskip_layer_norm, leaves, upstream, **arguments, backend=backend)
+        again = results(rskip_layer_norm, leaves, upstream, **arguments, backend=backend)
+        expected = results(dropped_formula, [leaf.double() for leaf in leaves], upstream.double())
+        for one, same, wanted in zip(found, again, expected, strict=True):
+            assert torch.equal(one, same)
+            bound = 4e-6 * wanted.abs().max().item() if wanted.numel() else 0
+            rounding = torch.finfo(one.dtype).eps
+            torch.testing.assert_close(one.double(), wanted, rtol=max(rounding, 2e-5), atol=bound)
+        assert (found[2][kept == 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "recompute", CPP])
+def test_dropout_is_drawn_from_the_generator_of_torch(backend):
+    leaves, upstream = random_leaves((500, 64), 2, "per_step")
+
+    def call(*tensors, **arguments):
+        return rskip_layer_norm(*tensors, backend=backend, **arguments)
+
+    torch.manual_seed(0)
+    first = results(call, leaves, upstream, dropout=0.3)
+    other = results(call, leaves, upstream, dropout=0.3)
+    torch.manual_seed(0)
+    again = results(call, leaves, upstream, dropout=0.3)
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+    dropped = (first[2] == 0).float().mean().item()
+    assert abs(dropped - 0.3) < 0.02
+    assert abs(((first[2] == 0) & (other[2] == 0)).float().mean().item() - 0.09) < 0.02
+    assert all(map(torch.equal, results(call, leaves, upstream, dropout=0.0), results(call, leaves, upstream)))
+    torch.manual_seed(0)
+    kept = results(lambda *leaves: checkpoint(call, *leaves, use_reentrant=False, dropout=0.3), leaves, upstream)
+    assert all(map(torch.equal, first, kept))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1, 1.5, float("nan")])
+def test_dropout_out_of_range(dropout):
+    x = torch.randn(4, 16)
+    with pytest.raises(ValueError, match="^`dropout` must be at least 0 and less than 1, not "):
+        rskip_layer_norm(x, x, dropout=dropout)
+
+
 def run(program, *arguments, **environment):
     command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
@@ -275,28 +393,47 @@ def test_rskip_is_the_same_function_watched_or_not(recursions, affine):
     watched = copy.deepcopy(skip)
     seen = []
     watched.norm[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    x, branch, upstream = torch.randn(3, 8, 64, 64)
+    x, branch, upstream = torch.randn(3, 128, 64, 64)
     found = []
     for module in (skip, watched):
         leaves = [x.clone().requires_grad_(), branch.clone().requires_grad_()]
         y = module(*leaves)
         found.append((y, *torch.autograd.grad(y, [*leaves, *module.parameters()], upstream)))
     assert len(seen) == (recursions if affine == "shared" else 1)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
     assert (skip_kernels.choose_backend(x, branch, recursions, affine) == "cpp") == (recursions > 1)
 
 
 def test_auto_leaves_to_torch_what_it_does_as_well():
-    x = torch.randn(512, 64)
+    x = torch.randn(8192, 64)
 
     def chosen(x, branch=None, recursions=2):
         return skip_kernels.choose_backend(x, x if branch is None else branch, recursions, "per_step")
 
-    for other in (x.double(), x[:8], x[:, :8], x[:0], torch.randn(2, 16384)):
+    for other in (x.double(), x[:4096], x[:, :16].repeat(8, 1), x[:0], torch.randn(64, 16384)):
         assert chosen(other) == "reference"
     assert chosen(x, recursions=1) == chosen(x, x[:1]) == "reference"
     program = torch.export.export(RSkip(64, 2), (x, x))
     assert not [node for node in program.graph.nodes if "rskip" in str(node.target)]
+
+
+def test_transformers_can_put_a_kernel_in_its_place():
+    kernels = pytest.importorskip("kernels")
+
+    class Kernel(torch.nn.Module):
+        def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return x - branch
+
+    class Repository:
+        def load(self):
+            return Kernel
+
+    assert RSkip.kernel_layer_name == "RSkip"
+    x, branch = torch.randn(2, 4, 16)
+    model = torch.nn.Sequential(RSkip(16))
+    with kernels.use_kernel_mapping({"RSkip": {"cpu": Repository()}}):
+        kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
+    assert torch.equal(model[0](x, branch), x - branch)
 
 
 def test_wrong_backends_are_one_sentence():
@@ -315,7 +452,7 @@ def test_wrong_backends_are_one_sentence():
 AUTO = """
     import torch
     from hf_rskip import RSkip
-    x, branch = torch.randn(2, 512, 64)
+    x, branch = torch.randn(2, 8192, 64)
     print(RSkip(64, 3)(x, branch).isfinite().all().item())
 """
 
