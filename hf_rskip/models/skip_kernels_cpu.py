@@ -1,6 +1,6 @@
 """Recursive skip connections as one operator for CPUs: a row stays in the cache while it passes through its K steps.
 
-The C++ below is plain enough that any `c++` builds it in about a second: no headers of torch, no ninja. It is compiled
+The C++ below is plain enough that any `c++` builds it in some seconds: no headers of torch, no ninja. It is compiled
 for the processor at hand when a precision is first used, and kept in torch's folder of extensions
 (`TORCH_EXTENSIONS_DIR`); processes that do so at once each build for themselves, and the last one's file stays.
 """
