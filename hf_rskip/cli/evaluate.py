@@ -8,8 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
-from ..decoding.loading import load_ensemble
-from ..errors import UserError
+from ..decoding.loading import load_ensemble, not_loaded
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
 from . import evaluate_images
@@ -29,7 +28,7 @@ def load_config(model: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"No model could be loaded from {model!r}: {str(error).splitlines()[0]}") from error
+        raise not_loaded(model, error) from error
 
 
 def load_test_set(

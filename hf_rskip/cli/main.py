@@ -220,10 +220,18 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label_smoothing_factor", type=float, help="of the loss (default: a recipe's own, 0 of models)"
     )
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="of the systems, then of the runs, in table, CSV and pictures"
+    )
     parser.add_argument("--output_dir", metavar="FOLDER", help="write probe.csv and pictures to this folder")
     parser.usage = "hf-rskip probe [SYSTEM ...] [--run FOLDER ...] [options] [--key value ...]"
     parser.epilog = (
-        "A recipe is probed on its own training split, a model on the data given. Other keys override those of recipes."
+        "A recipe is probed on its own training split, a model on the data given. Other keys override recipes'. "
+        "The summary has a row a stack: the gradient norm at its bottom over that at its top; the factor by which each "
+        "sublayer changes it on the way down; the standard deviation of input x and output y over features; and "
+        "medians over the sublayers of the angle between x and y and of the effective skip weight r, with which y, but "
+        "for the gain of its norm, is parallel to r x + F(x). probe.csv has a row a sublayer; README.md explains its "
+        "columns."
     )
 
 

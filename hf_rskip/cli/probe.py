@@ -33,7 +33,7 @@ _RANDOM_SEED = 0
 def probe_systems(args: argparse.Namespace, rest: list[str]) -> None:
     """Prints a summary of what was measured, and writes all of it to `--output_dir`; `rest` are keys of recipes."""
     _check(args, rest)
-    names = _name([*args.systems, *args.run])
+    names = _name([*args.systems, *args.run], args.names)
     folder = create_folder(args.output_dir) if args.output_dir else None
     probed = list(_probe_all(args, rest, names))
     print(format_summary(probed))
@@ -59,26 +59,30 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
     if args.label_smoothing_factor is not None and not 0 <= args.label_smoothing_factor < 1:
         raise UserError(f"label_smoothing_factor must be from 0 to below 1, not {args.label_smoothing_factor}.")
     for run in args.run:
+        if not Path(run).is_dir():
+            raise UserError(f"There is no folder {run!r}.")
         if not list_checkpoints(run):
             raise UserError(f"{run!r} has no checkpoints to probe.")
 
 
-def _name(systems: list[str]) -> dict[str, str]:
-    """What the table calls each: the last part of its path, where that tells them apart."""
+def _name(systems: list[str], names: list[str] | None) -> dict[str, str]:
+    """What the table calls each: by `--names`, or the last part of its path, where that tells them apart."""
+    if len(set(systems)) < len(systems):
+        raise UserError("A system is given twice.")
+    if names is not None:
+        if len(names) != len(systems) or len(set(names)) < len(names):
+            raise UserError(f"--names must give each of the {len(systems)} systems a name of its own, not {names}.")
+        return dict(zip(systems, names, strict=True))
     paths = [Path(system).absolute() for system in systems]
     short = [(path.parent if _kind(path) == "table" else path).name for path in paths]
     short = [name.removesuffix(".yaml").removesuffix(".yml") for name in short]
-    if len(set(systems)) < len(systems):
-        raise UserError("A system is given twice.")
     return dict(zip(systems, short if len(set(short)) == len(short) else systems, strict=True))
 
 
 def _probe_all(args: argparse.Namespace, rest: list[str], names: dict[str, str]) -> Iterator[ProbedModel]:
     for system in args.systems:
         if _kind(system) == "table":
-            tables = read_table(system)
-            alone = len(names) == 1
-            yield from (table if alone else replace(table, model=f"{names[system]}: {table.model}") for table in tables)
+            yield from _rename(read_table(system), names, system, args.names is not None)
         elif _kind(system) == "recipe":
             for seed in args.seeds or [None]:
                 yield _probe_recipe(system, names[system], seed, args, rest)
@@ -89,6 +93,15 @@ def _probe_all(args: argparse.Namespace, rest: list[str], names: dict[str, str])
         _say_loss(names[run], args.label_smoothing_factor)
         for checkpoint in list_checkpoints(run):
             yield _probe_model(str(checkpoint), names[run], checkpoint_step(checkpoint), args)
+
+
+def _rename(tables: list[ProbedModel], names: dict[str, str], system: str, is_given: bool) -> list[ProbedModel]:
+    """An earlier table keeps its names where it stands alone, and gets a prefix where it does not."""
+    if is_given and len({table.model for table in tables}) == 1:
+        return [replace(table, model=names[system]) for table in tables]
+    if len(names) == 1 and not is_given:
+        return tables
+    return [replace(table, model=f"{names[system]}: {table.model}") for table in tables]
 
 
 def _probe_recipe(path: str, name: str, seed: int | None, args: argparse.Namespace, rest: list[str]) -> ProbedModel:

@@ -5,10 +5,11 @@ import shlex
 import sys
 
 from ..errors import UserError
+from ..studies.cell import is_done
 from ..studies.report import format_tables, write_report
 from ..studies.results import gather_results
 from ..studies.running import check_folders, describe_state, run_cells
-from ..studies.study import read_study
+from ..studies.study import Cell, check_skip_types, read_study
 
 
 def study(args: argparse.Namespace, rest: list[str]) -> None:
@@ -33,6 +34,8 @@ def study(args: argparse.Namespace, rest: list[str]) -> None:
         cells = [cells[args.cell - 1]]
     failed = []
     if not args.report:
+        check_skip_types([cell for cell in cells if not is_done(cell)])
+        _say_plan(cells, len(study.cells), args.jobs, str(study.output_dir))
         failed = run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
     if args.cell is None:
         results = gather_results(study)
@@ -44,3 +47,12 @@ def study(args: argparse.Namespace, rest: list[str]) -> None:
         names = "; ".join(f"{cell} ({describe_state(cell)})" for cell in failed)
         print(f"hf-rskip: error: {len(failed)} of {len(study.cells)} cells failed: {names}", file=sys.stderr)
         sys.exit(1)
+
+
+def _say_plan(cells: list[Cell], total: int, jobs: int, folder: str) -> None:
+    if len(cells) == 1 and is_done(cells[0]):
+        print(f"[{cells[0].number} of {total}] {cells[0]}: done before ({describe_state(cells[0])})", flush=True)
+        return
+    done = sum(map(is_done, cells))
+    which = f"{total} cells" if len(cells) == total else f"{len(cells)} of {total} cells"
+    print(f"{which}: {done} done before, {len(cells) - done} to run, {jobs} at a time; results in {folder}", flush=True)

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from accelerate import PartialState
+
 from ..errors import UserError
 from ..training.recipe import parse_recipe
 from ..training.train import train_recipe
@@ -21,3 +23,4 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} needs --accelerate_config.")
     train_recipe(parse_recipe(args.config, rest))
+    PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter abort the process

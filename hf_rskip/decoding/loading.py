@@ -1,5 +1,6 @@
 """Loads trained models, complete or not at all."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -32,11 +33,17 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise UserError(f"No model could be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise not_loaded(name, error) from error
     if info["missing_keys"]:
         raise UserError(f"The model {name!r} lacks weights of its configuration, such as {min(info['missing_keys'])}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
+
+
+def not_loaded(name: str, error: Exception) -> UserError:
+    """What to say where Transformers has found no model; where there is no such folder, it says so of the Hub alone."""
+    missing = "" if os.path.exists(name) else "there is no such folder, and as a Hub id: "
+    return UserError(f"No model could be loaded from {name!r}: {missing}{str(error).strip().splitlines()[0]}")
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -33,6 +33,17 @@ from .study import METRICS, Cell, write_recipe, write_whole
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TAKEN = 75
 """Exit code of a process whose cell another one is running: EX_TEMPFAIL of sysexits.h."""
+_ALWAYS = {"device": str, "versions": dict, "commit": str | None, "date": str, "command": str}
+_PARTS = {
+    FINISHED: {
+        **{"test": dict, "validation": list, "kept_step": int, "steps": int, "parameters": int},
+        **{"seconds": float | int, "resumed": bool},
+        **_ALWAYS,
+    },
+    DIVERGED: {"step": int, "message": str, **_ALWAYS},
+    FAILED: {"message": str},
+}
+"""What a result of each state has, as others read it."""
 _PACKAGES = ("hf_rskip", "torch", "transformers", "datasets", "accelerate", "tokenizers", "sacrebleu")
 
 
@@ -49,8 +60,15 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
         return None
     except ValueError:
         result = None
-    if not isinstance(result, dict) or result.get("state") not in (FINISHED, DIVERGED, FAILED):
-        raise UserError(f"{str(path)!r} is not the result of a cell: remove it, and the cell is run again.")
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    parts = _PARTS.get(result.get("state")) if isinstance(result, dict) else None
+    wrong = (
+        [] if parts is None else [name for name, kind in parts.items() if not isinstance(result.get(name, ...), kind)]
+    )
+    if parts is None or wrong:
+        lacks = f" (it has no proper {wrong[0]!r})" if wrong else ""
+        raise UserError(f"{str(path)!r} is not the result of a cell{lacks}: remove it, and the cell is run again.")
     return result
 
 

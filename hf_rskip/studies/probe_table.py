@@ -104,11 +104,20 @@ def truncate_table(path: str | Path, last_step: int) -> None:
 
 
 def format_summary(probed: Iterable[ProbedModel]) -> str:
-    """A Markdown table with a row a stack."""
-    rows = []
+    """A Markdown table with a row a stack, and why what is no number is none."""
+    rows, notes = [], {}
     for item in probed:
         for name, stack in item.stacks().items():
             weights = [row.skip_weight for row in stack if not math.isnan(row.skip_weight)]
+            no_gradient = not any(row.gradient_norm_x or row.gradient_norm_y for row in stack)
+            if any(map(math.isinf, weights)):
+                notes["inf"] = "skip weight inf: F has no part in y, as where ReZero multiplies it by 0 at first."
+            if no_gradient:
+                notes["0 / 0"] = (
+                    "0 / 0: the loss does not depend on the stack, whose gradients are 0, as those of an encoder where "
+                    "the decoder's cross-attention is multiplied by 0."
+                )
+            growth = gradient_growth(stack)
             rows.append(
                 {
                     "model": item.model,
@@ -116,8 +125,8 @@ def format_summary(probed: Iterable[ProbedModel]) -> str:
                     "step": item.step,
                     "stack": name,
                     "sublayers": len(stack),
-                    "gradient, bottom / top": f"{gradient_ratio(stack):.3g}",
-                    "factor a sublayer": f"{gradient_growth(stack):.4f}",
+                    "gradient, bottom / top": "0 / 0" if no_gradient else f"{gradient_ratio(stack):.3g}",
+                    "factor a sublayer": "" if math.isnan(growth) else f"{growth:.4f}",
                     "std x": f"{stack[0].std_x:.3g}",
                     "std y": f"{stack[-1].std_y:.3g}",
                     "angle": f"{np.median([row.angle for row in stack]):.1f}°",
@@ -125,7 +134,8 @@ def format_summary(probed: Iterable[ProbedModel]) -> str:
                 }
             )
     columns = [key for key in rows[0] if any(row[key] is not None for row in rows)] if rows else []
-    return tabulate([[row[key] for key in columns] for row in rows], columns, tablefmt="github", disable_numparse=True)
+    table = tabulate([[row[key] for key in columns] for row in rows], columns, tablefmt="github", disable_numparse=True)
+    return "\n\n".join([table, *notes.values()])
 
 
 def _as_text(value) -> str:

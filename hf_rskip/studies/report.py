@@ -10,9 +10,10 @@ from tabulate import tabulate
 
 from ..training.recipe import read_yaml
 from .cell import DIVERGED, FAILED, FINISHED
-from .figure import draw_curves, draw_grid, draw_scores
+from .figure import draw_curves, draw_scores
+from .grid_figure import draw_grid
 from .results import N_SAMPLES, Difference, Group, Results
-from .study import describe_setting
+from .study import describe_setting, varying_keys
 
 UNITS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}
 """What tables call a metric, in points of 100."""
@@ -33,7 +34,7 @@ def write_report(results: Results, command: str) -> None:
     pictures = {
         "Test scores": draw_scores(results, unit, folder / "scores.png"),
         "Learning curves": draw_curves(results, unit, folder / "curves.png"),
-        "Validation scores over the grid": draw_grid(results, unit, folder / "grid.png"),
+        "Scores over the grid": draw_grid(results, unit, folder / "grid.png"),
     }
     pictures = {title: path.name for title, path in pictures.items() if path is not None}
     (folder / "report.md").write_text(_describe(results, command, pictures), encoding="utf-8")
@@ -47,9 +48,13 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
     done = states[FINISHED] + states[DIVERGED]
     parts = [f"{done} of {len(results.cells)} cells: {', '.join(counts)}."]
     if len(study.settings) == 1:
-        return "\n\n".join([*parts, _format_groups(results, results.groups)])
+        return "\n\n".join([*parts, _format_groups(results, results.groups), *_format_contrasts(results)])
+    keys = varying_keys(study.settings)
+    if len(keys) == 1:
+        parts.append(f"Test {UNITS[study.metric]} by {keys[0]}, mean and standard deviation (*: does not train):")
+        parts.append(_format_by_key(results, keys[0]))
     parts.append("Each form at its own best setting, by the mean validation score:")
-    parts.append(_format_best(results))
+    parts += [_format_best(results), *_format_contrasts(results)]
     for setting in study.settings if every_setting else ():
         groups = [group for group in results.groups if group.setting == setting]
         if any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in groups):
@@ -57,12 +62,31 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
     return "\n\n".join(parts)
 
 
+def _format_by_key(results: Results, key: str) -> str:
+    rows = []
+    for form in results.study.forms:
+        row = [_escape(form)]
+        for group in results.groups:
+            if group.form == form:
+                score = _format(group.test_mean, ".2f") + (
+                    f" ± {group.test_sd:.2f}" if group.test_sd is not None else ""
+                )
+                diverged = len(group.of_state(DIVERGED))
+                mark = "*" if group.trains(results.study.trains_at) is False else ""
+                row.append(", ".join(filter(None, [score, f"{diverged} diverged" if diverged else ""])) + mark)
+        rows.append(row)
+    return _format_table(["form", *(str(dict(point)[key]) for point in results.study.settings)], rows)
+
+
 def _format_groups(results: Results, groups: Iterable[Group]) -> str:
-    headers = ["form", "finished", *_score_headers(results), "parameters", "seconds"]
+    trains_at = results.study.trains_at
+    trains = [] if trains_at is None else ["trains"]
+    headers = ["form", "finished", *trains, *_score_headers(results), "parameters", "seconds"]
     rows = [
         [
             _escape(group.form),
             _format_states(group),
+            *(f"{group.count_trained(trains_at)}/{len(group.results)}" for _ in trains),
             *_format_scores(group, results),
             _format(group.parameters, ","),
             _format(group.seconds, ",.0f"),
@@ -85,21 +109,38 @@ def _format_best(results: Results) -> str:
     return _format_table(headers, rows)
 
 
+def _format_contrasts(results: Results) -> list[str]:
+    if not results.contrasts:
+        return []
+    headers = ["form", "minus", *_difference_headers(results)]
+    rows = [
+        [_escape(part.form), _escape(part.rival), *_format_difference(part.difference)] for part in results.contrasts
+    ]
+    return ["Two forms with each other:", _format_table(headers, rows)]
+
+
 def _score_headers(results: Results) -> list[str]:
-    metric = results.study.metric
-    examples = "images" if metric == "accuracy" else "sentences"
-    return [f"test {UNITS[metric]}", "sd", "difference", "95%", f"p {examples}", "p seeds"]
+    return [f"test {UNITS[results.study.metric]}", "sd", *_difference_headers(results)]
+
+
+def _difference_headers(results: Results) -> list[str]:
+    examples = "images" if results.study.metric == "accuracy" else "sentences"
+    return ["difference", "95%", f"p {examples}", "p seeds"]
 
 
 def _format_scores(group: Group, results: Results) -> list[str]:
     row = [_format(group.test_mean, ".2f"), _format(group.test_sd, ".2f")]
-    difference = group.difference
+    if group.form == results.study.baseline and group.test_mean is not None:
+        return [*row, "baseline", "", "", ""]
+    return [*row, *_format_difference(group.difference)]
+
+
+def _format_difference(difference: Difference | None) -> list[str]:
     if difference is None:
-        is_baseline = group.form == results.study.baseline
-        return [*row, "baseline" if is_baseline and group.test_mean is not None else "", "", "", ""]
+        return [""] * 4
     low, high = difference.interval
     p_values = [_format_p(p) for p in (difference.p_bootstrap, difference.p_seeds)]
-    return [*row, f"{difference.score:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p_values]
+    return [f"{difference.score:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p_values]
 
 
 def _format_states(group: Group) -> str:
@@ -177,14 +218,15 @@ def _explain(results: Results) -> str:
     )
     if study.metric == "accuracy":
         text = text.replace("`p sentences`", "`p images`").replace("other sentences", "other images")
+    trains = "finishes"
+    if study.trains_at is not None:
+        trains += f" with a validation {UNITS[study.metric]} of at least {study.trains_at:g}"
+        text += f" A cell trains if it {trains}."
     if len(study.settings) > 1:
-        trains = "all cells finish"
-        if study.trains_at is not None:
-            trains += f" with a validation score of at least {study.trains_at:g}"
         text += (
-            f" A form trains in a setting if {trains}. Settings were chosen by validation, never by test scores; a "
-            "diverged cell counts as 0 there. In the first table, differences are to the baseline at its own best "
-            "setting."
+            f" A form trains in a setting if every cell that was run {trains}. Settings were chosen by validation, "
+            "never by test scores; a diverged cell counts as 0 there. In the table of best settings, differences are "
+            "to the baseline at its own best setting."
         )
     return text
 
@@ -194,14 +236,16 @@ def _format_yaml(values: dict) -> str:
 
 
 def _write_cells(results: Results, path: Path) -> None:
-    """A row for each cell; scores as the metric prints them."""
+    """A row for each cell; scores in points of 100, which names of columns call percent where they are shares."""
     rows = []
     for result in results.cells:
         cell, record = result.cell, result.record
         row = {"cell": cell.number, "form": cell.form, **dict(cell.setting), "seed": cell.seed, "state": result.state}
         row |= {"step": record.get("step"), "message": record.get("message")}
-        row |= {f"test_{name}": value for name, value in record.get("test", {}).items() if isinstance(value, float)}
-        row[f"validation_{results.study.metric}"] = result.validation
+        for name, value in record.get("test", {}).items():
+            if isinstance(value, float):
+                row[f"test_{_with_unit(name)}"] = 100 * value if name.endswith("accuracy") else value
+        row[f"validation_{_with_unit(results.study.metric)}"] = result.validation
         row |= {name: record.get(name) for name in ("steps", "kept_step", "parameters", "seconds", "resumed")}
         row |= {name: record.get(name) for name in ("device", "commit", "date", "command")}
         row["versions"] = "; ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
@@ -209,11 +253,16 @@ def _write_cells(results: Results, path: Path) -> None:
     _write_csv(path, rows)
 
 
+def _with_unit(metric: str) -> str:
+    return f"{metric}_percent" if metric.endswith("accuracy") else metric
+
+
 def _write_groups(results: Results, path: Path) -> None:
     """A row for each form and setting; scores in points of 100."""
     rows = []
     for group in results.groups:
-        row = {"form": group.form, **dict(group.setting), "cells": len(group.results)}
+        row = {"form": group.form, **dict(group.setting), "metric": UNITS[results.study.metric]}
+        row["cells"] = len(group.results)
         row |= {
             state.replace(" ", "_"): len(group.of_state(state)) for state in (FINISHED, DIVERGED, FAILED, "not run")
         }

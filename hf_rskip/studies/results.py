@@ -100,6 +100,16 @@ class Group:
             return None
         return _mean([*finished, *(0.0 for _ in self.of_state(DIVERGED))])
 
+    def count_trained(self, trains_at: float | None) -> int:
+        """Cells that finished, with a validation score of at least `trains_at`, if that is given."""
+        scores = [result.validation for result in self.of_state(FINISHED)]
+        return sum(trains_at is None or (score is not None and score >= trains_at) for score in scores)
+
+    def trains(self, trains_at: float | None) -> bool | None:
+        """Whether all cells that were run did; `None` if none was."""
+        tried = len(self.of_state(FINISHED)) + len(self.of_state(DIVERGED))
+        return self.count_trained(trains_at) == tried if tried else None
+
     @property
     def seconds(self) -> float | None:
         """Mean time of a training, of those that were not interrupted."""
@@ -127,6 +137,20 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Two forms, each at its own best setting.
+
+    Attributes:
+        form, rival: their names.
+        difference: form minus rival; `None` where either has no score.
+    """
+
+    form: str
+    rival: str
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
 class Results:
     """All that a study has found so far.
 
@@ -135,12 +159,14 @@ class Results:
         cells: in the order of the study.
         groups: by setting, then by form.
         best: by form; without a grid, of the only setting.
+        contrasts: those that the study names.
     """
 
     study: Study
     cells: list[CellResult]
     groups: list[Group]
     best: list[Best]
+    contrasts: list[Contrast]
 
 
 def gather_results(study: Study) -> Results:
@@ -166,15 +192,18 @@ def gather_results(study: Study) -> Results:
     best = []
     for form, setting in best_settings.items():
         own = [part for part in groups if part.form == form]
-        tried = [part for part in own if part.of_state(FINISHED) or part.of_state(DIVERGED)]
-        trained = sum(_trains(part, study.trains_at) for part in tried)
+        outcomes = [part.trains(study.trains_at) for part in own]
         chosen = None
         if setting is not None:
             chosen = (
                 Group(form, setting, by_place[str(setting), form]) if rival is None else group(form, setting, rival)
             )
-        best.append(Best(form, chosen, trained, len(tried)))
-    return Results(study, results, groups, best)
+        best.append(Best(form, chosen, outcomes.count(True), len(outcomes) - outcomes.count(None)))
+    contrasts = []
+    for pair in study.contrasts:
+        sides = [by_place.get((str(best_settings[form]), form), []) for form in pair]
+        contrasts.append(Contrast(*pair, bootstrap.compare(*sides)))
+    return Results(study, results, groups, best, contrasts)
 
 
 def _read(cell: Cell, metric: str) -> CellResult:
@@ -182,8 +211,27 @@ def _read(cell: Cell, metric: str) -> CellResult:
     state, scale = record.get("state", "not run"), _SCALES.get(metric, 1.0)
     if state != FINISHED:
         return CellResult(cell, state, record, None, None, [])
-    curve = [(entry["step"], scale * entry[metric]) for entry in record["validation"] if metric in entry]
-    return CellResult(cell, state, record, scale * record["test"][metric], dict(curve).get(record["kept_step"]), curve)
+    try:
+        curve = [(entry["step"], scale * entry[metric]) for entry in record["validation"] if metric in entry]
+        test = scale * record["test"][metric]
+    except (KeyError, TypeError) as error:
+        path = str(cell.folder / "result.json")
+        raise UserError(f"{path!r} has no proper scores of {metric}: remove it, and the cell is run again.") from error
+    return CellResult(cell, state, record, test, dict(curve).get(record["kept_step"]), curve)
+
+
+def _read_predictions(cell: Cell) -> tuple[list, list]:
+    path = cell.folder / PREDICTIONS_NAME
+    try:
+        predictions, references = read_predictions(path)
+        if not len(predictions) == len(references) > 0:
+            raise ValueError("it has not one prediction for each reference")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{str(path)!r} does not hold the predictions of a cell ({type(error).__name__}: {error}): "
+            f"remove {str(cell.folder)!r}, and the cell is run again."
+        ) from error
+    return predictions, references
 
 
 def _choose_setting(form: str, groups: Sequence[Group]) -> Setting | None:
@@ -192,13 +240,6 @@ def _choose_setting(form: str, groups: Sequence[Group]) -> Setting | None:
     if len(own) == 1:
         return own[0].setting
     return max(scored, key=lambda group: group.validation_mean).setting if scored else None
-
-
-def _trains(group: Group, trains_at: float | None) -> bool:
-    if group.of_state(DIVERGED):
-        return False
-    scores = [result.validation for result in group.of_state(FINISHED)]
-    return trains_at is None or all(score is not None and score >= trains_at for score in scores)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -253,7 +294,7 @@ class _Bootstrap:
     def _resample(self, result: CellResult) -> np.ndarray:
         """The cell's score on each resample of the test set, `(N_SAMPLES,)`."""
         if result.cell.number not in self._samples:
-            predictions, references = read_predictions(result.cell.folder / PREDICTIONS_NAME)
+            predictions, references = _read_predictions(result.cell)
             if self._references is None:
                 self._references = references
                 self._weights = draw_resamples(len(references), N_SAMPLES)

@@ -2,18 +2,22 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 
 from ..errors import Preempted, UserError
+from ..training.checkpoints import list_checkpoints
 from .cell import DIVERGED, FAILED, FINISHED, TAKEN, Surroundings, is_done, read_result, record, run_cell
 from .study import Cell, find_difference
 
 _PATIENCE = 30
 """Seconds that a cell gets to save a checkpoint and end when its study is stopped."""
+_SERVER_LOST = 255
+"""The exit code that `multiprocessing` gives a process, running or not, when the one it was forked from is gone."""
 
 
 def check_folders(cells: Sequence[Cell]) -> None:
@@ -28,18 +32,23 @@ def check_folders(cells: Sequence[Cell]) -> None:
 
 
 def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[str], keep_models: bool) -> list[Cell]:
-    """Runs what is not done of `cells`, and says so, a line each; `total` is how many the study has.
+    """Runs what is not done of `cells`, and says so, two lines each; `total` is how many the study has.
 
-    A cell that another process is running is left to it.
+    A cell that another process is running is left to it. What a killed study has left of the models of finished cells
+    is removed.
 
     Returns:
         The cells that have failed, or were stopped by somebody.
 
     Raises:
         [`Preempted`]: after SIGTERM, when the running cells have saved their checkpoints.
+        [`UserError`]: if the process from which those of the cells are forked was killed.
     """
     surroundings = Surroundings(tuple(modules), _find_commit(), keep_models)
     waiting, taken, failed = [cell for cell in cells if not is_done(cell)], [], []
+    for cell in cells:
+        if is_done(cell) and not keep_models:
+            shutil.rmtree(cell.run_folder, ignore_errors=True)
     context = _start_server(jobs) if waiting else None
     running: dict[multiprocessing.Process, tuple[Cell, float]] = {}
     with _stopping(running):
@@ -48,12 +57,22 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
                 # What somebody has is tried again at the end: it may have been a study that was killed just now.
                 cell, patience = (waiting.pop(0), 0) if waiting else (taken.pop(0), _PATIENCE)
                 process = context.Process(target=run_cell, args=(cell, surroundings, patience))
-                process.start()
+                try:
+                    process.start()
+                except (EOFError, ConnectionError) as error:
+                    raise _lost_server() from error
                 running[process] = cell, patience
+                if not patience:
+                    doing = "goes on" if list_checkpoints(cell.run_folder) else "starts"
+                    print(f"[{cell.number} of {total}] {cell}: {doing}", flush=True)
             ended = connection.wait([process.sentinel for process in running])
             for process in [process for process in running if process.sentinel in ended]:
                 cell, patience = running.pop(process)
                 process.join()
+                if process.exitcode == _SERVER_LOST:
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGTERM)  # it may well live
+                    raise _lost_server()
                 if process.exitcode == TAKEN and not patience:
                     taken.append(cell)
                     continue
@@ -63,6 +82,13 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
                 said = "run by another process" if process.exitcode == TAKEN else describe_state(cell)
                 print(f"[{cell.number} of {total}] {cell}: {said}", flush=True)
     return failed
+
+
+def _lost_server() -> UserError:
+    return UserError(
+        "The process that starts the cells was killed, maybe for want of memory; the same command goes on, "
+        "perhaps with fewer --jobs."
+    )
 
 
 def _record_crash(cell: Cell, surroundings: Surroundings, code: int) -> None:
@@ -78,7 +104,9 @@ def describe_state(cell: Cell) -> str:
     if result is None:
         return "begun" if cell.recipe_path.exists() else "not run"
     if result["state"] == FINISHED:
-        scores = [f"{name} {value:.4g}" for name, value in result["test"].items() if name in ("bleu", "accuracy")]
+        test = result["test"]
+        scores = [f"{name} {test[name]:.4g}" for name in ("bleu", "chrf") if name in test]
+        scores += [f"accuracy {100 * test['accuracy']:.4g}%"] if "accuracy" in test else []
         return ", ".join([FINISHED, *scores, f"{result['seconds']:.0f} s"])
     if result["state"] == DIVERGED:
         return f"diverged at step {result['step']}"

@@ -1,6 +1,7 @@
 """What a study is: one recipe, forms of it, seeds, and perhaps a grid of settings; each combination is a cell."""
 
 import difflib
+import hashlib
 import itertools
 import os
 import re
@@ -11,12 +12,16 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..training.recipe import Recipe, parse_recipe, parse_values, read_yaml
+from ..models import SKIP_CONNECTIONS
+from ..training.recipe import Recipe, check_values, parse_recipe, parse_values, read_yaml
 
 METRICS = {"translation": ("bleu", "chrf"), "image-classification": ("accuracy",)}
 """By which a study of each task can judge, its default first."""
 _OF_THE_STUDY = ("seed", "output_dir", "resume_from_checkpoint", "task")
 """Keys of a recipe that forms and grids cannot set."""
+
+_LONGEST_NAME = 200
+"""Of a cell's folder, in bytes of UTF-8; file systems take 255."""
 
 Setting = tuple[tuple[str, Any], ...]
 """A point of the grid: pairs of key and value; empty without a grid."""
@@ -65,6 +70,7 @@ class Study:
         metric: by which forms are compared, a name of [`METRICS`].
         bleu_tokenize: sacreBLEU's `tokenize`; `None` where the task does not translate.
         baseline: the form that others are compared with.
+        contrasts: further pairs of forms that are compared, the first with the second.
         forms: all names, in order.
         settings: the points of the grid, in order; a single empty one without a grid.
         seeds: of each form at each setting.
@@ -79,6 +85,7 @@ class Study:
     metric: str
     bleu_tokenize: str | None
     baseline: str
+    contrasts: list[tuple[str, str]]
     forms: list[str]
     settings: list[Setting]
     seeds: list[int]
@@ -97,6 +104,7 @@ class _StudyFile:
     forms: dict
     overrides: dict | None = None
     baseline: str | None = None
+    contrasts: list | None = None
     grid: dict | None = None
     metric: str | None = None
     trains_at: float | None = None
@@ -123,12 +131,19 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     grid = _underscored(file.grid or {})
     forms = {name: _underscored(keys or {}) for name, keys in file.forms.items()}
     _check_disjoint(forms, grid, {**overrides, **given}, str(path))
+    for keys, place in (
+        (overrides, f"the overrides of {path}"),
+        (given, "the command line"),
+        *((keys, f"the form {name!r} of {path}") for name, keys in forms.items()),
+        *(({key: point}, f"the grid of {path}") for key, points in grid.items() for point in points),
+    ):
+        check_values(keys, place, common.get("task"))
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     folder = Path(output_dir or file.output_dir)
     cells, recipe = [], None
     for form, setting, seed in itertools.product(forms, settings, file.seeds):
         name = "-".join([form, *(f"{key}-{value}" for key, value in setting), f"seed-{seed}"])
-        cell_folder = folder / "cells" / re.sub(r"[^\w.+]+", "-", name)
+        cell_folder = folder / "cells" / _as_folder_name(name)
         values = {**common, **forms[form], **dict(setting), "seed": seed, "output_dir": str(cell_folder / "run")}
         values = {key: value for key, value in values.items() if value is not None and key != "resume_from_checkpoint"}
         if any(file.metric in known for known in METRICS.values()):
@@ -146,6 +161,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         metric=_choose_metric(file.metric, recipe),
         bleu_tokenize=getattr(recipe.training, "bleu_tokenize", None),
         baseline=file.baseline or next(iter(forms)),
+        contrasts=[tuple(pair) for pair in file.contrasts or []],
         forms=list(forms),
         settings=settings,
         seeds=file.seeds,
@@ -158,6 +174,24 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
 def describe_setting(setting: Setting) -> list[str]:
     """`key value` of each key."""
     return [f"{key} {value}" for key, value in setting]
+
+
+def varying_keys(settings: list[Setting]) -> list[str]:
+    """The keys of a grid that have more than one value in it."""
+    return [key for key, _ in settings[0] if len({str(dict(point).get(key)) for point in settings}) > 1]
+
+
+def check_skip_types(cells: list[Cell]) -> None:
+    """Raises a [`UserError`] if a cell has a residual kind that is not known, or not yet."""
+    for cell in cells:
+        kind = cell.keys.get("skip_type")
+        if kind is not None and kind not in SKIP_CONNECTIONS:
+            close = difflib.get_close_matches(str(kind), SKIP_CONNECTIONS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise UserError(
+                f"The form {cell.form!r} has the skip_type {kind!r}, which is none of {', '.join(SKIP_CONNECTIONS)}; "
+                f"one of your own is known after --import_module MODULE{hint}"
+            )
 
 
 def write_recipe(cell: Cell) -> None:
@@ -207,10 +241,17 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     for name, keys in forms.items():
         if not isinstance(name, str) or not isinstance(keys, dict | None):
             raise UserError(f"The form {name!r} must be a name and a mapping of keys, not {keys!r}, in {where}.")
-    if values.get("baseline", next(iter(forms))) not in forms:
-        close = difflib.get_close_matches(values["baseline"], forms, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f", but {', '.join(forms)}."
-        raise UserError(f"baseline {values['baseline']!r} is none of the forms in {where}{hint}")
+    contrasts = values.get("contrasts", [])
+    if not isinstance(contrasts, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in contrasts):
+        raise UserError(f"contrasts must be a list of pairs [form, form], not {contrasts!r}, in {where}.")
+    for key, name in [
+        ("baseline", values.get("baseline")),
+        *(("contrasts", name) for pair in contrasts for name in pair),
+    ]:
+        if name is not None and name not in forms:
+            close = difflib.get_close_matches(str(name), forms, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f", but {', '.join(forms)}."
+            raise UserError(f"{key} {name!r} is none of the forms in {where}{hint}")
     if not isinstance(values.get("overrides", {}), dict):
         raise UserError(f"overrides must be a mapping of keys of the recipe, not {values['overrides']!r}, in {where}.")
     grid = values.get("grid", {})
@@ -222,6 +263,15 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     if not isinstance(values.get("keep_models", False), bool):
         raise UserError(f"keep_models must be true or false, not {values['keep_models']!r}, in {where}.")
     return _StudyFile(**values)
+
+
+def _as_folder_name(name: str) -> str:
+    """Letters and digits of any script, a few signs, and dashes for the rest; a long one is cut and gets a hash."""
+    folder = re.sub(r"[^\w.+]+", "-", name)
+    if len(folder.encode()) <= _LONGEST_NAME:
+        return folder
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return folder.encode()[: _LONGEST_NAME - 13].decode(errors="ignore") + f"-{digest}"
 
 
 def _underscored(values: dict) -> dict:

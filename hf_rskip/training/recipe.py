@@ -110,10 +110,7 @@ def parse_values(values: dict[str, Any], overrides: list[str], where: str) -> Re
     values, overrides = _unset(values, overrides)
     task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
     parser = _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False)
-    for key, value in values.items():
-        _check_key(key, parser.keys(), where, task)
-        if isinstance(value, list) and key not in parser.list_keys():
-            raise UserError(f"{key} takes one value, not a list, in {where}")
+    _check_values(values, parser, where, task)
     for word in overrides:
         if word.startswith("--"):
             _check_key(word[2:].split("=")[0], parser.keys(), "the command line", task, prefix="--")
@@ -137,6 +134,25 @@ def parse_values(values: dict[str, Any], overrides: list[str], where: str) -> Re
     if recipe.training.model_name_or_path and getattr(recipe.data, "tokenizer_name", None):
         raise UserError("tokenizer_name cannot be set with model_name_or_path, which brings its own.")
     return recipe
+
+
+def check_values(values: dict[str, Any], where: str, task: str | None = None) -> None:
+    """Raises a [`UserError`] if a key is unknown to the task, or has a list of values where one is meant.
+
+    Args:
+        values: some keys of a recipe, maybe not all that one needs.
+        where: their place, as errors name it.
+        task: the default unless given.
+    """
+    task = _find_task(_as_command_line({"task": task}))
+    _check_values(values, _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False), where, task)
+
+
+def _check_values(values: dict[str, Any], parser: _Parser, where: str, task: str) -> None:
+    for key, value in values.items():
+        _check_key(key, parser.keys(), where, task)
+        if isinstance(value, list) and key not in parser.list_keys():
+            raise UserError(f"{key} takes one value, not a list, in {where}")
 
 
 def _unset(values: dict, overrides: list[str]) -> tuple[dict, list[str]]:

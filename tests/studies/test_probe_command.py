@@ -80,14 +80,34 @@ def test_models_trainings_and_earlier_tables(run, trained, trained_resnet, corpu
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "images" / name).read_bytes()
 
 
+def test_systems_are_named(run, fail, write_recipe, tmp_path):
+    folders, options = [tmp_path / "a", tmp_path / "b"], ("--random_data", 8, "--samples", 4)
+    for folder, name in zip(folders, ("K = 1", "K = 2"), strict=True):
+        assert f"| {name} " in run(write_recipe(), *options, "--names", name, "--output_dir", folder)
+    tables = [folder / "probe.csv" for folder in folders]
+    run(*tables, "--names", "one", "two", "--output_dir", tmp_path / "both")
+    assert [item.model for item in read_table(tmp_path / "both" / "probe.csv")] == ["one", "two"]
+    assert "--names must give each of the 2 systems a name of its own" in fail(*tables, "--names", "one")
+    assert "--names must give each of the 2 systems a name of its own" in fail(*tables, "--names", "one", "one")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_what_rezero_has_no_number_for_is_explained(run, write_recipe, tmp_path):
+    keys = ("--skip_type", "rezero", "--skip_recursions", "null", "--output_dir", tmp_path)
+    out = run(write_recipe(), "--random_data", 8, "--samples", 4, *keys)
+    assert "| inf " in out and "skip weight inf: F has no part in y" in out
+    assert "| 0 / 0 " in out and "0 / 0: the loss does not depend on the stack" in out and "nan" not in out
+
+
 def test_mistakes_are_one_sentence(fail, write_recipe, trained, trained_resnet, tmp_path):
     assert "Nothing to probe is named" in fail()
     assert "A model is probed on data: give --dataset_name" in fail(trained.folder)
     assert "keys are for recipes" in fail(trained.folder, "--random_data", "--encoder_layers", 3)
     assert "did you mean '--encoder_layers'" in fail(write_recipe(), "--encoder_layer", 3)
+    assert "There is no folder" in fail("--run", tmp_path / "missing", "--random_data")
     assert "has no checkpoints" in fail("--run", tmp_path, "--random_data")
     assert "given twice" in fail(trained.folder, trained.folder, "--random_data")
-    assert "No model could be loaded" in fail(tmp_path / "missing", "--random_data")
+    assert "missing': there is no such folder, and as a Hub id: " in fail(tmp_path / "missing", "--random_data")
     assert "probed on a --dataset_name" in fail(trained_resnet.folder, "--test_files", "a", "b")
     assert "must be from 0 to below 1" in fail(trained.folder, "--random_data", "--label_smoothing_factor", 1)
     (tmp_path / "empty.csv").write_text("")

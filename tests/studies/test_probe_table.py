@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hf_rskip.errors import UserError
 from hf_rskip.studies.probe import SublayerProbe
-from hf_rskip.studies.probe_figure import draw_probes
+from hf_rskip.studies.probe_figure import _describe_panel, _gain_quantities, _scale, _use_log_scale, draw_probes
 from hf_rskip.studies.probe_table import (
     ProbedModel,
     format_summary,
@@ -98,3 +99,34 @@ def test_pictures_of_models_and_of_courses(tmp_path):
         paths = draw_probes(probed, tmp_path / name)
         assert {path.stem for path in paths} == {"gradients", "activations", "angle", "skip_weight"}
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_blocks_of_a_resnet_are_called_so_and_its_stages_told_apart():
+    blocks = [
+        replace(ROW, name=f"resnet.encoder.stages.{stage}.layers.{layer}.skip") for stage in (0, 1) for layer in (0, 1)
+    ]
+    images, sentences = ProbedModel("a", 1, 0, blocks), ProbedModel("b", 1, 0, [ROW] * 4)
+    panel = _describe_panel([images], "encoder")
+    assert (panel.title, panel.unit, panel.size, panel.stage_ends) == ("ResNet", "residual block", 4, [2])
+    panel = _describe_panel([images, sentences], "encoder")
+    assert (panel.title, panel.unit, panel.stage_ends) == ("encoder", "sublayer or residual block", [])
+
+
+@pytest.mark.parametrize("gains", [(1.0, 0.99), (1.0, 1.0), (0.2, 3.0)])
+def test_gains_have_room_around_1(gains):
+    from matplotlib.figure import Figure
+
+    (quantity,) = _gain_quantities([ProbedModel("a", 1, 0, [replace(ROW, gain_rms=gains[:1])])])
+    axes = Figure().subplots()
+    _scale(axes, np.array(gains), quantity)
+    low, high = axes.get_ylim()
+    assert low < min(1, *gains) - 0.04 and high > max(1, *gains) + 0.04 and high - low < 4
+
+
+def test_a_small_logarithmic_range_has_ticks_enough():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    _use_log_scale(axes, np.array([1.0, 2.7]), 4)
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 4

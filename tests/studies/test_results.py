@@ -1,6 +1,8 @@
 import csv
 import itertools
+import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import yaml
 from hf_rskip.errors import UserError
 from hf_rskip.evaluation.predictions import write_predictions
 from hf_rskip.studies.cell import write_result
+from hf_rskip.studies.grid_figure import _draw_lines, _draw_maps
 from hf_rskip.studies.report import format_tables, write_report
 from hf_rskip.studies.results import N_SAMPLES, gather_results, welch_test
-from hf_rskip.studies.study import read_study
+from hf_rskip.studies.running import describe_state
+from hf_rskip.studies.study import read_study, varying_keys
 
 
 @pytest.fixture
@@ -132,7 +136,13 @@ def test_one_seed_has_no_test():
 
 def test_the_best_setting_is_chosen_by_validation(make_study):
     rates = [0.1, 0.2, 0.4]
-    study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, grid={"learning_rate": rates}, seeds=[1, 2], trains_at=5)
+    study = make_study(
+        forms={"a": {}, "b": {"dropout": 0.2}},
+        grid={"learning_rate": rates},
+        seeds=[1, 2],
+        trains_at=5,
+        contrasts=[["a", "b"]],
+    )
     validation = {("a", 0.1): 20.0, ("a", 0.2): 30.0, ("a", 0.4): 4.0, ("b", 0.1): 25.0, ("b", 0.2): 6.0}
     for cell in study.cells:
         rate = dict(cell.setting)["learning_rate"]
@@ -149,11 +159,112 @@ def test_the_best_setting_is_chosen_by_validation(make_study):
     assert (dict(a.group.setting), a.group.validation_mean, a.trained, a.tried) == ({"learning_rate": 0.2}, 30.0, 2, 3)
     assert (dict(b.group.setting), b.group.validation_mean, b.trained, b.tried) == ({"learning_rate": 0.1}, 25.0, 2, 3)
     assert a.group.difference is None and b.group.difference.score == pytest.approx(25.0 - 20.0)
+    (contrast,) = results.contrasts
+    assert (contrast.form, contrast.rival) == ("a", "b") and contrast.difference.score == pytest.approx(20.0 - 25.0)
     same_setting = [group for group in results.groups if group.form == "b"][0]
     assert same_setting.difference.score == pytest.approx(25.0 - 30.0)
     text = format_tables(results)
     assert text.startswith("12 of 12 cells: 11 finished, 1 diverged.")
     assert "1/2, 1 diverged at step 7" in text and "2 of 3" in text
+    assert re.search(r"^\| a +\| +b \| +-5.00 \|", text, re.MULTILINE)
+
+
+def test_cells_that_train_are_counted_without_a_grid(make_study):
+    study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, trains_at=12)
+    for cell, best in zip(study.cells, [11.9, 12.0, 13.0, 20.0, 20.0, None], strict=True):
+        diverge(cell, 4) if best is None else finish(cell, best, [best])
+    rows = [line.split("|") for line in format_tables(gather_results(study)).splitlines() if "|" in line]
+    assert [row[3].strip() for row in rows if ":" not in row[3]] == ["trains", "2/3", "2/3"]
+
+
+def depth_study(make_study):
+    """Six forms over a grid of one key; the last diverges at its end, the first stays below `trains_at`."""
+    forms = {f"form {number}": {"dropout": number / 10} for number in range(6)}
+    study = make_study(forms=forms, grid={"encoder_layers": [1, 2, 3]}, seeds=[1, 2], trains_at=12)
+    for cell in study.cells:
+        layers, number = dict(cell.setting)["encoder_layers"], study.forms.index(cell.form)
+        if (number, layers, cell.seed) == (5, 3, 2):
+            diverge(cell, 9)
+        else:
+            finish(cell, score := 10.0 + 10 * number + layers + cell.seed / 10 - (number == 0) * 5, [score])
+    return gather_results(study)
+
+
+def test_a_grid_of_one_key_is_a_table_and_lines(make_study, tmp_path):
+    results = depth_study(make_study)
+    text = format_tables(results, every_setting=False)
+    assert "Test BLEU by encoder_layers, mean and standard deviation (*: does not train):" in text
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| form")]
+    assert rows[0] == ["form", "1", "2", "3"]
+    assert rows[1] == ["form 0", "6.15 ± 0.07*", "7.15 ± 0.07*", "8.15 ± 0.07*"]
+    assert rows[2] == ["form 1", "21.15 ± 0.07", "22.15 ± 0.07", "23.15 ± 0.07"]
+    assert rows[6] == ["form 5", "61.15 ± 0.07", "62.15 ± 0.07", "63.10, 1 diverged*"]
+    (axes,) = _draw_lines(results, "BLEU", "encoder_layers").axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "3"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("encoder_layers (layers)", "test BLEU")
+    for form, container in zip(results.study.forms, axes.containers, strict=True):
+        means = [group.test_mean for group in results.groups if group.form == form]
+        assert container[0].get_ydata() == pytest.approx(means)
+    assert [text.get_text() for text in axes.texts] == ["\u00d7"]
+    hollow = [line for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [len(line.get_xdata()) for line in hollow] == [3, 0, 0, 0, 0, 1]
+
+
+def test_maps_mark_the_best_and_what_does_not_train(make_study, tmp_path):
+    grid = {"learning_rate": [1e-3, 1e-2], "warmup_steps": [5, 10], "max_grad_norm": [1.0]}
+    forms = {f"form {number}": {"dropout": number / 10} for number in range(5)}  # less than two rows of panels
+    study = make_study(forms=forms, grid=grid, seeds=[1], trains_at=12)
+    for cell in study.cells:
+        point = dict(cell.setting)
+        if point["learning_rate"] == 1e-2 and point["warmup_steps"] == 5:
+            diverge(cell, 9)
+        else:
+            finish(cell, score := 11.0 + 1000 * point["learning_rate"] - point["warmup_steps"] / 5, [score])
+    results = gather_results(study)
+    *panels, bar = _draw_maps(results, "BLEU", ["learning_rate", "warmup_steps"]).axes
+    assert [panel.get_title() for panel in panels] == list(forms) and bar.get_ylabel() == "validation BLEU"
+    limits = {panel.get_images()[0].get_clim() for panel in panels}
+    assert limits == {(10.0, 19.0)}  # one scale
+    for panel in panels:
+        assert [text.get_text() for text in panel.texts] == ["11.0", "10.0", "\u00d7", "19.0"]
+        hatched = [patch.get_xy() for patch in panel.patches if patch.get_hatch()]
+        framed = [patch.get_xy() for patch in panel.patches if not patch.get_hatch()]
+        assert hatched == [(-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5)] and framed == [(0.54, 0.54)]
+    assert varying_keys(study.settings) == ["learning_rate", "warmup_steps"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_the_font_does_not_have(make_study, tmp_path, caplog):
+    study = make_study(forms={"残差接続": {}, "잔차 K=2": {"dropout": 0.2}}, seeds=[1])
+    for cell in study.cells:
+        finish(cell, 20.0, [10.0, 20.0])
+    write_report(gather_results(study), "hf-rskip study study.yaml")
+    assert (tmp_path / "output/scores.png").stat().st_size > 5_000
+    assert "残差接続" in (tmp_path / "output/report.md").read_text() and not caplog.records
+
+
+def test_accuracy_is_in_percent_everywhere(write_image_recipe, tmp_path):
+    path = tmp_path / "study.yaml"
+    keys = {
+        "recipe": str(write_image_recipe()),
+        "output_dir": str(tmp_path / "output"),
+        "seeds": [1],
+        "forms": {"a": {}},
+    }
+    path.write_text(yaml.safe_dump(keys))
+    study = read_study(path, [])
+    (cell,) = study.cells
+    finish(cell, 0.0, [0.0], [1, 1, 0, 1], [1, 1, 1, 1])
+    result = cell.folder / "result.json"
+    result.write_text(result.read_text().replace('"bleu": 0.0', '"accuracy": 0.75'))
+    assert describe_state(cell) == "finished, accuracy 75%, 12 s"
+    results = gather_results(study)
+    write_report(results, "x")
+    assert "test accuracy (%)" in format_tables(results) and "75.00" in format_tables(results)
+    (row,) = csv.DictReader((tmp_path / "output/results.csv").open())
+    assert (row["test_accuracy_percent"], row["validation_accuracy_percent"]) == ("75.0", "75.0")
+    (row,) = csv.DictReader((tmp_path / "output/summary.csv").open())
+    assert (row["metric"], row["test_mean"]) == ("accuracy (%)", "75.0")
 
 
 def test_a_report_of_what_is_there(make_study, tmp_path):
@@ -211,6 +322,34 @@ def test_a_result_that_is_none(make_study, text):
     finish(study.cells[0], 20.0, [1.0])
     (study.cells[0].folder / "result.json").write_text(text)
     with pytest.raises(UserError, match="a-seed-1/result.json' is not the result of a cell: remove it"):
+        gather_results(study)
+
+
+@pytest.mark.parametrize("name", ["test", "kept_step", "versions"])
+def test_a_result_that_lacks_something(make_study, name):
+    study = make_study(forms={"a": {}}, seeds=[1])
+    finish(study.cells[0], 20.0, [1.0])
+    path = study.cells[0].folder / "result.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+    with pytest.raises(UserError, match=f"result.json' is not the result of a cell .it has no proper '{name}'"):
+        gather_results(study)
+
+
+def test_a_result_without_the_metric(make_study):
+    study = make_study(forms={"a": {}}, seeds=[1], metric="chrf")
+    finish(study.cells[0], 20.0, [1.0])
+    with pytest.raises(UserError, match="result.json' has no proper scores of chrf: remove it"):
+        gather_results(study)
+
+
+@pytest.mark.parametrize("text", ["", '{"predictions": ["a"', '{"predictions": ["a"]}', "[1]", None])
+def test_predictions_that_are_torn(make_study, text):
+    study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, seeds=[1])
+    for cell in study.cells:
+        finish(cell, 20.0, [1.0])
+    path = study.cells[1].folder / "test_predictions.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match="b-seed-1/test_predictions.json' does not hold the predictions of a cell"):
         gather_results(study)
 
 

@@ -5,6 +5,7 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -36,6 +37,17 @@ def write_study(folder: Path, recipe: Path, **keys) -> Path:
     values = {"recipe": str(recipe), "output_dir": str(folder / "output"), "seeds": [1, 2], **keys}
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+@pytest.fixture
+def run_study(capsys):
+    """Runs `hf-rskip study` in this process, whose fork server serves all tests; returns exit code and output."""
+
+    def run(*words):
+        code, captured = main(["study", *map(str, words)]), capsys.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return run
 
 
 def read_results(folder: Path) -> dict[str, dict]:
@@ -120,8 +132,12 @@ def test_nothing_is_run_twice(small_study, run_cli, capsys):
     before = {path: path.stat().st_mtime_ns for path in kept}
     result = run_cli("study", path, "--import_module", "own_kind", cwd=folder)
     assert result.code == 1
+    assert result.out.startswith(f"10 cells: 8 done before, 2 to run, 1 at a time; results in {folder}/output\n")
     told = [line for line in result.out.splitlines() if line.startswith("[")]
-    assert [line.split(":")[0] for line in told] == ["[9 of 10] broken, seed 1", "[10 of 10] broken, seed 2"]
+    assert [line[:32] for line in told] == [
+        "[9 of 10] broken, seed 1: starts", "[9 of 10] broken, seed 1: failed",
+        "[10 of 10] broken, seed 2: start", "[10 of 10] broken, seed 2: faile",
+    ]  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     assert main(["study", str(path), "--dropout", "0.3"]) == 2
     assert "was run with dropout 0.1, not 0.3: remove it, or choose another output_dir" in capsys.readouterr().err
@@ -138,6 +154,7 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = (first / "result.json").stat().st_mtime_ns
+    (first / "run").mkdir(exist_ok=True)  # as a kill at the wrong moment leaves it
     result = run_cli("study", path)
     assert result.code == 0, result.err
     assert (first / "result.json").stat().st_mtime_ns == before
@@ -145,26 +162,45 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
     assert record["resumed"] and record["steps"] == 84
     assert "resuming from" in (second / "log.txt").read_text()
     assert (first / "log.txt").read_text().count("model: ") == 1
+    assert not (first / "run").exists()
+    assert "[2 of 2] post-LN, seed 2: goes on\n" in result.out
 
 
 @pytest.mark.slow
-def test_a_folder_with_a_blank_and_a_recipe_that_was_torn(run_cli, write_recipe, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process by /proc")
+def test_a_killed_fork_server_is_one_sentence(start_cli, write_recipe, tmp_path):
+    path = write_study(tmp_path, write_recipe(num_train_epochs=500, early_stopping_patience=None), forms={"a": {}})
+    process = start_cli("study", path)
+    cell = tmp_path / "output/cells/a-seed-1"
+    wait_for(lambda: list(cell.glob("run/checkpoint-*")))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (server,) = [pid for pid in children if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(server), signal.SIGKILL)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1].startswith("hf-rskip: error: The process that starts the cells was killed")
+    wait_for(lambda: "stopped by SIGTERM after step" in (cell / "log.txt").read_text())
+    assert not read_results(tmp_path / "output")
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_blank_and_a_recipe_that_was_torn(run_study, write_recipe, tmp_path):
     """A version that wrote recipes in place could be killed while it did."""
     path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, seeds=[1])
     folder = tmp_path / "out put"
     cell = folder / "cells/a-seed-1"
     cell.mkdir(parents=True)
     (cell / "recipe.yaml").write_text("dataset_name: x\noutp")
-    result = run_cli("study", path, "--output_dir", folder)
+    result = run_study(path, "--output_dir", folder)
     assert result.code == 0, result.err
     words = shlex.split(read_results(folder)["a-seed-1"]["command"])
     assert words == ["hf-rskip", "train", str(cell / "recipe.yaml")]
     assert not [name for name in os.listdir(cell) if name.startswith(".")]
 
 
-def test_a_folder_that_cannot_be_written(run_cli, write_recipe, tmp_path):
+def test_a_folder_that_cannot_be_written(run_study, write_recipe, tmp_path):
     path = write_study(tmp_path, write_recipe(), forms={"a": {}}, seeds=[1])
-    result = run_cli("study", path, "--output_dir", "/proc/output")
+    result = run_study(path, "--output_dir", "/proc/output")
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err.splitlines()[-1].startswith("hf-rskip: error: FileNotFoundError")
 
@@ -176,7 +212,7 @@ def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
     process = start_cli("study", path)
     wait_for(lambda: list(cell.glob("run/checkpoint-*")))
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 143 and err.decode().startswith("hf-rskip: stopped by SIGTERM")
     assert "stopped by SIGTERM after step" in (cell / "log.txt").read_text()
     assert not read_results(tmp_path / "output")
@@ -186,7 +222,7 @@ def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
 def test_a_cell_is_run_by_one_process(start_cli, write_recipe, tmp_path, capsys):
     path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, keep_models=True)
     processes = [start_cli("study", path, "--cell", "1") for _ in range(2)]
-    said = [process.communicate(timeout=120)[0].decode() for process in processes]
+    said = [process.communicate(timeout=600)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     cell = tmp_path / "output/cells/a-seed-1"
     assert (cell / "log.txt").read_text().count("model: ") == 1
@@ -202,16 +238,18 @@ def test_a_cell_is_run_by_one_process(start_cli, write_recipe, tmp_path, capsys)
     assert [line[2] for line in listed] == ["a, seed 1", "a, seed 2"]
     assert listed[0][1].startswith("finished, bleu")
     assert listed[1] == ["2", "not run", "a, seed 2", f"hf-rskip study {path} --cell=2"]
+    code, out, _ = answer("--cell", "1")
+    assert code == 0 and out.startswith("[1 of 2] a, seed 1: done before (finished, bleu ") and out.count("\n") == 1
     assert answer("--cell", "3") == (2, "", "hf-rskip: error: --cell 3: the study has 2 cells.\n")
     code, out, _ = answer("--report")
     assert code == 0 and "1 of 2 cells: 1 finished, 1 not run." in out
 
 
 @pytest.mark.slow
-def test_a_study_of_images(run_cli, write_image_recipe, tmp_path):
+def test_a_study_of_images(run_study, write_image_recipe, tmp_path):
     forms = {"plain": {"skip_type": "xskip", "skip_norm": "none"}, "rSkip": {"skip_type": "rskip"}}
     path = write_study(tmp_path, write_image_recipe(), forms=forms, seeds=[1])
-    result = run_cli("study", path, "--num_train_epochs", "1")
+    result = run_study(path, "--num_train_epochs", "1")
     assert result.code == 0, result.err
     assert "test accuracy (%)" in result.out
     record = read_results(tmp_path / "output")["rSkip-seed-1"]
@@ -221,7 +259,7 @@ def test_a_study_of_images(run_cli, write_image_recipe, tmp_path):
     assert len(hits) == 40 and sum(hits) / 40 == pytest.approx(record["test"]["accuracy"])
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -229,12 +267,12 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 
 @pytest.mark.slow
-def test_the_last_model_is_kept_where_the_best_was_not_saved(run_cli, write_recipe, tmp_path):
+def test_the_last_model_is_kept_where_the_best_was_not_saved(run_study, write_recipe, tmp_path):
     """Nothing is learned, so that the first evaluation stays the best; what is saved is the model after the second."""
     steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
     recipe = write_recipe(**steps, learning_rate=0.0, early_stopping_patience=None)
     path = write_study(tmp_path, recipe, forms={"still": {}}, seeds=[1], metric="chrf")
-    result = run_cli("study", path)
+    result = run_study(path)
     assert result.code == 0, result.err
     record = read_results(tmp_path / "output")["still-seed-1"]
     assert record["kept_step"] == 4

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from hf_rskip.errors import UserError
-from hf_rskip.studies.study import find_difference, read_study, write_recipe
+from hf_rskip.studies.study import check_skip_types, find_difference, read_study, write_recipe
 
 
 @pytest.fixture
@@ -67,9 +67,15 @@ WRONG = {
     "unknown": ({"seed": [1]}, [], "Unknown key 'seed'"),
     "hint": ({"base_line": "post-LN"}, [], "did you mean 'baseline'?"),
     "baseline": ({"baseline": "post-NL"}, [], "did you mean 'post-LN'?"),
+    "contrast": ({"contrasts": [["post-LN", "rskip K=2"]]}, [], "contrasts 'rskip K=2' is none of the forms"),
+    "contrasts": ({"contrasts": ["post-LN"]}, [], "contrasts must be a list of pairs [form, form]"),
     "forms": ({"forms": ["post-LN"]}, [], "forms must be a mapping"),
     "form": ({"forms": {"a": 3}}, [], "The form 'a' must be"),
-    "key of a form": ({"forms": {"a": {"skip_tpye": "xskip"}}}, [], "did you mean 'skip_type'?"),
+    "key of a form": (
+        {"forms": {"a": {"skip_tpye": "xskip"}}},
+        [],
+        "study.yaml (task: translation); did you mean 'skip_type'?",
+    ),
     "value of a form": ({"forms": {"a": {"dropout": "much"}}}, [], "cell a: "),
     "seed in a form": ({"forms": {"a": {"seed": 1}}}, [], "seed cannot be set by the forms"),
     "grid": ({"grid": {"learning_rate": 0.1}}, [], "grid must be a mapping from keys of the recipe to lists"),
@@ -83,6 +89,9 @@ WRONG = {
     "metric": ({"metric": "rouge"}, [], "metric must be one of bleu, chrf (task: translation), not 'rouge'"),
     "trains_at": ({"trains_at": "high"}, [], "trains_at must be a number"),
     "keep_models": ({"keep_models": 1}, [], "keep_models must be true or false"),
+    "key in overrides": ({"overrides": {"dropuot": 0.1}}, [], "in the overrides of "),
+    "key in the grid": ({"grid": {"dropuot": [0.1]}}, [], "in the grid of "),
+    "list in a form": ({"forms": {"a": {"dropout": [0.1]}}}, [], "takes one value, not a list, in the form 'a' of"),
     "names": ({"forms": {"a b": {}, "a/b": {}}}, [], "would share a folder"),
     "no recipe": ({"recipe": "none.yaml"}, [], "There is no recipe"),
 }  # fmt: skip
@@ -93,6 +102,25 @@ def test_mistakes_are_named(write_study, changes, words, message):
     with pytest.raises(UserError) as error:
         read_study(write_study(**changes), words)
     assert message in str(error.value)
+
+
+def test_a_residual_kind_that_is_not_imported(write_study):
+    check_skip_types(read_study(write_study(), []).cells)
+    cells = read_study(write_study(forms={"mine": {"skip_type": "layer_scale"}}), []).cells
+    with pytest.raises(UserError, match="The form 'mine' has the skip_type 'layer_scale'.*--import_module"):
+        check_skip_types(cells)
+    cells = read_study(write_study(forms={"a": {"skip_type": "pre_nrom"}}), []).cells
+    with pytest.raises(UserError, match="did you mean 'pre_norm'"):
+        check_skip_types(cells)
+
+
+def test_folders_of_any_script_and_length(write_study, tmp_path):
+    forms = {"残差接続": {}, "残差 K=2": {}, "長" * 100 + "1": {}, "長" * 100 + "2": {}}
+    folders = [cell.folder for cell in read_study(write_study(forms=forms, seeds=[1]), []).cells]
+    assert [folder.name for folder in folders[:2]] == ["残差接続-seed-1", "残差-K-2-seed-1"]
+    for folder in folders:
+        folder.mkdir(parents=True)  # each one new, and none too long
+        (folder / ".result.json-1234567").touch()
 
 
 def test_a_folder_of_another_recipe_is_told_by_its_key(write_study):

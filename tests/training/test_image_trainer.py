@@ -266,6 +266,7 @@ def main():
     result["first"] = trainer.model.state_dict()
     result["drawn"] = trainer.drawn + result["drawn"][1:]
     torch.save(result, f"{folder}/rank{result['rank']}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

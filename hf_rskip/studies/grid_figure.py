@@ -1,0 +1,182 @@
+"""Pictures of a grid: over one key a line for each form, over two a map for each."""
+
+import math
+import textwrap
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from .cell import DIVERGED, FINISHED
+from .figure import arrange, make_panels, new_figure, shorten
+from .picture import escape, save_figure
+from .results import Group, Results
+from .study import varying_keys
+
+# Okabe and Ito (2008): told apart with any colour vision; markers and lines differ as well. The baseline is black.
+_BLACK, _VERMILLION = "#000000", "#D55E00"
+_COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+_MARKERS = "sD^vPX"
+_LINES = ["-", "--", ":", "-."]
+_UNITS = {"learning_rate": "peak", "warmup_steps": "optimizer steps", "max_steps": "optimizer steps"}
+_UNITS |= {"encoder_layers": "layers", "decoder_layers": "layers"}
+
+
+def draw_grid(results: Results, unit: str, path: Path) -> Path | None:
+    """Draws what the forms come to over the grid; `None` without a grid, or where nothing was run."""
+    if not any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in results.groups):
+        return None
+    keys = varying_keys(results.study.settings)
+    if not keys:
+        return None
+    figure = _draw_lines(results, unit, keys[0]) if len(keys) == 1 else _draw_maps(results, unit, keys)
+    return save_figure(figure, path)
+
+
+def _label_axis(key: str) -> str:
+    return f"{key} ({_UNITS[key]})" if key in _UNITS else key
+
+
+def _label_value(value) -> str:
+    return escape(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _explain(results: Results, width: float, *parts: str) -> str:
+    """What the marks are, in lines that fit."""
+    trains_at = results.study.trains_at
+    if trains_at is not None:
+        parts = (*parts, f"training means a validation score of at least {trains_at:g} with every seed")
+    return "\n".join(textwrap.wrap("; ".join(parts), int(12 * width)))
+
+
+# One key
+
+
+def _draw_lines(results: Results, unit: str, key: str):
+    """Test scores against the values of the key, which stand at even distances."""
+    study = results.study
+    figure = new_figure(8.5, 4.6)
+    axes = figure.subplots()
+    others = [form for form in study.forms if form != study.baseline]
+    for number, form in enumerate(study.forms):
+        groups = [group for group in results.groups if group.form == form]
+        x = np.arange(len(groups)) + 0.4 * ((number + 0.5) / len(study.forms) - 0.5)
+        style = {"color": _BLACK, "marker": "o", "linestyle": "-"}
+        if form != study.baseline:
+            index = others.index(form)
+            style = {
+                "color": _COLORS[index % len(_COLORS)],
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
+            }
+        scores = np.array([math.nan if group.test_mean is None else group.test_mean for group in groups])
+        spread = [group.test_sd or 0.0 for group in groups]
+        axes.errorbar(x, scores, yerr=spread, **style, markersize=6, capsize=3, linewidth=1.3, label=shorten(form))
+        hollow = [group.trains(study.trains_at) is False for group in groups]
+        axes.plot(
+            x[hollow], scores[hollow], **style | {"linestyle": "none"}, markersize=6, markerfacecolor="white", zorder=3
+        )
+        for place, group in zip(x, groups, strict=True):
+            if group.of_state(DIVERGED):
+                at = {"x": place, "y": 0.015, "transform": axes.get_xaxis_transform(), "ha": "center"}
+                axes.text(**at, s=_count_diverged(group), color=style["color"], fontweight="bold", fontsize="small")
+    axes.margins(y=0.12)
+    axes.set_xticks(range(len(study.settings)), [_label_value(dict(point)[key]) for point in study.settings])
+    axes.set_xlim(-0.4, len(study.settings) - 0.6)
+    axes.set_xlabel(_label_axis(key))
+    axes.set_ylabel(f"test {unit}")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    said = ("mean and standard deviation over seeds", "hollow: does not train", "\u00d7: diverged")
+    axes.set_title(_explain(results, 6, *said), fontsize="small")
+    return figure
+
+
+def _count_diverged(group: Group) -> str:
+    count = len(group.of_state(DIVERGED))
+    return f"{count} \u00d7" if count > 1 else "\u00d7"
+
+
+# Two keys or more
+
+
+def _draw_maps(results: Results, unit: str, keys: list[str]):
+    """Mean validation scores over the first two keys, of one scale; over further ones, the best is shown."""
+    study, (down, across) = results.study, keys[:2]
+    values = {key: list({str(dict(point)[key]): dict(point)[key] for point in study.settings}.values()) for key in keys}
+    places = {key: [str(value) for value in values[key]] for key in keys}
+    shown = {
+        form: _choose_shown([group for group in results.groups if group.form == form], places, down, across)
+        for form in study.forms
+    }
+    rows, columns = arrange(len(shown))
+    size = 0.5 + 0.62 * len(values[across]), 0.5 + 0.42 * len(values[down])
+    width = max(1.9 + size[0] * columns, 5)
+    figure = new_figure(width, max(1.3 + size[1] * rows, 3))
+    panels = make_panels(figure, len(shown))
+    scores = [score for cells in shown.values() for group in cells.values() if (score := _score(group)) is not None]
+    scores = scores or [0.0]  # all have diverged
+    best = {item.form: item.group for item in results.best}
+    for panel, (form, cells) in zip(panels, shown.items(), strict=True):
+        table = np.full((len(values[down]), len(values[across])), np.nan)
+        for place, group in cells.items():
+            score = _score(group)
+            table[place] = np.nan if score is None else score
+        image = panel.imshow(table, cmap="cividis", vmin=min(scores), vmax=max(scores), aspect="auto")
+        for place, group in cells.items():
+            _mark(panel, image, place, group, group.trains(study.trains_at), best[form])
+        panel.set_title(shorten(form, 26), fontsize="medium")
+        panel.set_xticks(range(len(values[across])), map(_label_value, values[across]), rotation=45)
+        panel.set_yticks(range(len(values[down])), map(_label_value, values[down]))
+    figure.supxlabel(_label_axis(across), fontsize="medium")
+    figure.supylabel(_label_axis(down), fontsize="medium")
+    figure.colorbar(image, ax=panels, label=f"validation {unit}")
+    said = ["mean of the seeds that finished", "frame: best setting", "hatched: does not train", "\u00d7: diverged"]
+    if len(keys) > 2:
+        said.append(f"the best over {', '.join(keys[2:])}")
+    figure.suptitle(_explain(results, width, *said), fontsize="small")
+    return figure
+
+
+def _choose_shown(groups: list[Group], places: dict[str, list[str]], down: str, across: str) -> dict[tuple, Group]:
+    """What was run, by row and column: where there are several, the best."""
+
+    def rank(group):
+        score = _score(group)
+        return -math.inf if score is None else score
+
+    shown: dict[tuple[int, int], Group] = {}
+    for group in groups:
+        point = dict(group.setting)
+        place = places[down].index(str(point[down])), places[across].index(str(point[across]))
+        was_run = group.of_state(FINISHED) or group.of_state(DIVERGED)
+        if was_run and (place not in shown or rank(group) > rank(shown[place])):
+            shown[place] = group
+    return shown
+
+
+def _score(group: Group) -> float | None:
+    scores = [result.validation for result in group.of_state(FINISHED) if result.validation is not None]
+    return fmean(scores) if scores else None
+
+
+def _mark(panel, image, place: tuple[int, int], group: Group, trains: bool, best: Group | None) -> None:
+    from matplotlib.patches import Rectangle
+
+    row, column = place
+    score = _score(group)
+    lines = [] if score is None else [f"{score:.1f}"]
+    lines += [_count_diverged(group)] if group.of_state(DIVERGED) else []
+    background = (1, 1, 1, 1) if score is None else image.cmap(image.norm(score))
+    is_dark = np.dot(background[:3], (0.299, 0.587, 0.114)) < 0.5
+    corner = (column - 0.5, row - 0.5)
+    if not trains:
+        color = "gray" if score is None else "white" if is_dark else "black"
+        panel.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=color, linewidth=0))
+    if best is not None and best.setting == group.setting:
+        panel.add_patch(
+            Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=_VERMILLION, linewidth=2)
+        )
+    box = {"facecolor": background, "edgecolor": "none", "pad": 1}
+    color = "white" if is_dark else "black"
+    panel.text(column, row, "\n".join(lines), ha="center", va="center", fontsize="small", color=color, bbox=box)

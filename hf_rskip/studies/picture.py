@@ -1,0 +1,31 @@
+"""What the pictures of studies and probes have in common: fonts, and how they are written."""
+
+import warnings
+from pathlib import Path
+
+_FALLBACK_FONTS = (
+    *(f"Noto Sans CJK {region}" for region in ("SC", "TC", "JP", "KR")),
+    *("Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "IPAexGothic", "IPAGothic", "NanumGothic"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+)
+"""For names in scripts that matplotlib's own font does not have, where one of these is installed."""
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Writes a PNG that is the same each time; what no font has is drawn as boxes."""
+    from matplotlib.font_manager import get_font_names
+    from matplotlib.text import Text
+
+    installed = set(get_font_names())
+    families = ["DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=120, metadata={"Software": None})  # without the time and version
+    return path
+
+
+def escape(name: str) -> str:
+    """A name as a text of matplotlib, to which a dollar sign starts a formula."""
+    return name.replace("$", r"\$")
