@@ -15,12 +15,22 @@ from .skip_dropout import keep_factors
 
 def closed_form(
     v_xx: torch.Tensor, v_uu: torch.Tensor, v_xu: torch.Tensor, recursions: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """The a and c of y_K = a x + c u, and the derivatives of each with respect to the variances and the covariance."""
-    a, c = torch.zeros_like(v_uu), torch.ones_like(v_uu)
-    da, dc = [torch.zeros_like(v_uu)] * 3, [torch.zeros_like(v_uu)] * 3
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """1 / sigma, a and c of y_K = (a x + c u) / sigma, and the derivatives of a and c with respect to the variances of
+    x / sigma and u / sigma and their covariance.
+
+    sigma is the larger of the standard deviations of x and u: the numbers stay small where both are (almost) constant,
+    where each step multiplies by up to 1 / sqrt(eps). Rows of zeros would let a and c grow without end; a
+    variance of 1e-58 ends that after some ten steps.
+    """
+    sigma = torch.maximum(v_xx, v_uu).clamp(min=1e-36).sqrt()
+    over = 1 / sigma
+    v_xx, v_uu, v_xu = (over * (over * v) for v in (v_xx, v_uu, v_xu))
+    v_uu = v_uu.clamp(min=1e-22)
+    a, c = torch.zeros_like(sigma), sigma
+    da, dc = [torch.zeros_like(sigma)] * 3, [torch.zeros_like(sigma)] * 3
     for step in range(recursions):
-        a = a + 1 if step else a
+        a = a + sigma if step else a
         variance = (a * a * v_xx + c * c * v_uu + 2 * a * c * v_xu).clamp(min=0)
         rstd = torch.rsqrt(variance + eps)
         by_a, by_c = 2 * (a * v_xx + c * v_xu), 2 * (c * v_uu + a * v_xu)
@@ -29,7 +39,7 @@ def closed_form(
         da = [p * rstd + a * d for p, d in zip(da, drstd, strict=True)]
         dc = [q * rstd + c * d for q, d in zip(dc, drstd, strict=True)]
         a, c = a * rstd, c * rstd
-    return a, c, da, dc
+    return over, a, c, da, dc
 
 
 class RecomputedRSkip(torch.autograd.Function):
@@ -126,20 +136,20 @@ def _closed_forward(x, branch, weight, bias, recursions, centred, eps, scale, di
     v_xx, v_uu, v_xu = ((p * q).mean(dims, keepdim=True) for p, q in ((x, x), (u, u), (x, u)))
     rounding = (2 * torch.finfo(x.dtype).eps) ** 2  # what it leaves of a row that is constant
     v_xx, v_uu = torch.maximum(v_xx, rounding * mean_x**2), torch.maximum(v_uu, rounding * mean_u**2)
-    a, c, _, _ = closed_form(v_xx, v_uu, v_xu, recursions, eps)
-    return (a * x + c * u) * weight[0] + bias[0], [mean_x, mean_u, v_xx, v_uu, v_xu]
+    over, a, c, _, _ = closed_form(v_xx, v_uu, v_xu, recursions, eps)
+    return (a * (over * x) + c * (over * u)) * weight[0] + bias[0], [mean_x, mean_u, v_xx, v_uu, v_xu]
 
 
 def _closed_backward(gradient, x, branch, weight, bias, stats, recursions, centred, eps, scale, dims):
-    x, u = _centred_pair(x, branch, scale, *stats[:2])
-    a, c, da, dc = closed_form(*stats[2:], recursions, eps)
+    over, a, c, da, dc = closed_form(*stats[2:], recursions, eps)
+    x, u = (over * of for of in _centred_pair(x, branch, scale, *stats[:2]))
     grad_weight, grad_bias = _sum_of_rows(gradient * (a * x + c * u)), _sum_of_rows(gradient)
     gradient = gradient * weight[0]
     along_x, along_u = (gradient * x).mean(dims, keepdim=True), (gradient * u).mean(dims, keepdim=True)
     by_xx, by_uu, by_xu = (along_x * p + along_u * q for p, q in zip(da, dc, strict=True))
     gradient = gradient - _mean(gradient, centred, dims)
-    grad_u = c * gradient + 2 * by_uu * u + by_xu * x
-    grad_x = a * gradient + 2 * by_xx * x + by_xu * u + grad_u
+    grad_u = over * (c * gradient + 2 * by_uu * u + by_xu * x)
+    grad_x = over * (a * gradient + 2 * by_xx * x + by_xu * u) + grad_u
     return scale * grad_x, grad_u, grad_weight[None], grad_bias[None]
 
 

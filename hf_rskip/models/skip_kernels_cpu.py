@@ -119,32 +119,41 @@ struct Whole {
   V keep(V v) const { return v; }
 };
 
-// Calls `body(i, part, lane)` for the vectors of a row; `lane` counts to UNROLL, for sums that do not wait for another.
+// A sum in lanes that do not wait for each other. What they gathered is put by now and then: a lane that holds one large
+// value would round every later one alike.
 constexpr int UNROLL = 2;
-template <class Body>
-static inline __attribute__((always_inline)) void over(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + UNROLL * LANES <= n; i += UNROLL * LANES) {
-    body(i, Whole{}, 0);
-    body(i + LANES, Whole{}, 1);
-  }
-  for (; i + LANES <= n; i += LANES) body(i, Whole{}, 0);
-  if (i < n) body(i, Tail{n - i}, 0);
-}
-
 struct Sum {
-  V lanes[UNROLL] = {};
+  V lanes[UNROLL] = {}, before = {};
   V& operator[](int lane) { return lanes[lane]; }
+  void put_by() {
+    before += lanes[0] + lanes[1];
+    lanes[0] = lanes[1] = V{};
+  }
   float total() const {
-    const V v = lanes[0] + lanes[1];
     Quarter quarters[LANES / 4];
-    std::memcpy(quarters, &v, sizeof v);
+    std::memcpy(quarters, &before, sizeof before);
     for (int64_t half = LANES / 8; half > 0; half /= 2)
       for (int64_t i = 0; i < half; i++) quarters[i] += quarters[i + half];
     const Quarter q = quarters[0];
     return (q[0] + q[1]) + (q[2] + q[3]);
   }
 };
+
+// Calls `body(i, part, lane)` for the vectors of a row, which adds to those lanes of `sums`.
+template <class Body, class... Sums>
+static inline __attribute__((always_inline)) void over(int64_t n, Body body, Sums&... sums) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = sizeof...(sums) > 0 ? std::min(n, i + 16 * UNROLL * LANES) : n;
+    for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
+      body(i, Whole{}, 0);
+      body(i + LANES, Whole{}, 1);
+    }
+    for (; i + LANES <= end; i += LANES) body(i, Whole{}, 0);
+    if (i < end) body(i, Tail{end - i}, 0);
+    i = end;
+    (sums.put_by(), ...);
+  }
+}
 
 struct Job {
   int64_t rows, n, stride, steps, affine_rows;  // `stride` between rows of gains, biases and of what passes share
@@ -233,7 +242,7 @@ static inline Shift shift_of(const Rows& at, const Job& job) {
     const Pair v = load<DROP>(at, job, i, part);
     x[lane] += v.x;
     f[lane] += v.f;
-  });
+  }, x, f);
   return {x.total() / few, f.total() / few};
 }
 
@@ -263,7 +272,7 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
     narrow(d, now + i);
     sum[lane] += d;
     square[lane] += d * d;
-  });
+  }, sum, square);
   finish(0, sum, square);
   int64_t row = 0;
   for (int64_t k = 0; k < steps - 1; k++, row += job.affine_rows > 1 ? job.stride : 0) {
@@ -276,7 +285,7 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
         narrow(d, now + i);
         sum[lane] += d;
         square[lane] += d * d;
-      });
+      }, sum, square);
     };
     if (steps > 2 && k == 0)
       step([&](int64_t i) { ahead(at.x + i, job), ahead(at.f + i, job); });
@@ -318,7 +327,7 @@ static void chain_backward(const Rows at, const float* w, const float* inner, fl
       narrow(h, work + k * stride + i);
     }
     gather(steps - 1, i, part.load(at.gradient + i), h, lane);
-  });
+  }, of_mean, of_std);
   float mean, std, rstd;
   const auto finish = [&](int64_t k) {
     rstd = at.stats[3 + 2 * k];
@@ -338,7 +347,7 @@ static void chain_backward(const Rows at, const float* w, const float* inner, fl
         const V up = through(k, i, given(i, part));
         narrow(up, here + i);
         gather(k - 1, i, up, widen(here - stride + i), lane);
-      });
+      }, of_mean, of_std);
     };
     const auto later = [&](int64_t i, auto) { return widen(here + stride + i); };
     if (k == steps - 1)
@@ -359,28 +368,30 @@ static void chain_backward(const Rows at, const float* w, const float* inner, fl
   });
 }
 
-// The closed form: y_k = a x + c u with the derivatives of a and c by (v_xx, v_uu, v_xu), for rows side by side.
+// The closed form of `skip_kernels_autograd.py`, for rows side by side.
 constexpr int64_t BLOCK = 16;
 struct Coefficients {
-  double a[BLOCK], c[BLOCK], da[3][BLOCK], dc[3][BLOCK];
+  double over[BLOCK], a[BLOCK], c[BLOCK], da[3][BLOCK], dc[3][BLOCK];
 };
 struct Stats {
   float mean_x, mean_u, xx, uu, xu;
 };
 
 static void closed_form(const Stats* stats, int64_t count, const Job& job, bool derivatives, Coefficients& o) {
-  double xx[BLOCK] = {}, uu[BLOCK] = {}, xu[BLOCK] = {};
+  double xx[BLOCK] = {}, uu[BLOCK] = {}, xu[BLOCK] = {}, sigma[BLOCK] = {};
   o = Coefficients{};
   for (int64_t j = 0; j < count; j++) {
-    xx[j] = stats[j].xx;
-    uu[j] = stats[j].uu;
-    xu[j] = stats[j].xu;
-    o.c[j] = 1;
+    const double square = std::max(std::max(stats[j].xx, stats[j].uu), 1e-36f);
+    xx[j] = stats[j].xx / square;
+    uu[j] = std::max(stats[j].uu / square, 1e-22);
+    xu[j] = stats[j].xu / square;
+    o.c[j] = sigma[j] = std::sqrt(square);
+    o.over[j] = 1 / sigma[j];
   }
   for (int64_t k = 0; k < job.steps; k++) {
 #pragma omp simd
     for (int64_t j = 0; j < BLOCK; j++) {
-      const double c = o.c[j], a = o.a[j] + (k ? 1 : 0);
+      const double c = o.c[j], a = o.a[j] + (k ? sigma[j] : 0);
       const double variance = a * a * xx[j] + c * c * uu[j] + 2 * a * c * xu[j];
       const double rstd = 1 / std::sqrt((variance > 0 ? variance : 0) + job.eps);
       if (derivatives) {
@@ -411,7 +422,7 @@ static Stats closed_statistics(const Rows at, const Job& job) {
     xx[lane] += p * p;
     uu[lane] += q * q;
     xu[lane] += p * q;
-  });
+  }, rest_x, rest_u, xx, uu, xu);
   const float dx = job.centred ? rest_x.total() * job.over_n : 0, du = job.centred ? rest_u.total() * job.over_n : 0;
   const auto at_least = [](float variance, float mean) {  // what rounding leaves of a row that is constant
     const float rounding = mean * 0x1p-22f;
@@ -423,10 +434,10 @@ static Stats closed_statistics(const Rows at, const Job& job) {
 
 template <bool DROP>
 static void closed_output(const Rows at, const float* w, const float* b, const Job& job,
-                          const Stats& stats, float a, float c) {
+                          const Stats& stats, float scale, float a, float c) {
   over(job.n, [&](int64_t i, auto part, int) {
     const Pair v = load<DROP>(at, job, i, part);
-    const V p = v.x - stats.mean_x, q = v.x + v.f - stats.mean_u;
+    const V p = (v.x - stats.mean_x) * scale, q = (v.x + v.f - stats.mean_u) * scale;
     part.store((a * p + c * q) * widen(w + i) + widen(b + i), at.y + i);
   });
 }
@@ -434,28 +445,28 @@ static void closed_output(const Rows at, const float* w, const float* b, const J
 template <bool DROP>
 static void closed_backward(const Rows at, const float* w, float* acc_w, float* acc_b,
                             const Job& job, const Stats& stats, const Coefficients& o, int64_t j) {
-  const float a = o.a[j], c = o.c[j];
+  const float scale = o.over[j], a = o.a[j], c = o.c[j];
   Sum sum, along_x, along_u;
   over(job.n, [&](int64_t i, auto part, int lane) {
     const Pair v = load<DROP>(at, job, i, part);
     const V up = part.load(at.gradient + i), g = up * widen(w + i);
-    const V p = v.x - stats.mean_x, q = v.x + v.f - stats.mean_u;
+    const V p = (v.x - stats.mean_x) * scale, q = (v.x + v.f - stats.mean_u) * scale;
     sum[lane] += g;
     along_x[lane] += g * p;
     along_u[lane] += g * q;
     narrow(widen(acc_w + i) + up * (a * p + c * q), acc_w + i);
     narrow(widen(acc_b + i) + up, acc_b + i);
-  });
+  }, sum, along_x, along_u);
   const double by_x = along_x.total() * job.over_n, by_u = along_u.total() * job.over_n;
   float by[3], mean = job.centred ? sum.total() * job.over_n : 0;
   for (int p = 0; p < 3; p++) by[p] = (p < 2 ? 2 : 1) * (by_x * o.da[p][j] + by_u * o.dc[p][j]);
   over(job.n, [&](int64_t i, auto part, int) {
     const Pair v = load<DROP>(at, job, i, part);
     const V g = part.load(at.gradient + i) * widen(w + i) - mean;
-    const V p = v.x - stats.mean_x, q = v.x + v.f - stats.mean_u;
-    const V du = c * g + by[1] * q + by[2] * p;
+    const V p = (v.x - stats.mean_x) * scale, q = (v.x + v.f - stats.mean_u) * scale;
+    const V du = scale * (c * g + by[1] * q + by[2] * p);
     part.store(DROP ? du * part.load(at.factors + i) : du, at.df + i);
-    part.store(job.scale * (a * g + by[0] * p + by[2] * q + du), at.dx + i);
+    part.store(job.scale * (scale * (a * g + by[0] * p + by[2] * q) + du), at.dx + i);
   });
 }
 
@@ -529,7 +540,7 @@ static void forward(const Rows tensors, const Affine& affine, const Job job, int
             if (j < read) stats[part % 2][j] = closed_statistics<DROP>(row_of(part, j), job);
             if (j < written)
               closed_output<DROP>(row_of(part - 1, j), affine.w.data, affine.b.data, job, stats[(part + 1) % 2][j],
-                                  o.a[j], o.c[j]);
+                                  o.over[j], o.a[j], o.c[j]);
           }
           if (read > 0) std::memcpy(row_of(part, 0).stats, stats[part % 2], read * sizeof(Stats));
           closed_form(stats[part % 2], read, job, false, o);

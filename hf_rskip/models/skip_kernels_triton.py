@@ -46,14 +46,10 @@ def _keep_factors(seed_ptr, offset, dropout):
 
 @triton.jit
 def _closed_form(xx, uu, xu, eps, STEPS: tl.constexpr):
-    """a and c of y_K = a x + c u, and their derivatives by the variances xx and uu and the covariance xu.
-
-    All of them are those of x and u divided by sigma, the larger of their standard deviations, so that they stay small
-    for rows that are (almost) constant. 1 / sigma is returned first.
-    """
+    """That of `skip_kernels_autograd.py`: 1 / sigma, a and c, and their derivatives."""
     sigma = tl.sqrt(tl.maximum(tl.maximum(xx, uu), 1e-36))
     over = 1 / sigma
-    xx, uu, xu = xx * over * over, uu * over * over, xu * over * over
+    xx, uu, xu = xx * over * over, tl.maximum(uu * over * over, 1e-22), xu * over * over
     a = xx * 0.0
     c = a + sigma
     a_xx, a_uu, a_xu, c_xx, c_uu, c_xu = a, a, a, a, a, a

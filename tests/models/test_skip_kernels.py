@@ -1,6 +1,5 @@
 """The implementations of recursive skip connections against the formula in float64: values and all gradients."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -10,14 +9,21 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from skip_kernel_cases import (
+    AFFINES,
+    EXTREMES,
+    PRECISIONS,
+    assert_are_formula,
+    assert_equals_formula,
+    random_leaves,
+    results,
+)
 from torch.utils.checkpoint import checkpoint
 
 from hf_rskip import RSkip
-from hf_rskip.models import skip_dropout, skip_kernels, skip_kernels_cpu
+from hf_rskip.models import skip_connections, skip_dropout, skip_kernels, skip_kernels_cpu
 from hf_rskip.models.skip_connections import rskip_layer_norm, rskip_rms_norm
 
-AFFINES = ("per_step", "shared", "last")
-EPS = 1e-5
 CPP = pytest.param(
     "cpp",
     marks=pytest.mark.skipif(
@@ -34,77 +40,6 @@ def nan_in_empty_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def formula(x, branch, weight, bias, recursions, affine, scale=1.0, rounding=0.0):
-    """In float64; with `rounding`, every sum is off by about that much of its terms."""
-
-    def rounded(tensor):
-        return tensor * (1 + rounding * torch.randn_like(tensor)) if rounding else tensor
-
-    y = branch
-    for step in range(recursions):
-        y = rounded(scale * x) + rounded(y)
-        centred = rounded(y) - rounded(y.mean(-1, keepdim=True))
-        y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPS)
-        if affine != "last" or step == recursions - 1:
-            row = step if affine == "per_step" else 0
-            y = y * weight.reshape(-1, x.shape[-1])[row] + bias.reshape(-1, x.shape[-1])[row]
-    return y
-
-
-def results(function, leaves, upstream, *args, **kwargs):
-    """The value of `function` and its gradients under a random upstream gradient."""
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]  # keeps strides
-    y = function(*leaves, *args, **kwargs)
-    return y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
-
-
-def assert_equals_formula(backend, leaves, upstream, recursions, affine, scale=1.0):
-    """Up to a few roundings: of what is computed to float32, and of what is returned to its precision."""
-    arguments = {"recursions": recursions, "affine": affine, "scale": scale}
-    actual = results(rskip_layer_norm, leaves, upstream, **arguments, eps=EPS, backend=backend)
-    again = results(rskip_layer_norm, leaves, upstream, **arguments, eps=EPS, backend=backend)
-    wide, upstream = [leaf.double() for leaf in leaves], upstream.double()
-    expected = results(formula, wide, upstream, **arguments)
-    off = [results(formula, wide, upstream, **arguments, rounding=2**-24) for _ in range(4)]
-    dtypes = (torch.promote_types(leaves[0].dtype, leaves[1].dtype), *(leaf.dtype for leaf in leaves))
-    names = ("y", "grad_x", "grad_branch", "grad_weight", "grad_bias")
-    for index, (name, dtype) in enumerate(zip(names, dtypes, strict=True)):
-        found, wanted = actual[index], expected[index]
-        assert torch.equal(found, again[index]), f"{name} differs from run to run"
-        assert found.dtype == dtype and found.shape == wanted.shape
-        if not found.numel():
-            continue
-        sensitivity = max((other[index] - wanted).abs().max().item() for other in off)
-        largest = wanted.abs().max().item()
-        tolerance = 8 * sensitivity + (2**-19 + leaves[0].shape[-1] * 2**-30) * largest + 1e-20
-        rounding = torch.finfo(dtype).eps * wanted.abs() + torch.finfo(dtype).smallest_normal
-        excess = ((found.double() - wanted).abs() - rounding).max().item()
-        assert excess <= tolerance, f"{name} is off by {excess:.2e} > {tolerance:.2e}"
-
-
-def random_leaves(shape, recursions, affine, dtypes=(torch.float32,) * 2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x, branch, upstream = torch.randn(3, *shape, generator=generator)
-    affine_shape = (recursions, shape[-1]) if affine == "per_step" else shape[-1:]
-    weight, bias = torch.rand(2, *affine_shape, generator=generator) + torch.tensor([0.5, -0.5]).reshape(
-        2, *[1] * len(affine_shape)
-    )
-    dtype = torch.promote_types(*dtypes)
-    return [x.to(dtypes[0]), (0.3 + 2 * branch).to(dtypes[1]), weight, bias], upstream.to(dtype)
-
-
-EXTREMES = {
-    "plain": lambda x: x,
-    "large": lambda x: 1e4 * x,
-    "offset": lambda x: 1e4 + x,
-    "small": lambda x: 1e-4 * x,
-    "denormal": lambda x: 1e-39 * x,
-    "constant rows": lambda x: x[..., :1].expand(x.shape).contiguous(),
-    "zero": lambda x: 0 * x,
-    "one column": lambda x: torch.cat([1e3 + 1e3 * x[..., :1].abs(), 1e-3 * x[..., 1:]], -1),
-}
 
 
 @BACKENDS
@@ -124,18 +59,12 @@ EXTREMES = {
 @example([2], 8192, 2, "per_step", "one column", "plain", 1.0)
 @example([2], 8192, 8, "last", "one column", "offset", 1.0)
 @example([5], 512, 3, "last", "constant rows", "plain", 1.0)
+@example([3], 16, 6, "last", "zero", "denormal", 1.0)
+@example([3], 16, 8, "last", "zero", "tiny", 1.0)
 def test_values_and_gradients(backend, leading, size, recursions, affine, of_x, of_branch, scale):
     leaves, upstream = random_leaves((*leading, size), recursions, affine)
     leaves[0], leaves[1] = EXTREMES[of_x](leaves[0]), EXTREMES[of_branch](leaves[1])
     assert_equals_formula(backend, leaves, upstream, recursions, affine, scale)
-
-
-PRECISIONS = [
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-]
 
 
 @BACKENDS
@@ -153,30 +82,33 @@ def test_low_and_mixed_precision(backend, recursions, affine, dtypes):
 @pytest.mark.parametrize("affine", AFFINES)
 def test_any_strides(backend, affine):
     leaves, upstream = random_leaves((6, 5, 48), 3, affine)
-    expected = results(rskip_layer_norm, leaves, upstream, 3, affine, backend=backend)
     strided = [
         leaves[0].transpose(0, 1).contiguous().transpose(0, 1),
         leaves[1].repeat_interleave(2, -1)[..., ::2],
         *(leaf.mT.contiguous().mT if leaf.dim() > 1 else leaf for leaf in leaves[2:]),
     ]
-    for gradient in (upstream, upstream.mT.contiguous().mT):
-        found = results(rskip_layer_norm, strided, gradient, 3, affine, backend=backend)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    assert_equals_formula(backend, strided, upstream.mT.contiguous().mT, 3, affine)
     expanded = torch.ones(()).expand(6, 5, 48)  # as in the backward pass of `sum`
-    found = results(rskip_layer_norm, leaves, expanded, 3, affine, backend=backend)
-    expected = results(rskip_layer_norm, leaves, expanded.clone(), 3, affine, backend=backend)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    assert_equals_formula(backend, leaves, expanded, 3, affine)
 
 
 @BACKENDS
 @pytest.mark.parametrize("affine", AFFINES)
 def test_constant_rows_give_the_bias(backend, affine):
-    leaves, _ = random_leaves((3, 100), 1, affine)
-    x, branch = torch.full((3, 100), 12345.678), torch.full((3, 100), -0.1)
-    y = rskip_layer_norm(x, branch, *leaves[2:], recursions=1, affine=affine, backend=backend)
+    leaves, upstream = random_leaves((3, 100), 1, affine)
+    leaves[:2] = torch.full((3, 100), 12345.678), torch.full((3, 100), -0.1)
+    y, *_ = assert_equals_formula(backend, leaves, upstream, 1, affine)
     if backend == "cpp":
-        torch.testing.assert_close(y, leaves[3].expand(3, 100), rtol=0, atol=0)
-    assert (y - leaves[3]).abs().max() < 1  # a rounding of the mean, times the 1 / sqrt(eps) of such rows
+        assert torch.equal(y, leaves[3].expand(3, 100))
+
+
+@BACKENDS
+def test_rows_of_zeros_at_any_depth(backend):
+    """As of padding: each step multiplies what is not there by up to 1 / sqrt(eps)."""
+    leaves, upstream = random_leaves((2, 32), 1, "last")
+    leaves[:2] = torch.zeros(2, 2, 32)
+    y, *gradients = results(rskip_layer_norm, leaves, upstream, recursions=50, affine="last", backend=backend)
+    assert torch.equal(y, leaves[3].expand(2, 32)) and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @BACKENDS
@@ -236,7 +168,7 @@ def test_the_operator_is_one_of_torch(closed):
     leaves, _ = random_leaves((9, 32), 3, "last" if closed else "per_step")
     x, branch, weight, bias = (leaf.requires_grad_() for leaf in leaves)
     rows = 1 if closed else 3
-    arguments = (x, branch, weight.reshape(rows, 32), bias.reshape(rows, 32), None, 3, closed, True, EPS, 1.0, 0.0)
+    arguments = (x, branch, weight.reshape(rows, 32), bias.reshape(rows, 32), None, 3, closed, True, 1e-5, 1.0, 0.0)
     arguments += (torch.float32,)
     torch.library.opcheck(skip_kernels_cpu.rskip_layer_norm, arguments)
 
@@ -259,30 +191,14 @@ def test_the_number_of_threads_changes_no_bit(affine):
 # RMS norm
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", ["reference", "recompute", CPP])
 @pytest.mark.parametrize("affine", AFFINES)
 @pytest.mark.parametrize("recursions", [1, 2, 5])
 def test_rms_norm(backend, recursions, affine):
     for shape in ((0, 16), (37, 24), (2, 3, 100), (5, 512)):
         leaves, upstream = random_leaves(shape, recursions, affine)
         leaves = [leaves[0] + 1, *leaves[1:3]]  # a mean that must stay
-
-        def formula_of_rms(x, branch, weight, recursions=recursions):
-            y = branch
-            for step in range(recursions):
-                y = 1.7 * x + y
-                y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + EPS)
-                if affine != "last" or step == recursions - 1:
-                    y = y * weight.reshape(-1, x.shape[-1])[step if affine == "per_step" else 0]
-            return y
-
-        found = results(rskip_rms_norm, leaves, upstream, recursions, affine, EPS, 1.7, backend=backend)
-        expected = results(formula_of_rms, [leaf.double() for leaf in leaves], upstream)
-        eager = results(rskip_rms_norm, leaves, upstream, recursions, affine, EPS, 1.7, backend="reference")
-        for one, same, wanted in zip(found, eager, expected, strict=True):
-            bound = 2e-6 * wanted.abs().max().item() if wanted.numel() else 0
-            torch.testing.assert_close(one.double(), wanted, rtol=1e-5, atol=bound)
-            torch.testing.assert_close(same.double(), wanted, rtol=1e-5, atol=bound)
+        assert_equals_formula(backend, leaves, upstream, recursions, affine, 1.7)
 
 
 # Dropout
@@ -327,22 +243,9 @@ def test_dropout_is_the_formula_with_its_mask(backend, affine, dtypes):
         ((0, 16), 2, 0.5),
     ):
         leaves, upstream = random_leaves(shape, recursions, affine, dtypes)
+        found = assert_equals_formula(backend, leaves, upstream, recursions, affine, 2.414, dropout=dropout, seed=seed)
         uniform = skip_dropout.philox_uniform(seed, leaves[0].numel()).view(shape)
-        kept = (uniform >= dropout).double() / (1 - dropout)
-
-        def dropped_formula(x, branch, weight, bias, kept=kept, recursions=recursions):
-            return formula(x, kept * branch, weight, bias, recursions, affine)
-
-        arguments = {"recursions": recursions, "affine": affine, "eps": EPS, "dropout": dropout, "seed": seed}
-        found = results(rskip_layer_norm, leaves, upstream, **arguments, backend=backend)
-        again = results(rskip_layer_norm, leaves, upstream, **arguments, backend=backend)
-        expected = results(dropped_formula, [leaf.double() for leaf in leaves], upstream.double())
-        for one, same, wanted in zip(found, again, expected, strict=True):
-            assert torch.equal(one, same)
-            bound = 4e-6 * wanted.abs().max().item() if wanted.numel() else 0
-            rounding = torch.finfo(one.dtype).eps
-            torch.testing.assert_close(one.double(), wanted, rtol=max(rounding, 2e-5), atol=bound)
-        assert (found[2][kept == 0] == 0).all()
+        assert (found[2][uniform < dropout] == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "recompute", CPP])
@@ -382,26 +285,39 @@ def run(program, *arguments, **environment):
 # In RSkip
 
 
-@CPP.marks[0]
+@BACKENDS
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("affine", AFFINES)
-@pytest.mark.parametrize("recursions", [1, 2, 4])
-def test_rskip_is_the_same_function_watched_or_not(recursions, affine):
-    torch.manual_seed(0)
-    skip = RSkip(64, recursions, affine=affine, eps=1e-3)
-    for parameter in skip.parameters():
-        torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    watched = copy.deepcopy(skip)
+def test_rskip_is_the_same_function_watched_or_not(monkeypatch, affine, norm, backend):
+    monkeypatch.setattr(skip_connections, "choose_backend", lambda *_: backend)
+    leaves, upstream = random_leaves((3, 20, 24), 3, affine)
+    leaves = leaves if norm == "layer_norm" else leaves[:3]
+    skip = RSkip(24, 3, norm, affine, eps=1e-3)
+    names = ("weight", "bias")[: len(leaves) - 2]
+    affine_parameters = [
+        [getattr(step, name) for step in skip.norm if getattr(step, name) is not None] for name in names
+    ]
+    for parameters, leaf in zip(affine_parameters, leaves[2:], strict=True):
+        for parameter, values in zip(parameters, leaf.reshape(-1, 24), strict=True):
+            parameter.data.copy_(values)
     seen = []
-    watched.norm[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    x, branch, upstream = torch.randn(3, 128, 64, 64)
-    found = []
-    for module in (skip, watched):
-        leaves = [x.clone().requires_grad_(), branch.clone().requires_grad_()]
-        y = module(*leaves)
-        found.append((y, *torch.autograd.grad(y, [*leaves, *module.parameters()], upstream)))
-    assert len(seen) == (recursions if affine == "shared" else 1)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
-    assert (skip_kernels.choose_backend(x, branch, recursions, affine) == "cpp") == (recursions > 1)
+
+    def check():
+        x, branch = (leaf.clone().requires_grad_() for leaf in leaves[:2])
+        skip.zero_grad()
+        y = skip(x, branch)
+        y.backward(upstream)
+        of_affine = (
+            torch.stack([parameter.grad for parameter in parameters]).view(leaf.shape)
+            for parameters, leaf in zip(affine_parameters, leaves[2:], strict=True)
+        )
+        found = (y, x.grad, branch.grad, *of_affine)
+        assert_are_formula(found, leaves, upstream, recursions=3, affine=affine, eps=1e-3)
+
+    check()
+    skip.norm[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    check()
+    assert len(seen) == (3 if affine == "shared" else 1)
 
 
 def test_auto_leaves_to_torch_what_it_does_as_well():
@@ -412,6 +328,8 @@ def test_auto_leaves_to_torch_what_it_does_as_well():
 
     for other in (x.double(), x[:4096], x[:, :16].repeat(8, 1), x[:0], torch.randn(64, 16384)):
         assert chosen(other) == "reference"
+    if skip_kernels.has_cpp(torch.float32, torch.float32):
+        assert chosen(x) == "cpp"
     assert chosen(x, recursions=1) == chosen(x, x[:1]) == "reference"
     program = torch.export.export(RSkip(64, 2), (x, x))
     assert not [node for node in program.graph.nodes if "rskip" in str(node.target)]
