@@ -19,10 +19,11 @@ from skip_kernel_cases import (
     results,
 )
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import is_kernels_available
 
 from hf_rskip import RSkip
 from hf_rskip.models import skip_connections, skip_dropout, skip_kernels, skip_kernels_cpu
-from hf_rskip.models.skip_connections import rskip_layer_norm, rskip_rms_norm
+from hf_rskip.models.skip_connections import rskip_layer_norm
 
 CPP = pytest.param(
     "cpp",
@@ -336,9 +337,9 @@ def test_auto_leaves_to_torch_what_it_does_as_well():
 
 
 def test_transformers_can_put_a_kernel_in_its_place():
-    kernels = pytest.importorskip("kernels")
-    if not hasattr(RSkip, "kernel_layer_name"):
-        pytest.skip("Transformers does not use this version of kernels")
+    if not is_kernels_available():
+        pytest.skip("needs the package kernels in the versions that Transformers takes")
+    import kernels
 
     class Kernel(torch.nn.Module):
         def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
