@@ -119,8 +119,8 @@ struct Whole {
   V keep(V v) const { return v; }
 };
 
-// A sum in lanes that do not wait for each other. What they gathered is put by now and then: a lane that holds one large
-// value would round every later one alike.
+// A sum in lanes that do not wait for each other. What they gathered is put by now and then: a lane that holds one
+// large value would round every later one alike.
 constexpr int UNROLL = 2;
 struct Sum {
   V lanes[UNROLL] = {}, before = {};

@@ -18,6 +18,7 @@ from skip_kernel_cases import (
     random_leaves,
     results,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_kernels_available
 
@@ -334,6 +335,22 @@ def test_auto_leaves_to_torch_what_it_does_as_well():
     assert chosen(x, recursions=1) == chosen(x, x[:1]) == "reference"
     program = torch.export.export(RSkip(64, 2), (x, x))
     assert not [node for node in program.graph.nodes if "rskip" in str(node.target)]
+
+
+def test_auto_takes_triton_for_rows_that_fit_registers(monkeypatch):
+    monkeypatch.setattr(skip_kernels, "has_triton", lambda: True)
+    with FakeTensorMode():
+
+        def chosen(shape, recursions, affine="per_step", dtype=torch.bfloat16):
+            x = torch.empty(shape, device="cuda", dtype=dtype)
+            return skip_kernels.choose_backend(x, x, recursions, affine)
+
+        for size, recursions in ((16, 8), (512, 16), (1024, 8), (2048, 4), (4096, 2)):
+            assert chosen((2**20 // size, size), recursions) == "triton"
+            assert chosen((2**20 // size - 1, size), recursions) == "reference"
+            assert chosen((2**20 // size, size), 8192 // size + 1, "shared") == "reference"
+        assert chosen((128, 8192), 64, "last") == "triton"
+        assert chosen((1024, 1024), 2, dtype=torch.float64) == "reference"
 
 
 def test_transformers_can_put_a_kernel_in_its_place():
