@@ -345,10 +345,10 @@ def test_auto_takes_triton_for_rows_that_fit_registers(monkeypatch):
             x = torch.empty(shape, device="cuda", dtype=dtype)
             return skip_kernels.choose_backend(x, x, recursions, affine)
 
-        for size, recursions in ((16, 8), (512, 16), (1024, 8), (2048, 4), (4096, 2)):
+        for size, recursions in ((16, 8), (512, 8), (1024, 8), (2048, 4), (4096, 2)):
             assert chosen((2**20 // size, size), recursions) == "triton"
             assert chosen((2**20 // size - 1, size), recursions) == "reference"
-            assert chosen((2**20 // size, size), 8192 // size + 1, "shared") == "reference"
+            assert chosen((2**20 // size, size), recursions + 1, "shared") == "reference"
         assert chosen((128, 8192), 64, "last") == "triton"
         assert chosen((1024, 1024), 2, dtype=torch.float64) == "reference"
 
