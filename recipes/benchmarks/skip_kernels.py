@@ -1,8 +1,10 @@
-"""Time and memory of a recursive skip connection, and of the encoder layer around it, against the number of recursions.
+"""Time and memory of a recursive skip connection, of the encoder layer around it and of a training step of a whole
+Transformer, against the number of recursions.
 
     python recipes/benchmarks/skip_kernels.py --output skip_kernels.csv --plot skip_kernels.pdf
 
-measures everything on the GPU, or where there is none on the CPU, at one size. All implementations and K take turns,
+measures everything on the GPU, or where there is none on the CPU, at one size. The training step is that of
+`training_step.py`, on a GPU compiled and in bfloat16. All implementations and K take turns,
 in an order that rotates from round to round; reported are medians. On a GPU each call is replayed from a CUDA graph,
 which leaves out what Python takes to launch it (`--no_graphs` leaves that in), with cold caches, and times are those of
 its events; on a CPU it is processor time, which other processes disturb less than the clock. Liger's and
@@ -18,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import training_step
 from report import append_csv, describe_run, print_table
 from torch import nn
 
@@ -205,6 +208,13 @@ def measure_copy(rows, size, device, dtype, gpu):
     return 2 * source.nbytes / statistics.median(seconds)
 
 
+def measure_training_steps(args, device):
+    arguments = ["--recursions", *map(str, args.recursions), "--affines", *args.affines, f"--threads={args.threads}"]
+    arguments += [f"--{name}={value}" for name, value in (("shape", args.step), ("rounds", args.rounds)) if value]
+    arguments += ["--compile", "--bf16"] if device == "cuda" else []
+    return training_step.measure(training_step.parse_arguments(arguments))
+
+
 def plot(rows, path):
     """Forward and backward time of the skip connection against K, one panel a size and affine."""
     import matplotlib
@@ -239,6 +249,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--no_graphs", action="store_true", help="call from Python, on a GPU, rather than CUDA graphs")
     parser.add_argument("--no_layer", dest="layer", action="store_false", help="leave the encoder layer out")
+    parser.add_argument("--step", choices=["none", *training_step.SHAPES], help="model: base on a GPU, small on a CPU")
     parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
     parser.add_argument("--plot", type=Path, help="file of a plot of time against K")
     args = parser.parse_args()
@@ -285,7 +296,8 @@ def main():
     triton = version("triton") if find_spec("triton") else ""
     about = {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds, **describe_run(device), "triton": triton}
     print_table([{name: str(value) for name, value in row.items()} for row in rows], about)
-    append_csv([row | about for row in rows], args.output)
+    of_steps = [] if args.step == "none" else measure_training_steps(args, device)
+    append_csv([row | about for row in rows] + of_steps, args.output)
     if args.plot:
         plot(rows, args.plot)
 

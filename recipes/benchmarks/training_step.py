@@ -2,10 +2,11 @@
 
     python recipes/benchmarks/training_step.py --compile --bf16 --output training_step.csv
 
-A step is forward, loss, backward and Adam, on a batch of random tokens without padding. The models take turns, in an
-order that rotates from round to round; `to_K1` is the median over the rounds of the ratio to this package's model with
-K = 1, and `marian_to_this` that of Marian's step to this one, above 1 where this one is faster. On a GPU the clock runs
-around a synchronised step, on a CPU it counts processor time. Marian is post-LN as K = 1 is, of the same sizes.
+does alone what is the last part of `skip_kernels.py`. A step is forward, loss, backward and Adam, on a batch of random
+tokens without padding. The models take turns, in an order that rotates from round to round; `total_to_K1` is the median
+over the rounds of the ratio to this package's model with K = 1, and `marian_to_this` that of Marian's step to this one,
+above 1 where this one is faster. On a GPU the clock runs around a synchronised step, on a CPU it counts processor time.
+Marian is post-LN as K = 1 is, of the same sizes.
 """
 
 import argparse
@@ -61,7 +62,7 @@ SHAPES = {
 
 
 def make_models(args):
-    """Models by (name, K)."""
+    """Models by (name, affine, K)."""
     shape, models = SHAPES[args.shape], {}
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     for recursions in args.recursions:
@@ -69,16 +70,16 @@ def make_models(args):
             config = RSkipConfig(
                 **shape, **special, skip_type="rskip", skip_recursions=recursions, skip_norm_affine=affine
             )
-            models[f"fused {affine}", recursions] = RSkipForConditionalGeneration(config)
+            models["fused", affine, recursions] = RSkipForConditionalGeneration(config)
             if recursions > 1 and not args.no_eager:
                 eager = RSkipForConditionalGeneration(config)
                 for module in eager.modules():
                     if isinstance(module, SkipConnection):
                         for norm in module.norm:
                             norm.normalize = norm.normalize  # it could be watched, so every step is a call
-                models[f"eager {affine}", recursions] = eager
+                models["eager", affine, recursions] = eager
     marian = MarianConfig(**shape, **special, activation_function="relu", static_position_embeddings=True)
-    models["marian", 1] = MarianMTModel(marian)
+    models["marian", "", 1] = MarianMTModel(marian)
     return models
 
 
@@ -108,7 +109,7 @@ def make_step(model, args, device):
     return step
 
 
-def main():
+def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, help="base on a GPU, small on a CPU")
     parser.add_argument("--batch_size", type=int, help="sentences: 256 on a GPU, 8 on a CPU")
@@ -122,14 +123,20 @@ def main():
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile of forward and loss")
     parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
+    args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.shape = args.shape or {"cuda": "base", "cpu": "small"}[device]
     args.batch_size = args.batch_size or {"cuda": 256, "cpu": 8}[device]
     args.rounds = args.rounds or {"cuda": 50, "cpu": 5}[device]
+    return args
+
+
+def measure(args):
+    """A row for each model."""
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = 256
     steps = {key: make_step(model, args, device) for key, model in make_models(args).items()}
     keys, seconds, peak = list(steps), {key: [] for key in steps}, {}
@@ -156,26 +163,30 @@ def main():
         return f"{statistics.median(a / b for a, b in zip(seconds[upper], seconds[lower], strict=True)):.3f}"
 
     rows = []
-    for name, recursions in keys:
-        key = name, recursions
-        plain = f"fused {name.split()[-1]}", 1
+    for key in keys:
+        name, affine, recursions = key
+        plain = "fused", affine, 1
         rows.append(
             {
-                "model": name,
+                "what": "training step",
+                "implementation": name,
+                "affine": affine,
                 "K": recursions,
-                "median_ms": f"{1e3 * statistics.median(seconds[key]):.4g}",
-                "to_K1": ratio(key, plain) if plain in seconds else "",
-                "marian_to_this": ratio(("marian", 1), key),
+                "total_ms": f"{1e3 * statistics.median(seconds[key]):.4g}",
+                "total_to_K1": ratio(key, plain) if plain in seconds else "",
+                "marian_to_this": ratio(("marian", "", 1), key),
                 "peak_MiB": f"{peak[key] / 2**20:.0f}" if key in peak else "",
             }
         )
-    hidden = ("output", "warmup", "threads", "recursions", "affines", "no_eager")
-    about = {
-        **{name: value for name, value in vars(args).items() if name not in hidden},
-        **describe_run(device),
-    }
+    settings = ("shape", "batch_size", "length", "rounds", "bf16", "compile")
+    about = {name: getattr(args, name) for name in settings} | describe_run(device)
     print_table([{name: str(value) for name, value in row.items()} for row in rows], about)
-    append_csv([row | about for row in rows], args.output)
+    return [row | about for row in rows]
+
+
+def main():
+    args = parse_arguments()
+    append_csv(measure(args), args.output)
 
 
 if __name__ == "__main__":
