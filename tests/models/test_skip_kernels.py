@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def nan_in_empty_memory():
 
 
 @BACKENDS
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=3),
     size=st.one_of(st.integers(4, 40), st.sampled_from([64, 100, 128, 257, 512])),
@@ -72,10 +73,9 @@ def test_values_and_gradients(backend, leading, size, recursions, affine, of_x, 
 @BACKENDS
 @pytest.mark.parametrize("dtypes", PRECISIONS, ids=str)
 @pytest.mark.parametrize("affine", AFFINES)
-@pytest.mark.parametrize("recursions", [1, 4])
-def test_low_and_mixed_precision(backend, recursions, affine, dtypes):
+def test_low_and_mixed_precision(backend, affine, dtypes):
     """One rounding at the end, not one a step; the residual may stay in float32 beside a branch that is not."""
-    for size in (16, 50, 512):
+    for size, recursions in ((16, 4), (50, 1), (512, 4)):
         leaves, upstream = random_leaves((7, size), recursions, affine, dtypes)
         assert_equals_formula(backend, leaves, upstream, recursions, affine)
 
@@ -403,12 +403,9 @@ def test_without_a_compiler_there_is_one_line(tmp_path):
 
 
 @CPP.marks[0]
-def test_processes_that_build_at_once(tmp_path):
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", textwrap.dedent(AUTO)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
-    for process in processes:
-        stdout, stderr = process.communicate(timeout=120)
-        assert stdout == "True\n" and "unfused" not in stderr, stderr
+def test_builds_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with ThreadPoolExecutor() as pool:
+        libraries = pool.map(skip_kernels_cpu.load.__wrapped__, [(torch.float32,) * 3] * 2)
+    assert None not in libraries
     assert [path.suffix for path in (tmp_path / "hf_rskip").iterdir()] == [".so"]
