@@ -60,7 +60,7 @@ def _draw_lines(results: Results, unit: str, key: str):
     others = [form for form in study.forms if form != study.baseline]
     for number, form in enumerate(study.forms):
         groups = [group for group in results.groups if group.form == form]
-        x = np.arange(len(groups)) + 0.4 * ((number + 0.5) / len(study.forms) - 0.5)
+        x = np.arange(len(groups)) + 0.16 * ((number + 0.5) / len(study.forms) - 0.5)
         style = {"color": _BLACK, "marker": "o", "linestyle": "-"}
         if form != study.baseline:
             index = others.index(form)
