@@ -37,8 +37,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.integrations import use_kernel_forward_from_hub
 
-from .skip_norms import NORMS, LayerNorm, NoNorm, make_norm, norm_of
+from .skip_kernels import choose_backend, rskip_layer_norm, rskip_rms_norm
+from .skip_norms import NORMS, LayerNorm, NoNorm, RMSNorm, make_norm, norm_of
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
@@ -123,6 +125,13 @@ class SkipConnection(nn.Module):
         return x
 
 
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether nobody would notice that `norm` is not called: no hook watches it, or brings its weights."""
+    watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return type(norm) in (LayerNorm, RMSNorm) and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
+
+
+@use_kernel_forward_from_hub("RSkip")
 class RSkip(SkipConnection):
     """Recursive skip connection with layer normalisation, rSkip+LN.
 
@@ -182,10 +191,23 @@ class RSkip(SkipConnection):
         return cls(size, config.skip_recursions, norm_of(config), config.skip_norm_affine, config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        recursions = len(self.norm)
+        if all(map(_is_plain, self.norm)):
+            backend = choose_backend(x, branch, recursions, self.affine)
+            if backend != "reference":
+                function = rskip_layer_norm if isinstance(self.norm[0], LayerNorm) else rskip_rms_norm
+                arguments = recursions, self.affine, self.norm[0].eps
+                return function(x, branch, *self._gains_and_biases(), *arguments, backend=backend)
         y = branch
         for norm in self.norm:
             y = self.norm[0](x + y, mask, norm) if self.affine == "shared" else norm(x + y, mask)
         return y
+
+    def _gains_and_biases(self) -> list[torch.Tensor]:
+        """Without biases where the norm has none."""
+        norms = self.norm if self.affine == "per_step" else [self.norm[0 if self.affine == "shared" else -1]]
+        stacked = [torch.stack([norm.weight for norm in norms])]
+        return stacked if norms[0].bias is None else [*stacked, torch.stack([norm.bias for norm in norms])]
 
     def extra_repr(self) -> str:
         return f"recursions={len(self.norm)}, affine={self.affine}"

@@ -47,12 +47,12 @@ def print_row(row: dict) -> None:
 
 
 def append_csv(rows: list[dict], output: Path | None) -> None:
-    """Appends rows to a CSV file, if there is one to write, with their names at its top."""
+    """Appends rows to a CSV file, if there is one to write, with their names at its top; a row may lack some."""
     if output is None:
         return
     new = not output.exists()
     with output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -14,13 +14,20 @@ from hf_rskip.hub.push import collect_files
 from hf_rskip.hub.remote_code import find_code
 
 SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
-CODE = {
+OF_SKIP_CONNECTIONS = {
+    "skip_connections.py",
+    "skip_dropout.py",
+    "skip_kernels.py",
+    "skip_kernels_autograd.py",
+    "skip_kernels_cpu.py",
+    "skip_kernels_triton.py",
+    "skip_norms.py",
+}
+CODE = OF_SKIP_CONNECTIONS | {
     "configuration_checks.py",
     "configuration_rskip.py",
     "generation_rskip.py",
     "modeling_rskip.py",
-    "skip_connections.py",
-    "skip_norms.py",
 }
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"README.md", "training_curve.png", "all_results.json", "trainer_state.json"}
@@ -56,6 +63,14 @@ for auto in (AutoConfig, AutoModel, AutoModelForSeq2SeqLM):
         assert "user/tiny contains custom code" in str(error) and "`trust_remote_code=True`" in str(error)
     else:
         raise AssertionError(f"{auto} trusts")
+"""
+KERNELS = """
+from importlib import import_module
+
+kernels = import_module(model.__module__.replace("modeling_rskip", "skip_kernels"))
+x, branch = torch.randn(2, 8192, 64)
+assert kernels.choose_backend(x, branch, 3, "per_step") == ("cpp" if kernels.has_cpp(x.dtype, x.dtype) else "reference")
+torch.testing.assert_close(*(kernels.rskip_layer_norm(x, branch, backend=name) for name in ("auto", "reference")))
 """
 SHOW = "import json\nmodel, tokenizer, result = answer({name!r}, **{kwargs!r})\n"
 SHOW += "print(json.dumps(result | {{'module': type(model).__module__}}))"
@@ -98,7 +113,7 @@ def test_with_code_it_loads_without_the_package(
     assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
     assert files["model.safetensors"] == (trained.folder / "model.safetensors").read_bytes()
 
-    show = ANSWER + REFUSAL + SHOW.format(name="user/tiny", kwargs={"trust_remote_code": True})
+    show = ANSWER + REFUSAL + SHOW.format(name="user/tiny", kwargs={"trust_remote_code": True}) + KERNELS
     loaded = run_without_package(show)
     assert loaded.code == 0, loaded.err
     assert without(loaded, "module") == expected
@@ -207,12 +222,10 @@ def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
     config = RSkipResNetConfig(hidden_sizes=[16, 32], depths=[1, 1], skip_recursions=3, num_labels=5)
     auto_map, code = find_code(config)
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
-    assert {path.name for path in code} == {
+    assert {path.name for path in code} == OF_SKIP_CONNECTIONS | {
         "configuration_checks.py",
         "configuration_rskip_resnet.py",
         "modeling_rskip_resnet.py",
-        "skip_connections.py",
-        "skip_norms.py",
     }
     model = RSkipResNetForImageClassification(config)
     for parameter in model.parameters():

@@ -1,0 +1,306 @@
+"""Time and memory of a recursive skip connection, of the encoder layer around it and of a training step of a whole
+Transformer, against the number of recursions.
+
+    python recipes/benchmarks/skip_kernels.py --output skip_kernels.csv --plot skip_kernels.pdf
+
+measures everything on the GPU, or where there is none on the CPU, at one size. The training step is that of
+`training_step.py`, on a GPU compiled and in bfloat16. All implementations and K take turns,
+in an order that rotates from round to round; reported are medians. On a GPU each call is replayed from a CUDA graph,
+which leaves out what Python takes to launch it (`--no_graphs` leaves that in), with cold caches, and times are those of
+its events; on a CPU it is processor time, which other processes disturb less than the clock. Liger's and
+flash-attention's add and layer norm (K = 1) take part where they are installed. `forward_of_copy_bandwidth` is what x,
+F and y (3 tensors) take of the bytes a second that copying a tensor of that size reaches.
+"""
+
+import argparse
+import statistics
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import training_step
+from report import append_csv, describe_run, print_table
+from torch import nn
+
+from hf_rskip import RSkip
+from hf_rskip.models.skip_connections import rskip_layer_norm
+
+RECURSIONS = (1, 2, 3, 4, 8)
+SIZES = {"cuda": [(8192, 512), (8192, 1024), (65536, 1024)], "cpu": [(8192, 512)]}
+
+
+class EncoderLayer(nn.Module):
+    """Post-LN encoder layer with 64 features a head, on sentences of 64 tokens."""
+
+    def __init__(self, size, skips):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.fc1, self.fc2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        self.skips = skips
+
+    def forward(self, x):
+        heads = self.qkv(x).view(-1, 64, 3, x.shape[-1] // 64, 64).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(x.shape)
+        x = self.skips[0](x, self.out(mixed))
+        return self.skips[1](x, self.fc2(self.fc1(x).relu()))
+
+
+class Skip(nn.Module):
+    """`rskip_layer_norm` with a fixed backend."""
+
+    def __init__(self, size, recursions, affine, backend):
+        super().__init__()
+        shape = (recursions, size) if affine == "per_step" else (size,)
+        self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+        self.arguments = {"recursions": recursions, "affine": affine, "backend": backend}
+
+    def forward(self, x, branch):
+        return rskip_layer_norm(x, branch, self.weight.to(x.dtype), self.bias.to(x.dtype), **self.arguments)
+
+
+def make_skips(size, recursions, affine, device):
+    """Skip connections by the name of their implementation."""
+    fused = "triton" if device == "cuda" else "cpp"
+    skips = {name: Skip(size, recursions, affine, name) for name in ("reference", "recompute", fused)}
+    skips["auto"] = RSkip(size, recursions, affine=affine)
+    skips["compile"] = torch.compile(Skip(size, recursions, affine, "reference"))
+    skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, fused))
+    if recursions == 1 and device == "cuda":
+        skips |= make_peers(size)
+    return skips
+
+
+def make_peers(size):
+    peers = {}
+    if find_spec("liger_kernel"):
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        class Liger(nn.LayerNorm):
+            def forward(self, x, branch):
+                return LigerLayerNormFunction.apply(x + branch, self.weight, self.bias, self.eps)
+
+        peers["liger"] = Liger(size)
+    if find_spec("flash_attn"):
+        from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+        class FlashAttention(nn.LayerNorm):
+            def forward(self, x, branch):
+                return layer_norm_fn(branch, self.weight, self.bias, residual=x, eps=self.eps)
+
+        peers["flash_attn"] = FlashAttention(size)
+    return peers
+
+
+class Case:
+    """A module with inputs, and its two passes."""
+
+    def __init__(self, module, inputs, upstream):
+        self.module, self.inputs, self.upstream = module, inputs, upstream
+        self.leaves = [*inputs, *module.parameters()]
+        self.forward_times, self.total_times = [], []
+
+    def forward(self):
+        return self.module(*self.inputs)
+
+    def both(self):
+        return torch.autograd.grad(self.forward(), self.leaves, self.upstream)
+
+    def measure_on_cpu(self):
+        start = time.process_time()
+        y = self.forward()
+        middle = time.process_time()
+        torch.autograd.grad(y, self.leaves, self.upstream)
+        return middle - start, time.process_time() - start
+
+    def kept_bytes(self):
+        """Of the activations that wait for the backward pass, without inputs and parameters."""
+        given = {tensor.untyped_storage().data_ptr() for tensor in self.leaves}
+        kept = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in given:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = self.forward()
+        del y
+        return sum(kept.values())
+
+
+class Gpu:
+    """Times calls by events, each with caches that hold something else; graphs share their memory."""
+
+    def __init__(self, graphs):
+        self.graphs, self.other = graphs, torch.empty(2**28, dtype=torch.int8, device="cuda")
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def prepare(self, function):
+        if not self.graphs:
+            return function
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            function()
+        return graph.replay
+
+    def measure(self, function):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.other.zero_()  # meanwhile what follows is put into the queue
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+
+def take_turns(cases, rounds, warmup, gpu):
+    if gpu:
+        calls = {case: (gpu.prepare(case.forward), gpu.prepare(case.both)) for case in cases}
+    for index in range(-warmup, rounds):
+        start = index % len(cases)
+        for case in cases[start:] + cases[:start]:
+            forward, total = map(gpu.measure, calls[case]) if gpu else case.measure_on_cpu()
+            if index >= 0:
+                case.forward_times.append(forward)
+                case.total_times.append(total)
+
+
+def make_cases(args, rows, size, device, dtype):
+    """All that is measured at one size, by (what, implementation, affine, K)."""
+    torch.manual_seed(0)
+    x, branch = (torch.randn(rows, size, device=device, dtype=dtype).requires_grad_() for _ in range(2))
+    upstream = torch.randn(rows, size, device=device, dtype=dtype)
+    cases = {}
+    for affine in args.affines:
+        for recursions in args.recursions:
+            for name, skip in make_skips(size, recursions, affine, device).items():
+                if args.implementations and name not in args.implementations:
+                    continue
+                skip.to(device, dtype)
+                cases["skip", name, affine, recursions] = Case(skip, (x, branch), upstream)
+                if args.layer and name in ("reference", "recompute", "auto"):
+                    skips = nn.ModuleList([make_skips(size, recursions, affine, device)[name] for _ in range(2)])
+                    layer = EncoderLayer(size, skips).to(device, dtype)
+                    cases["layer", name, affine, recursions] = Case(layer, (x,), upstream)
+    return cases
+
+
+def measure_copy(rows, size, device, dtype, gpu):
+    """Bytes a second of reading and writing a tensor."""
+    source = torch.randn(rows, size, device=device, dtype=dtype)
+    target, seconds = torch.empty_like(source), []
+    copy = gpu.prepare(lambda: target.copy_(source)) if gpu else None
+    for _ in range(20):
+        if gpu:
+            seconds.append(gpu.measure(copy))
+        else:
+            start = time.process_time()
+            target.copy_(source)
+            seconds.append(time.process_time() - start)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def measure_training_steps(args, device):
+    arguments = ["--recursions", *map(str, args.recursions), "--affines", *args.affines, f"--threads={args.threads}"]
+    arguments += [f"--{name}={value}" for name, value in (("shape", args.step), ("rounds", args.rounds)) if value]
+    arguments += ["--compile", "--bf16"] if device == "cuda" else []
+    return training_step.measure(training_step.parse_arguments(arguments))
+
+
+def plot(rows, path):
+    """Forward and backward time of the skip connection against K, one panel a size and affine."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    plt.style.use("tableau-colorblind10")
+    rows = [row for row in rows if row["what"] == "skip"]
+    panels = sorted({(row["rows"], row["size"], row["affine"]) for row in rows})
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        here = [row for row in rows if (row["rows"], row["size"], row["affine"]) == panel]
+        for name, marker in zip(dict.fromkeys(row["implementation"] for row in here), "osD^vP*X", strict=False):
+            points = [(row["K"], float(row["total_ms"])) for row in here if row["implementation"] == name]
+            axis.plot(*zip(*points, strict=True), marker=marker, label=name)
+        axis.set(title=f"{panel[0]} rows of {panel[1]}, {panel[2]}", xlabel="recursions K", ylim=(0, None))
+    axes[0][0].set_ylabel("forward and backward (ms)")
+    axes[0][-1].legend()
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", help="ROWSxFEATURES, such as 8192x512")
+    parser.add_argument("--recursions", type=int, nargs="+", default=RECURSIONS)
+    parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
+    parser.add_argument("--implementations", nargs="+", help="only these")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--rounds", type=int, help="measured calls of each: 100 on a GPU, 7 on a CPU")
+    parser.add_argument("--warmup", type=int, default=3, help="calls before those")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--no_graphs", action="store_true", help="call from Python, on a GPU, rather than CUDA graphs")
+    parser.add_argument("--no_layer", dest="layer", action="store_false", help="leave the encoder layer out")
+    parser.add_argument("--step", choices=["none", *training_step.SHAPES], help="model: base on a GPU, small on a CPU")
+    parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
+    parser.add_argument("--plot", type=Path, help="file of a plot of time against K")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype or {"cuda": "bfloat16", "cpu": "float32"}[device])
+    rounds = args.rounds or {"cuda": 100, "cpu": 7}[device]
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else SIZES[device]
+    gpu = Gpu(not args.no_graphs) if device == "cuda" else None
+    rows = []
+    for count, size in sizes:
+        torch._dynamo.reset()
+        torch._dynamo.config.cache_size_limit = 256
+        cases = make_cases(args, count, size, device, dtype)
+        copy = measure_copy(count, size, device, dtype, gpu)
+        take_turns(list(cases.values()), rounds, args.warmup, gpu)
+        medians = {
+            key: [statistics.median(times) for times in (case.forward_times, case.total_times)]
+            for key, case in cases.items()
+        }
+        for key, (forward, total) in medians.items():
+            what, name, affine, recursions = key
+            least, eager = (what, name, affine, min(args.recursions)), (what, "reference", affine, recursions)
+            moved = 3 * count * size * dtype.itemsize / forward
+            rows.append(
+                {
+                    "what": what,
+                    "implementation": name,
+                    "affine": affine,
+                    "K": recursions,
+                    "rows": count,
+                    "size": size,
+                    "forward_ms": f"{1e3 * forward:.4g}",
+                    "backward_ms": f"{1e3 * (total - forward):.4g}",
+                    "total_ms": f"{1e3 * total:.4g}",
+                    "forward_to_K1": f"{forward / medians[least][0]:.3f}" if least in medians else "",
+                    "total_to_K1": f"{total / medians[least][1]:.3f}" if least in medians else "",
+                    "eager_to_this": f"{medians[eager][1] / total:.3f}" if eager in medians else "",
+                    "forward_of_copy_bandwidth": f"{moved / copy:.3f}" if what == "skip" else "",
+                    "kept_MiB": f"{cases[key].kept_bytes() / 2**20:.2f}",
+                }
+            )
+    triton = version("triton") if find_spec("triton") else ""
+    about = {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds, **describe_run(device), "triton": triton}
+    print_table([{name: str(value) for name, value in row.items()} for row in rows], about)
+    of_steps = [] if args.step == "none" else measure_training_steps(args, device)
+    append_csv([row | about for row in rows] + of_steps, args.output)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What the tests of the implementations of recursive skip connections share: inputs, and how near is equal."""
+
+import os
+
+import torch
+
+from hf_rskip.models.skip_connections import rskip_layer_norm, rskip_rms_norm
+from hf_rskip.models.skip_dropout import keep_factors
+
+AFFINES = ("per_step", "shared", "last")
+PRECISIONS = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+EXTREMES = {
+    "plain": lambda x: x,
+    "large": lambda x: 1e4 * x,
+    "offset": lambda x: 1e4 + x,
+    "small": lambda x: 1e-4 * x,
+    "tiny": lambda x: 1e-20 * x,
+    "denormal": lambda x: 1e-39 * x,
+    "constant rows": lambda x: x[..., :1].expand(x.shape).contiguous(),
+    "zero": lambda x: 0 * x,
+    "one column": lambda x: torch.cat([1e3 + 1e3 * x[..., :1].abs(), 1e-3 * x[..., 1:]], -1),
+}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+UNIT = 2.0**-24
+"""Relative rounding error of float32."""
+
+
+def random_leaves(shape, recursions, affine, dtypes=(torch.float32,) * 2, seed=0):
+    """x, F, gains and biases, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    x, branch, upstream = torch.randn(3, *shape, generator=generator)
+    affine_shape = (recursions, shape[-1]) if affine == "per_step" else shape[-1:]
+    weight, bias = (torch.rand(affine_shape, generator=generator) + shift for shift in (0.5, -0.5))
+    dtype = torch.promote_types(*dtypes)
+    return [x.to(dtypes[0]), (0.3 + 2 * branch).to(dtypes[1]), weight, bias], upstream.to(dtype)
+
+
+class Rounded(torch.autograd.Function):
+    """A value off by a rounding error of random sign, and its gradient by another one."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value * (1 + UNIT * _signs(value))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 + UNIT * _signs(gradient))
+
+
+def _signs(like):
+    return 2.0 * torch.randint_like(like, 2) - 1
+
+
+def formula(x, branch, weight, bias, recursions, affine, scale=1.0, eps=1e-5, rounded=lambda value: value):
+    """In float64; `rounded` is applied to every result of an operation, and to every term of a sum.
+
+    Without a bias it is that of RMS norm.
+    """
+    size, y = x.shape[-1], branch
+    for step in range(recursions):
+        y = rounded(rounded(scale * x) + rounded(y))
+        if bias is not None:
+            y = rounded(y - rounded(rounded(y).mean(-1, keepdim=True)))
+        variance = rounded(rounded(y * y).mean(-1, keepdim=True))
+        y = rounded(y * rounded(torch.rsqrt(rounded(variance + eps))))
+        if affine != "last" or step == recursions - 1:
+            row = step if affine == "per_step" else 0
+            y = rounded(y * rounded(weight.reshape(-1, size)[row]))
+            if bias is not None:
+                y = rounded(y + rounded(bias.reshape(-1, size)[row]))
+    return rounded(y)
+
+
+def results(function, leaves, upstream, *args, **kwargs):
+    """The value of `function` and its gradients under the gradient `upstream`."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]  # keeps strides
+    y = function(*leaves, *args, **kwargs)
+    return y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
+
+
+def assert_are_formula(found, leaves, upstream, factors=1.0, ulps=0.5, **arguments):
+    """Value and gradients, up to four times what rounding each operation to float32 makes of the formula, and one
+    rounding, `ulps` units, of the result to its precision. `factors` is what dropout multiplies F with.
+
+    The first is the largest of eight draws, for each row; rows that are constant or have a large offset have more of
+    it.
+    """
+    bias = [None] * (4 - len(leaves))
+
+    def dropped(x, branch, *affine, **kwargs):
+        return formula(x, factors * branch, *affine, *bias, **kwargs)
+
+    wide = [leaf.double() for leaf in leaves], upstream.double()
+    expected = results(dropped, *wide, **arguments)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = [results(dropped, *wide, **arguments, rounded=Rounded.apply) for _ in range(8)]
+    dtypes = torch.promote_types(leaves[0].dtype, leaves[1].dtype), *(leaf.dtype for leaf in leaves)
+    names = ("y", "grad_x", "grad_branch", "grad_weight", "grad_bias")[: len(dtypes)]
+    for name, value, wanted, dtype, *off in zip(names, found, expected, dtypes, *draws, strict=True):
+        assert value.dtype == dtype and value.shape == wanted.shape
+        if not value.numel():
+            continue
+        tolerance = 4 * torch.stack([(other - wanted).abs() for other in off]).amax(0).amax(-1, keepdim=True)
+        if dtype != torch.float32:
+            tolerance = tolerance + ulps * torch.finfo(dtype).eps * (wanted.abs() + tolerance)
+        smallest = torch.finfo(torch.float32).tiny + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        excess = (value.double().cpu() - wanted).abs() / (tolerance + smallest)
+        assert excess.max() <= 1, f"{name}: {excess.max():.2f} of what is allowed"  # fails for NaN
+
+
+def assert_equals_formula(backend, leaves, upstream, recursions, affine, scale=1.0, device="cpu", **dropout):
+    """Of `rskip_layer_norm`, or without a bias of `rskip_rms_norm`; with the same bits in a second run."""
+    function = rskip_layer_norm if len(leaves) == 4 else rskip_rms_norm
+    arguments = {"recursions": recursions, "affine": affine, "scale": scale}
+    given = [leaf.to(device) for leaf in leaves], upstream.to(device)
+    found, again = (results(function, *given, backend=backend, **arguments, **dropout) for _ in range(2))
+    assert all(map(torch.equal, found, again)), "differs from run to run"
+    factors = keep_factors(dropout["seed"].cpu(), dropout["dropout"], leaves[1].double()) if dropout else 1.0
+    # Triton's interpreter cuts bfloat16 where a GPU rounds.
+    ulps = 1.0 if backend == "triton" and INTERPRETED else 0.5
+    assert_are_formula(found, leaves, upstream, factors, ulps, **arguments)
+    return found

@@ -1,0 +1,51 @@
+"""The benchmarks of skip connections run, at sizes that say nothing about speed."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+
+
+def run(script, output, arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments.split(), "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
+    return rows
+
+
+def test_skip_kernels(tmp_path):
+    arguments = (
+        "--sizes 128x64 --recursions 1 3 --rounds 2 --warmup 1 --implementations reference recompute auto --step tiny"
+    )
+    arguments += f" --plot {tmp_path / 'plot.pdf'}"
+    rows = run("skip_kernels.py", tmp_path / "rows.csv", arguments)
+    keys = {(row["what"], row["implementation"], row["affine"], row["K"]) for row in rows}
+    assert len(keys) == len(rows)
+    counts = [sum(row["what"] == what for row in rows) for what in ("skip", "layer", "training step")]
+    assert counts == [12, 12, 7]
+    for row in rows[:24]:
+        assert 0 < float(row["forward_ms"]) < float(row["total_ms"]) and float(row["total_to_K1"]) > 0
+        if (row["what"], row["implementation"]) == ("skip", "reference"):
+            assert row["eager_to_this"] == "1.000"
+    kept = {
+        (row["implementation"], row["affine"], row["K"]): float(row["kept_MiB"])
+        for row in rows
+        if row["what"] == "skip"
+    }
+    assert kept["reference", "per_step", "3"] > 2 * kept["reference", "per_step", "1"]
+    assert kept["recompute", "per_step", "3"] < kept["reference", "per_step", "1"]
+    assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_training_step(tmp_path):
+    arguments = "--shape tiny --batch_size 2 --length 8 --recursions 1 2 --affines last --rounds 1 --warmup 1 --bf16"
+    rows = run("training_step.py", tmp_path / "rows.csv", arguments)
+    names = [("fused", "1"), ("fused", "2"), ("eager", "2"), ("marian", "1")]
+    assert [(row["implementation"], row["K"]) for row in rows] == names
+    assert all(float(row["total_ms"]) > 0 and float(row["marian_to_this"]) > 0 for row in rows)
+    assert rows[0]["total_to_K1"] == rows[-1]["marian_to_this"] == "1.000"
