@@ -33,6 +33,7 @@ SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -118,6 +119,21 @@ struct Whole {
   void store(V v, T* p) const { narrow(v, p); }
   V keep(V v) const { return v; }
 };
+// Stores past the caches, which would otherwise read first what is overwritten, at multiples of a vector. Vectors of 16
+// bits are no faster for it.
+struct Streamed : Whole {
+  using Whole::store;
+#if defined(__AVX512F__)
+  void store(V v, float* p) const { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX__)
+  void store(V v, float* p) const { _mm256_stream_ps(p, (__m256)v); }
+#endif
+  static void finish() {
+#ifdef __AVX__
+    _mm_sfence();
+#endif
+  }
+};
 
 // A sum in lanes that do not wait for each other. What they gathered is put by now and then: a lane that holds one
 // large value would round every later one alike.
@@ -140,15 +156,15 @@ struct Sum {
 };
 
 // Calls `body(i, part, lane)` for the vectors of a row, which adds to those lanes of `sums`.
-template <class Body, class... Sums>
+template <class Part = Whole, class Body, class... Sums>
 static inline __attribute__((always_inline)) void over(int64_t n, Body body, Sums&... sums) {
   for (int64_t i = 0; i < n;) {
     const int64_t end = sizeof...(sums) > 0 ? std::min(n, i + 16 * UNROLL * LANES) : n;
     for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
-      body(i, Whole{}, 0);
-      body(i + LANES, Whole{}, 1);
+      body(i, Part{}, 0);
+      body(i + LANES, Part{}, 1);
     }
-    for (; i + LANES <= end; i += LANES) body(i, Whole{}, 0);
+    for (; i + LANES <= end; i += LANES) body(i, Part{}, 0);
     if (i < end) body(i, Tail{end - i}, 0);
     i = end;
     (sums.put_by(), ...);
@@ -158,10 +174,16 @@ static inline __attribute__((always_inline)) void over(int64_t n, Body body, Sum
 struct Job {
   int64_t rows, n, stride, steps, affine_rows;  // `stride` between rows of gains, biases and of what passes share
   float eps, scale, over_n;
-  bool closed, centred;
+  bool closed, centred, streams;
   uint64_t seed;
   float dropout;
 };
+
+// `over` for what stores outputs.
+template <class Body>
+static inline void over_outputs(const Job& job, Body body) {
+  job.streams ? over<Streamed>(job.n, body) : over(job.n, body);
+}
 
 // The tensors from some row on; `factors` is what dropout multiplies F with.
 struct Rows {
@@ -179,10 +201,10 @@ struct Rows {
   }
 };
 
-// Asks for what lies some rows ahead, into the cache of second level.
+// Asks for what lies `rows` ahead, into the cache of second level.
 template <class T>
-static inline void ahead(const T* p, const Job& job) {
-  __builtin_prefetch(p + 4 * job.n, 0, 2);
+static inline void ahead(const T* p, const Job& job, int64_t rows = 4) {
+  __builtin_prefetch(p + rows * job.n, 0, 2);
 }
 
 // Dropout: u(seed, i) of `skip_dropout.py`, two halves of a vector in 64-bit lanes.
@@ -433,9 +455,10 @@ static Stats closed_statistics(const Rows at, const Job& job) {
 }
 
 template <bool DROP>
-static void closed_output(const Rows at, const float* w, const float* b, const Job& job,
-                          const Stats& stats, float scale, float a, float c) {
-  over(job.n, [&](int64_t i, auto part, int) {
+static void closed_output(const Rows at, const float* w, const float* b, const Job job,
+                          const Stats stats, float scale, float a, float c) {
+  over_outputs(job, [&](int64_t i, auto part, int) {
+    ahead(at.x + i, job, BLOCK + 4), ahead(at.f + i, job, BLOCK + 4);
     const Pair v = load<DROP>(at, job, i, part);
     const V p = (v.x - stats.mean_x) * scale, q = (v.x + v.f - stats.mean_u) * scale;
     part.store((a * p + c * q) * widen(w + i) + widen(b + i), at.y + i);
@@ -444,7 +467,7 @@ static void closed_output(const Rows at, const float* w, const float* b, const J
 
 template <bool DROP>
 static void closed_backward(const Rows at, const float* w, float* acc_w, float* acc_b,
-                            const Job& job, const Stats& stats, const Coefficients& o, int64_t j) {
+                            const Job job, const Stats stats, const Coefficients& o, int64_t j) {
   const float scale = o.over[j], a = o.a[j], c = o.c[j];
   Sum sum, along_x, along_u;
   over(job.n, [&](int64_t i, auto part, int lane) {
@@ -460,7 +483,8 @@ static void closed_backward(const Rows at, const float* w, float* acc_w, float* 
   const double by_x = along_x.total() * job.over_n, by_u = along_u.total() * job.over_n;
   float by[3], mean = job.centred ? sum.total() * job.over_n : 0;
   for (int p = 0; p < 3; p++) by[p] = (p < 2 ? 2 : 1) * (by_x * o.da[p][j] + by_u * o.dc[p][j]);
-  over(job.n, [&](int64_t i, auto part, int) {
+  over_outputs(job, [&](int64_t i, auto part, int) {
+    ahead(at.x + i, job), ahead(at.f + i, job), ahead(at.gradient + i, job);
     const Pair v = load<DROP>(at, job, i, part);
     const V g = part.load(at.gradient + i) * widen(w + i) - mean;
     const V p = (v.x - stats.mean_x) * scale, q = (v.x + v.f - stats.mean_u) * scale;
@@ -501,12 +525,15 @@ struct Affine {
 };
 
 
-static Job make_job(const int64_t* sizes, const double* numbers, int64_t seed) {
+static Job make_job(const int64_t* sizes, const double* numbers, int64_t seed,
+                    std::initializer_list<const void*> outputs) {
   const int64_t n = sizes[1];
+  bool streams = sizes[0] * n >= 1 << 20 && n % LANES == 0;  // from there on faster with the next reading counted
+  for (const void* output : outputs) streams &= (uintptr_t)output % WIDTH == 0;
   // Rows at multiples of 4096 bytes would take turns in one set of the cache.
   const int64_t stride = (n + LANES - 1) / LANES * LANES + 80;
   return {sizes[0], n, stride, sizes[2], sizes[3], float(numbers[0]), float(numbers[1]), 1.0f / n,
-          sizes[4] != 0, sizes[5] != 0, uint64_t(seed), float(numbers[2])};
+          sizes[4] != 0, sizes[5] != 0, streams, uint64_t(seed), float(numbers[2])};
 }
 
 // Blocks of rows that stay in the cache.
@@ -551,6 +578,7 @@ static void forward(const Rows tensors, const Affine& affine, const Job job, int
           chain_forward<DROP>(of(row), affine.w.data, affine.b.data, affine.inner.data, job, work.data);
       }
     }
+    Streamed::finish();
   }
 }
 
@@ -598,13 +626,14 @@ static void backward(const Rows tensors, const Affine& affine, double* partial, 
         }
       }
     }
+    Streamed::finish();
   }
 }
 
 // `sizes` are rows, n, K, affine rows, closed, centred, chunks of the backward pass; `numbers` eps, scale, dropout.
 extern "C" void rskip_forward(const TX* x, const TF* f, const float* weight, const float* bias, TY* y, float* stats,
                               const int64_t* sizes, const double* numbers, int64_t seed, int threads) {
-  const Job job = make_job(sizes, numbers, seed);
+  const Job job = make_job(sizes, numbers, seed, {y});
   const Affine affine(weight, bias, job);
   const Rows rows{x, f, stats, y, nullptr, nullptr, nullptr, nullptr};
   job.dropout > 0 ? forward<true>(rows, affine, job, threads) : forward<false>(rows, affine, job, threads);
@@ -614,7 +643,7 @@ extern "C" void rskip_forward(const TX* x, const TF* f, const float* weight, con
 extern "C" void rskip_backward(const TY* gradient, const TX* x, const TF* f, const float* weight, const float* bias,
                                float* stats, TX* dx, TF* df, double* partial, const int64_t* sizes,
                                const double* numbers, int64_t seed, int threads) {
-  const Job job = make_job(sizes, numbers, seed);
+  const Job job = make_job(sizes, numbers, seed, {dx, df});
   const Affine affine(weight, bias, job);
   const Rows rows{x, f, stats, nullptr, gradient, dx, df, nullptr};
   job.dropout > 0 ? backward<true>(rows, affine, partial, sizes[6], job, threads)

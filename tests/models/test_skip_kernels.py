@@ -120,6 +120,21 @@ def test_many_rows_add_up(backend):
     assert_equals_formula(backend, leaves, upstream.abs(), 2, "per_step")
 
 
+@CPP.marks[0]
+@pytest.mark.parametrize("shape", [(2048, 512), (1100, 1001)], ids=["whole vectors", "part of one"])
+def test_large_outputs_are_those_of_their_parts(shape):
+    """From 2^20 values on they are written past the caches, if rows are whole vectors; a quarter of them is not."""
+    leaves, upstream = random_leaves(shape, 3, "last")
+    y, *rows, weight, bias = results(rskip_layer_norm, leaves, upstream, 3, "last", backend="cpp")
+    quarters = [
+        results(rskip_layer_norm, [*part, *leaves[2:]], up, 3, "last", backend="cpp")
+        for *part, up in zip(*(tensor.chunk(4) for tensor in (*leaves[:2], upstream)), strict=True)
+    ]
+    *parts, of_weight, of_bias = zip(*quarters, strict=True)
+    assert all(torch.equal(whole, torch.cat(part)) for whole, part in zip((y, *rows), parts, strict=True))
+    torch.testing.assert_close((weight, bias), (sum(of_weight), sum(of_bias)), rtol=1e-5, atol=1e-3)
+
+
 @BACKENDS
 def test_gradients_that_nobody_asks_for(backend):
     leaves, upstream = random_leaves((9, 32), 2, "per_step")
