@@ -39,12 +39,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.integrations import use_kernel_forward_from_hub
 
-from .skip_kernels import choose_backend, rskip_layer_norm, rskip_rms_norm
+from .skip_kernels import AFFINES, choose_backend, rskip_layer_norm, rskip_rms_norm
 from .skip_norms import NORMS, LayerNorm, NoNorm, RMSNorm, make_norm, norm_of
-
-AFFINES = ("per_step", "shared", "last")
-"""Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
-
 
 _REAL_NORMS = tuple(name for name in NORMS if name != "none")
 

@@ -20,6 +20,7 @@ the formula step by step.
 """
 
 import importlib.util
+import os
 
 import torch
 from torch.nn import functional as F
@@ -27,6 +28,8 @@ from torch.nn import functional as F
 from .skip_dropout import draw_seed, keep_factors
 from .skip_kernels_autograd import RecomputedRSkip
 
+AFFINES = ("per_step", "shared", "last")
+"""Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
 BACKENDS = ("auto", "reference", "recompute", "cpp", "triton")
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +68,7 @@ def rskip_layer_norm(
         backend: see the table of this module.
 
     Raises:
-        `ValueError`: for a backend that is unknown or cannot run on these tensors, and for a `dropout` out of range.
+        `ValueError`: for shapes that do not fit, arguments out of range, and a backend that cannot run on the tensors.
 
     Example:
 
@@ -100,10 +103,7 @@ def rskip_rms_norm(
 
 
 def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend):
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`dropout` must be at least 0 and less than 1, not {dropout!r}")
+    _check(x, branch, weight, bias, recursions, affine, dropout, backend)
     if dropout and seed is None:
         seed = draw_seed(x.device)
     if backend == "auto":
@@ -126,6 +126,25 @@ def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dro
     flat = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
     y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), *arguments)
     return y.view(x.shape)
+
+
+def _check(x, branch, weight, bias, recursions, affine, dropout, backend):
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if affine not in AFFINES:
+        raise ValueError(f"`affine` must be one of {', '.join(AFFINES)}, not {affine!r}")
+    if not isinstance(recursions, int) or recursions < 1:
+        raise ValueError(f"`recursions` must be an integer of at least 1, not {recursions!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be at least 0 and less than 1, not {dropout!r}")
+    if not x.shape or x.shape != branch.shape:
+        raise ValueError(f"`x` and `branch` must have one shape `(..., size)`, not {[*x.shape]} and {[*branch.shape]}")
+    rows, size = recursions if affine == "per_step" else 1, x.shape[-1]
+    shapes = ((rows, size), (size,)) if rows == 1 else ((rows, size),)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(f"`{name}` must have shape {expected}, not {tuple(tensor.shape)}")
 
 
 def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str) -> str:
@@ -166,9 +185,17 @@ def has_cpp(x: torch.dtype, branch: torch.dtype) -> bool:
     return load((x, branch, torch.promote_types(x, branch))) is not None
 
 
+@torch.compiler.assume_constant_result
+def _device_of(backend: str) -> str:
+    return "cpu" if backend == "cpp" or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
 def _operator(backend, x, branch):
     if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
         raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
+    device = _device_of(backend)
+    if x.device.type != device:
+        raise ValueError(f"backend={backend!r} runs on {device}, and x is on {x.device.type}")
     if backend == "cpp":
         if not has_cpp(x.dtype, branch.dtype):
             raise ValueError("backend='cpp' needs a C++ compiler")

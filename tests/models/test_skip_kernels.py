@@ -1,6 +1,7 @@
 """The implementations of recursive skip connections against the formula in float64: values and all gradients."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -389,12 +390,35 @@ def test_transformers_can_put_a_kernel_in_its_place():
     assert torch.equal(model[0](x, branch), x - branch)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "recompute", "cpp"])
+@pytest.mark.parametrize(
+    ("branch", "weight", "arguments", "message"),
+    [
+        ((3, 16), None, {}, "`x` and `branch` must have one shape `(..., size)`, not [4, 16] and [3, 16]"),
+        ((4, 8), None, {}, "`x` and `branch` must have one shape"),
+        ((16,), None, {}, "`x` and `branch` must have one shape"),
+        ((4, 16), None, {"affine": "per-step"}, "`affine` must be one of per_step, shared, last, not 'per-step'"),
+        ((4, 16), None, {"recursions": 0}, "`recursions` must be an integer of at least 1, not 0"),
+        ((4, 16), None, {"recursions": 2.0}, "`recursions` must be an integer of at least 1, not 2.0"),
+        ((4, 16), (3, 16), {}, "`weight` must have shape (2, 16), not (3, 16)"),
+        ((4, 16), (16,), {}, "`weight` must have shape (2, 16), not (16,)"),
+        ((4, 16), (2, 16), {"affine": "last"}, "`weight` must have shape (1, 16) or (16,), not (2, 16)"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(backend, branch, weight, arguments, message):
+    weight = None if weight is None else torch.ones(weight)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        rskip_layer_norm(torch.randn(4, 16), torch.randn(branch), weight, backend=backend, **arguments)
+
+
 def test_wrong_backends_are_one_sentence():
     x = torch.randn(4, 16)
     with pytest.raises(
         ValueError, match="^`backend` must be one of auto, reference, recompute, cpp, triton, not 'cuda'$"
     ):
         rskip_layer_norm(x, x, backend="cuda")
+    with pytest.raises(ValueError, match="^backend='triton' runs on cuda, and x is on cpu$"):
+        rskip_layer_norm(x, x, backend="triton")
     with pytest.raises(ValueError, match="^backend='cpp' takes float32, bfloat16 and float16, not torch.float64 and"):
         rskip_layer_norm(x.double(), x.double(), backend="cpp")
 
