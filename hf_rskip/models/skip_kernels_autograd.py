@@ -42,6 +42,11 @@ def closed_form(
     return over, a, c, da, dc
 
 
+def _refuse_second_derivative():
+    if torch.is_grad_enabled():
+        raise RuntimeError("the recomputed gradient has no autograd formula of its own: use backend='reference'")
+
+
 class RecomputedRSkip(torch.autograd.Function):
     """The K steps in tensor operations, on any device and in any precision.
 
@@ -61,8 +66,7 @@ class RecomputedRSkip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the recomputed gradient has no autograd formula of its own: use backend='reference'")
+        _refuse_second_derivative()
         saved = ctx.saved_tensors  # only once: a checkpoint gives them no second time
         inputs, seed, stats = saved[:4], saved[4], saved[5:]
         recursions, closed, centred, eps, scale, dropout, dims = ctx.arguments
@@ -170,6 +174,7 @@ def register_recomputation(forward_op, backward_op) -> None:
         ctx.arguments = recursions, closed, centred, eps, scale, dropout
 
     def backward(ctx, gradient, _):
+        _refuse_second_derivative()
         if gradient is None:
             return (None,) * 12
         return *backward_op(gradient, *ctx.saved_tensors, *ctx.arguments), *[None] * 8

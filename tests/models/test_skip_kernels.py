@@ -188,7 +188,7 @@ def test_the_operator_is_one_of_torch(closed):
     rows = 1 if closed else 3
     arguments = (x, branch, weight.reshape(rows, 32), bias.reshape(rows, 32), None, 3, closed, True, 1e-5, 1.0, 0.0)
     arguments += (torch.float32,)
-    torch.library.opcheck(skip_kernels_cpu.rskip_layer_norm, arguments)
+    assert set(torch.library.opcheck(skip_kernels_cpu.rskip_layer_norm, arguments).values()) == {"SUCCESS"}
 
 
 @CPP.marks[0]
@@ -409,6 +409,12 @@ def test_wrong_arguments_are_one_sentence(backend, branch, weight, arguments, me
     weight = None if weight is None else torch.ones(weight)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         rskip_layer_norm(torch.randn(4, 16), torch.randn(branch), weight, backend=backend, **arguments)
+
+
+def test_precisions_that_no_operator_takes():
+    x, branch = torch.randn(1024, 512), torch.randn(1024, 512, dtype=torch.float64)
+    for pair in ((x, branch), (branch, x), (branch, branch)):
+        assert skip_kernels.choose_backend(*pair, 2, "per_step") == "reference"
 
 
 def test_wrong_backends_are_one_sentence():
