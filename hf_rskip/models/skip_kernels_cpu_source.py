@@ -9,6 +9,7 @@ SOURCE = r"""
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -130,20 +131,28 @@ struct Sum {
   }
 };
 
-// Calls `body(i, part, lane)` for the vectors of a row, which adds to those lanes of `sums`.
-template <class Part = Whole, class Body, class... Sums>
-static inline __attribute__((always_inline)) void over(int64_t n, Body body, Sums&... sums) {
+// Calls `body(i, part, count)` for groups of vectors of a row, `count` of them from i on: an `integral_constant`, 1 or
+// MANY. `body` adds to `sums`.
+template <int MANY, class Part = Whole, class Body, class... Sums>
+static inline __attribute__((always_inline)) void over_groups(int64_t n, Body body, Sums&... sums) {
+  constexpr std::integral_constant<int, MANY> many;
+  constexpr std::integral_constant<int, 1> one;
   for (int64_t i = 0; i < n;) {
     const int64_t end = sizeof...(sums) > 0 ? std::min(n, i + 16 * UNROLL * LANES) : n;
-    for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
-      body(i, Part{}, 0);
-      body(i + LANES, Part{}, 1);
-    }
-    for (; i + LANES <= end; i += LANES) body(i, Part{}, 0);
-    if (i < end) body(i, Tail{end - i}, 0);
+    for (; i + MANY * LANES <= end; i += MANY * LANES) body(i, Part{}, many);
+    for (; i + LANES <= end; i += LANES) body(i, Part{}, one);
+    if (i < end) body(i, Tail{end - i}, one);
     i = end;
     (sums.put_by(), ...);
   }
+}
+
+// Calls `body(i, part, lane)` for the vectors of a row, which adds to those lanes of `sums`.
+template <class Part = Whole, class Body, class... Sums>
+static inline __attribute__((always_inline)) void over(int64_t n, Body body, Sums&... sums) {
+  over_groups<UNROLL, Part>(n, [&](int64_t i, auto part, auto count) {
+    for (int lane = 0; lane < count; lane++) body(i + lane * LANES, part, lane);
+  }, sums...);
 }
 
 struct Job {
@@ -261,20 +270,22 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
   const Shift shift = shift_of<DROP>(at, job);
   at.stats[0] = shift.x;
   at.stats[1] = shift.f;
-  Sum sum, square;
-  over(n, [&](int64_t i, auto part, int lane) {
-    const Pair v = load<DROP>(at, job, i, part);
-    const V x = part.keep(v.x - shift.x), d = x + part.keep(v.f - shift.f);
-    narrow(x, xs + i);
-    narrow(d, now + i);
-    sum[lane] += d;
-    square[lane] += d * d;
-  }, sum, square);
-  finish(0, sum, square);
+  {
+    Sum sum, square;
+    over(n, [&](int64_t i, auto part, int lane) {
+      const Pair v = load<DROP>(at, job, i, part);
+      const V x = part.keep(v.x - shift.x), d = x + part.keep(v.f - shift.f);
+      narrow(x, xs + i);
+      narrow(d, now + i);
+      sum[lane] += d;
+      square[lane] += d * d;
+    }, sum, square);
+    finish(0, sum, square);
+  }
   int64_t row = 0;
   for (int64_t k = 0; k < steps - 1; k++, row += job.affine_rows > 1 ? job.stride : 0) {
     const auto step = [&](auto meanwhile) {
-      sum = square = Sum{};
+      Sum sum, square;
       over(n, [&](int64_t i, auto, int lane) {
         meanwhile(i);
         const V y = (widen(now + i) * rstd + centre) * widen(w + row + i) + widen(inner + row + i);
@@ -283,6 +294,7 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
         sum[lane] += d;
         square[lane] += d * d;
       }, sum, square);
+      finish(k + 1, sum, square);
     };
     if (steps > 2 && k == 0)
       step([&](int64_t i) { ahead(at.x + i, job), ahead(at.f + i, job); });
@@ -290,7 +302,6 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
       step([&](int64_t i) { ahead(at.y + i, job); });
     else
       step([](int64_t) {});
-    finish(k + 1, sum, square);
   }
   over(n, [&](int64_t i, auto part, int) {
     part.store((widen(now + i) * rstd + centre) * widen(w + row + i) + widen(b + row + i), at.y + i);
@@ -298,71 +309,90 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
 }
 
 // `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds the K normalised rows, each until the
-// gradient of what was normalised takes its place.
+// gradient of what was normalised takes its place. What waits for the step before it goes by groups of vectors, which
+// wait together. Sums live as long as one pass: where later ones saw them, too, they would be in memory.
+constexpr int GROUP = 4;
 template <bool DROP>
 static void chain_backward(const Rows at, const float* w, const float* inner, float* acc_w, float* acc_b,
                            const Job job, float* work) {
   const int64_t n = job.n, steps = job.steps, stride = job.stride, of_affine = job.affine_rows > 1 ? stride : 0;
-  Sum of_mean, of_std;
+  float mean, std, rstd;
+  const auto finish = [&](int64_t k, const Sum& of_mean, const Sum& of_std) {
+    rstd = at.stats[3 + 2 * k];
+    mean = job.centred ? -of_mean.total() * job.over_n * rstd : 0;
+    std = -of_std.total() * job.over_n * rstd;
+  };
   // What the gradient `up` of the output of step k, which normalised to `h`, says of its gain, bias and input.
-  const auto gather = [&](int64_t k, int64_t i, V up, V h, int lane) {
+  const auto gather = [&](int64_t k, int64_t i, V up, V h, V& of_mean, V& of_std) {
     float *to_w = acc_w + k * of_affine + i, *to_b = acc_b + k * of_affine + i;
     const V weighted = up * widen(w + k * of_affine + i);
     narrow(widen(to_w) + up * h, to_w);
     narrow(widen(to_b) + up, to_b);
-    of_mean[lane] += weighted;
-    of_std[lane] += weighted * h;
+    of_mean += weighted;
+    of_std += weighted * h;
   };
-  over(n, [&](int64_t i, auto part, int lane) {
-    const Pair v = load<DROP>(at, job, i, part);
-    const V x = part.keep(v.x - at.stats[0]);
-    V h = (x + part.keep(v.f - at.stats[1])) * at.stats[3] + at.stats[2];
-    narrow(h, work + i);
-    for (int64_t k = 1; k < steps; k++) {
-      const int64_t j = (k - 1) * of_affine + i;
-      h = (x + (h * widen(w + j) + widen(inner + j))) * at.stats[3 + 2 * k] + at.stats[2 + 2 * k];
-      narrow(h, work + k * stride + i);
-    }
-    gather(steps - 1, i, part.load(at.gradient + i), h, lane);
-  }, of_mean, of_std);
-  float mean, std, rstd;
-  const auto finish = [&](int64_t k) {
-    rstd = at.stats[3 + 2 * k];
-    mean = job.centred ? -of_mean.total() * job.over_n * rstd : 0;
-    std = -of_std.total() * job.over_n * rstd;
-    of_mean = of_std = Sum{};
-  };
+  {
+    Sum of_mean, of_std;
+    over_groups<GROUP>(n, [&](int64_t i, auto part, auto count) {
+      V x[GROUP], h[GROUP];
+      for (int j = 0; j < count; j++) {
+        const Pair v = load<DROP>(at, job, i + j * LANES, part);
+        x[j] = part.keep(v.x - at.stats[0]);
+        h[j] = (x[j] + part.keep(v.f - at.stats[1])) * at.stats[3] + at.stats[2];
+        narrow(h[j], work + i + j * LANES);
+      }
+      for (int64_t k = 1; k < steps; k++) {
+        const float *gain = w + (k - 1) * of_affine + i, *shift = inner + (k - 1) * of_affine + i;
+        const V centre = V{} + at.stats[2 + 2 * k], rstd = V{} + at.stats[3 + 2 * k];
+        for (int j = 0; j < count; j++) {
+          h[j] = (x[j] + (h[j] * widen(gain + j * LANES) + widen(shift + j * LANES))) * rstd + centre;
+          narrow(h[j], work + k * stride + i + j * LANES);
+        }
+      }
+      for (int j = 0; j < count; j++) {
+        const int64_t here = i + j * LANES;
+        gather(steps - 1, here, part.load(at.gradient + here), h[j], of_mean[j % UNROLL], of_std[j % UNROLL]);
+      }
+    }, of_mean, of_std);
+    finish(steps - 1, of_mean, of_std);
+  }
   const auto through = [&](int64_t k, int64_t i, V up) {
     return up * widen(w + k * of_affine + i) * rstd + (widen(work + k * stride + i) * std + mean);
   };
   for (int64_t k = steps - 1; k > 0; k--) {
-    finish(k);
     float* here = work + k * stride;
     const auto step = [&](auto given, auto meanwhile) {
+      Sum of_mean, of_std;
       over(n, [&](int64_t i, auto part, int lane) {
         meanwhile(i);
         const V up = through(k, i, given(i, part));
         narrow(up, here + i);
-        gather(k - 1, i, up, widen(here - stride + i), lane);
+        gather(k - 1, i, up, widen(here - stride + i), of_mean[lane], of_std[lane]);
       }, of_mean, of_std);
+      finish(k - 1, of_mean, of_std);
     };
     const auto later = [&](int64_t i, auto) { return widen(here + stride + i); };
     if (k == steps - 1)
       step([&](int64_t i, auto part) { return part.load(at.gradient + i); },
            [&](int64_t i) { ahead(at.x + i, job), ahead(at.f + i, job), ahead(at.gradient + i, job); });
-    else if (k == steps - 2)
-      step(later, [&](int64_t i) { ahead(at.dx + i, job), ahead(at.df + i, job); });
     else
       step(later, [](int64_t) {});
   }
-  finish(0);
-  over(n, [&](int64_t i, auto part, int) {
-    const V up = through(0, i, steps == 1 ? part.load(at.gradient + i) : widen(work + stride + i));
-    V sum = up;
-    for (int64_t k = 1; k < steps; k++) sum += widen(work + k * stride + i);
-    part.store(DROP ? up * part.load(at.factors + i) : up, at.df + i);
-    part.store(job.scale * sum, at.dx + i);
-  });
+  const auto output = [&](int64_t i, auto part, auto count) {
+    V up[GROUP], sum[GROUP];
+    for (int j = 0; j < count; j++) {
+      const int64_t here = i + j * LANES;
+      sum[j] = up[j] = through(0, here, steps == 1 ? part.load(at.gradient + here) : widen(work + stride + here));
+    }
+    for (int64_t k = 1; k < steps; k++)
+      for (int j = 0; j < count; j++) sum[j] += widen(work + k * stride + i + j * LANES);
+    for (int j = 0; j < count; j++) {
+      const int64_t here = i + j * LANES;
+      part.store(DROP ? up[j] * part.load(at.factors + here) : up[j], at.df + here);
+      part.store(job.scale * sum[j], at.dx + here);
+    }
+  };
+  job.streams ? over_groups<GROUP, Streamed>(n, output) : over_groups<GROUP>(n, output);
 }
 
 // The closed form of `skip_kernels_autograd.py`, for rows side by side.
