@@ -42,11 +42,6 @@ def closed_form(
     return over, a, c, da, dc
 
 
-def _refuse_second_derivative():
-    if torch.is_grad_enabled():
-        raise RuntimeError("the recomputed gradient has no autograd formula of its own: use backend='reference'")
-
-
 class RecomputedRSkip(torch.autograd.Function):
     """The K steps in tensor operations, on any device and in any precision.
 
@@ -55,20 +50,17 @@ class RecomputedRSkip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, seed, recursions, closed, centred, eps, scale, dropout, dtype, dims):
-        wide = _widened(x, branch, weight, bias)
-        if dropout:
-            wide[1] = wide[1] * keep_factors(seed, dropout, wide[1])
-        run = _closed_forward if closed else _chain_forward
-        y, stats = run(*wide, recursions, centred, eps, scale, dims)
-        ctx.save_for_backward(x, branch, weight, bias, seed, *stats)
         ctx.arguments = recursions, closed, centred, eps, scale, dropout, dims
+        y, stats = _forward(x, branch, weight, bias, seed, *ctx.arguments)
+        ctx.save_for_backward(x, branch, weight, bias, seed, *stats)
         return y.to(dtype)
 
     @staticmethod
     def backward(ctx, gradient):
-        _refuse_second_derivative()
         saved = ctx.saved_tensors  # only once: a checkpoint gives them no second time
         inputs, seed, stats = saved[:4], saved[4], saved[5:]
+        if torch.is_grad_enabled():
+            return *_gradient_with_graph(gradient, inputs, seed, *ctx.arguments), *[None] * 9
         recursions, closed, centred, eps, scale, dropout, dims = ctx.arguments
         gradient, x, branch, weight, bias = _widened(gradient, *inputs)
         factors = keep_factors(seed, dropout, branch) if dropout else 1
@@ -76,6 +68,23 @@ class RecomputedRSkip(torch.autograd.Function):
         found = run(gradient, x, branch * factors, weight, bias, stats, recursions, centred, eps, scale, dims)
         found = found[0], found[1] * factors, *found[2:]
         return *(of.to(given.dtype) for of, given in zip(found, inputs, strict=True)), *[None] * 9
+
+
+def _forward(x, branch, weight, bias, seed, recursions, closed, centred, eps, scale, dropout, dims):
+    wide = _widened(x, branch, weight, bias)
+    if dropout:
+        wide[1] = wide[1] * keep_factors(seed, dropout, wide[1])
+    run = _closed_forward if closed else _chain_forward
+    return run(*wide, recursions, centred, eps, scale, dims)
+
+
+def _gradient_with_graph(gradient, inputs, *arguments):
+    """The gradient where it is differentiated again: by autograd through all that the forward pass computes."""
+    inputs = [tensor.view_as(tensor) for tensor in inputs]  # x and F may be one
+    y, _ = _forward(*inputs, *arguments)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, gradient.to(y.dtype), create_graph=True))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 
 def _widened(*tensors):
@@ -174,9 +183,11 @@ def register_recomputation(forward_op, backward_op) -> None:
         ctx.arguments = recursions, closed, centred, eps, scale, dropout
 
     def backward(ctx, gradient, _):
-        _refuse_second_derivative()
         if gradient is None:
             return (None,) * 12
-        return *backward_op(gradient, *ctx.saved_tensors, *ctx.arguments), *[None] * 8
+        *inputs, stats, seed = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_gradient_with_graph(gradient, inputs, seed, *ctx.arguments, (-1,)), *[None] * 8
+        return *backward_op(gradient, *inputs, stats, seed, *ctx.arguments), *[None] * 8
 
     forward_op.register_autograd(backward, setup_context=setup_context)
