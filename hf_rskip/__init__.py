@@ -59,6 +59,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
 # The console script imports this package before anything else, and `hf-rskip --help` is not to wait for torch.
 if PurePath(sys.argv[0]).stem != "hf-rskip":
     from . import models  # noqa: F401

@@ -103,7 +103,7 @@ def rskip_rms_norm(
 
 
 def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend):
-    _check(x, branch, weight, bias, recursions, affine, dropout, backend)
+    _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend)
     if dropout and seed is None:
         seed = draw_seed(x.device)
     if backend == "auto":
@@ -128,7 +128,7 @@ def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dro
     return y.view(x.shape)
 
 
-def _check(x, branch, weight, bias, recursions, affine, dropout, backend):
+def _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend):
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if affine not in AFFINES:
@@ -137,6 +137,8 @@ def _check(x, branch, weight, bias, recursions, affine, dropout, backend):
         raise ValueError(f"`recursions` must be an integer of at least 1, not {recursions!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` must be at least 0 and less than 1, not {dropout!r}")
+    if seed is not None and (not torch.is_tensor(seed) or seed.dtype != torch.int64 or seed.dim()):
+        raise ValueError(f"`seed` must be an int64 tensor of shape `()`, such as `torch.tensor(1)`, not {seed!r}")
     if not x.shape or x.shape != branch.shape:
         raise ValueError(f"`x` and `branch` must have one shape `(..., size)`, not {[*x.shape]} and {[*branch.shape]}")
     rows, size = recursions if affine == "per_step" else 1, x.shape[-1]

@@ -424,6 +424,8 @@ def test_transformers_can_put_a_kernel_in_its_place():
         ((4, 16), (3, 16), {}, "`weight` must have shape (2, 16), not (3, 16)"),
         ((4, 16), (16,), {}, "`weight` must have shape (2, 16), not (16,)"),
         ((4, 16), (2, 16), {"affine": "last"}, "`weight` must have shape (1, 16) or (16,), not (2, 16)"),
+        ((4, 16), None, {"dropout": 0.1, "seed": 7}, "`seed` must be an int64 tensor of shape `()`"),
+        ((4, 16), None, {"dropout": 0.1, "seed": torch.tensor([7])}, "`seed` must be an int64 tensor of shape `()`"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(backend, branch, weight, arguments, message):
