@@ -4,10 +4,10 @@ Transformer, against the number of recursions.
     python recipes/benchmarks/skip_kernels.py --output skip_kernels.csv --plot skip_kernels.pdf
 
 measures everything on the GPU, or where there is none on the CPU, at one size. The training step is that of
-`training_step.py`, on a GPU compiled and in bfloat16. All implementations and K take turns,
-in an order that rotates from round to round; reported are medians. On a GPU each call is replayed from a CUDA graph,
-which leaves out what Python takes to launch it (`--no_graphs` leaves that in), with cold caches, and times are those of
-its events; on a CPU it is processor time, which other processes disturb less than the clock. Liger's and
+`training_step.py`, on a GPU compiled and in bfloat16. All implementations and K take turns, in an order that rotates
+from round to round; reported are medians. On a GPU each call is replayed from a CUDA graph, which leaves out what
+Python takes to launch it (`--no_graphs` leaves that in), with cold caches, and times are those of its events; on a CPU
+with one thread they are processor time, which other processes disturb less than the clock. Liger's and
 flash-attention's add and layer norm (K = 1) take part where they are installed. `forward_of_copy_bandwidth` is what x,
 F and y (3 tensors) take of the bytes a second that copying a tensor of that size reaches.
 """
@@ -29,6 +29,10 @@ from hf_rskip.models.skip_connections import rskip_layer_norm
 
 RECURSIONS = (1, 2, 3, 4, 8)
 SIZES = {"cuda": [(8192, 512), (8192, 1024), (65536, 1024)], "cpu": [(8192, 512)]}
+
+
+def cpu_time():
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class EncoderLayer(nn.Module):
@@ -108,11 +112,11 @@ class Case:
         return torch.autograd.grad(self.forward(), self.leaves, self.upstream)
 
     def measure_on_cpu(self):
-        start = time.process_time()
+        start = cpu_time()
         y = self.forward()
-        middle = time.process_time()
+        middle = cpu_time()
         torch.autograd.grad(y, self.leaves, self.upstream)
-        return middle - start, time.process_time() - start
+        return middle - start, cpu_time() - start
 
     def kept_bytes(self):
         """Of the activations that wait for the backward pass, without inputs and parameters."""
@@ -202,9 +206,9 @@ def measure_copy(rows, size, device, dtype, gpu):
         if gpu:
             seconds.append(gpu.measure(copy))
         else:
-            start = time.process_time()
+            start = cpu_time()
             target.copy_(source)
-            seconds.append(time.process_time() - start)
+            seconds.append(cpu_time() - start)
     return 2 * source.nbytes / statistics.median(seconds)
 
 

@@ -142,10 +142,9 @@ def measure(args):
     keys, seconds, peak = list(steps), {key: [] for key in steps}, {}
 
     def clock():
-        if device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if device == "cpu" and args.threads == 1 else time.perf_counter()
 
     for index in range(-args.warmup, args.rounds):
         for key in keys[index % len(keys) :] + keys[: index % len(keys)]:
