@@ -168,10 +168,17 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affin
     if x.is_cuda and x.numel() >= 2**20 and fits and has_triton():
         return "triton"
     # Measured with one thread, forward and backward, K = 2 and 4: from 2^19 values of 64 features on .99 to 3.3 times
-    # the reference's speed, at 2^17 values or 16 features down to .6 and .9 of it.
-    if x.device.type == "cpu" and x.numel() >= 2**19 and size >= 64 and has_cpp(x.dtype, branch.dtype):
+    # the reference's speed, at 2^17 values or 16 features down to .6 and .9 of it. What a call costs of itself is not
+    # shared among threads.
+    worth = 2**19 * cpu_threads()
+    if x.device.type == "cpu" and x.numel() >= worth and size >= 64 and has_cpp(x.dtype, branch.dtype):
         return "cpp"
     return "reference"
+
+
+@torch.compiler.assume_constant_result
+def cpu_threads() -> int:
+    return torch.get_num_threads()
 
 
 @torch.compiler.assume_constant_result

@@ -359,7 +359,8 @@ def test_rskip_is_the_same_function_watched_or_not(monkeypatch, affine, norm, ba
     assert len(seen) == (3 if affine == "shared" else 1)
 
 
-def test_auto_leaves_to_torch_what_it_does_as_well():
+def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x = torch.randn(8192, 64)
 
     def chosen(x, branch=None, recursions=2):
@@ -369,6 +370,8 @@ def test_auto_leaves_to_torch_what_it_does_as_well():
         assert chosen(other) == "reference"
     if skip_kernels.has_cpp(torch.float32, torch.float32):
         assert chosen(x) == "cpp"
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert chosen(x) == "reference" and chosen(x.repeat(2, 1)) == "cpp"
     assert chosen(x, recursions=1) == chosen(x, x[:1]) == "reference"
     program = torch.export.export(RSkip(64, 2), (x, x))
     assert not [node for node in program.graph.nodes if "rskip" in str(node.target)]
