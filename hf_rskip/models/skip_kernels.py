@@ -15,8 +15,9 @@ All but the reference keep one activation whatever K is, and take the closed for
 last step; their numbers are those of float32 throughout, rounded once at the end. Dropout of F is part of them, from a
 seed (see `skip_dropout.py`) rather than a mask that is kept.
 
-Not here: norms whose statistics or gains are others, such as [`SampleLayerNorm`] and batch norm. In [`RSkip`] they take
-the formula step by step.
+LN goes over the features of each position (`axes="channels"`) or, for feature maps, over whole samples
+(`axes="sample"`, see `skip_kernels_maps.py`). Not here: batch norm, and norms of another's making. In [`RSkip`] they
+take the formula step by step.
 """
 
 import importlib.util
@@ -27,9 +28,13 @@ from torch.nn import functional as F
 
 from .skip_dropout import draw_seed, keep_factors
 from .skip_kernels_autograd import RecomputedRSkip
+from .skip_kernels_maps import TensorOperators, rskip_over_maps
+from .skip_norms import sample_layer_norm, sample_rms_norm
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
+AXES = ("channels", "sample")
+"""What the norms go over: the last dimension, or all but the first (`skip_norm_axes`)."""
 BACKENDS = ("auto", "reference", "recompute", "cpp", "triton")
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +51,7 @@ def rskip_layer_norm(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     backend: str = "auto",
+    axes: str = "channels",
 ) -> torch.Tensor:
     """K steps of adding x and normalising: y_1 = LN(s x + F), y_k = LN(s x + y_{k-1}), output y_K.
 
@@ -66,6 +72,9 @@ def rskip_layer_norm(
             training only: evaluation passes 0. The mask is not kept, and is the same in all implementations.
         seed: of the mask, int64 `()` on the device of x; drawn from torch's default generator unless given.
         backend: see the table of this module.
+        axes: `"channels"`, or `"sample"` for layer normalisation over all dimensions but the first, still with gains
+            and biases of the size of the last. Maps `(batch, channels, height, width)` are given as the view
+            `movedim(1, -1)`; they are not rearranged, and y lies in memory as x does.
 
     Raises:
         `ValueError`: for shapes that do not fit, arguments out of range, and a backend that cannot run on the tensors.
@@ -83,7 +92,7 @@ def rskip_layer_norm(
 
     ```
     """
-    return _rskip(x, branch, weight, bias, recursions, affine, True, eps, scale, dropout, seed, backend)
+    return _rskip(x, branch, weight, bias, recursions, affine, True, eps, scale, dropout, seed, backend, axes)
 
 
 def rskip_rms_norm(
@@ -97,27 +106,30 @@ def rskip_rms_norm(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     backend: str = "auto",
+    axes: str = "channels",
 ) -> torch.Tensor:
     """[`rskip_layer_norm`] with root-mean-square normalisation: no centring and no bias."""
-    return _rskip(x, branch, weight, None, recursions, affine, False, eps, scale, dropout, seed, backend)
+    return _rskip(x, branch, weight, None, recursions, affine, False, eps, scale, dropout, seed, backend, axes)
 
 
-def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend):
-    _check(x, branch, weight, bias, recursions, affine, dropout, backend)
+def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend, axes):
+    _check(x, branch, weight, bias, recursions, affine, dropout, backend, axes)
     if dropout and seed is None:
         seed = draw_seed(x.device)
     if backend == "auto":
-        backend = choose_backend(x, branch, recursions, affine)
+        backend = choose_backend(x, branch, recursions, affine, axes)
+    if dropout and (backend == "reference" or axes == "sample"):
+        branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
     if backend == "reference":
-        if dropout:
-            branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
-        return _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale)
+        return _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes)
     size, rows = x.shape[-1], recursions if affine == "per_step" else 1
     weight = x.new_ones(rows, size, dtype=torch.float32) if weight is None else weight.reshape(rows, size)
     bias = torch.zeros_like(weight) if bias is None else bias.reshape(rows, size)
     dtype = torch.promote_types(x.dtype, branch.dtype)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
+    if axes == "sample":
+        return rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, TensorOperators)
     closed = affine == "last" and recursions > 1
     arguments = (seed, recursions, closed, centred, eps, scale, dropout, dtype)
     if backend == "recompute":
@@ -128,7 +140,9 @@ def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dro
     return y.view(x.shape)
 
 
-def _check(x, branch, weight, bias, recursions, affine, dropout, backend):
+def _check(x, branch, weight, bias, recursions, affine, dropout, backend, axes):
+    if axes not in AXES:
+        raise ValueError(f"`axes` must be one of {', '.join(AXES)}, not {axes!r}")
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if affine not in AFFINES:
@@ -139,6 +153,8 @@ def _check(x, branch, weight, bias, recursions, affine, dropout, backend):
         raise ValueError(f"`dropout` must be at least 0 and less than 1, not {dropout!r}")
     if not x.shape or x.shape != branch.shape:
         raise ValueError(f"`x` and `branch` must have one shape `(..., size)`, not {[*x.shape]} and {[*branch.shape]}")
+    if axes == "sample" and x.dim() < 2:
+        raise ValueError(f"`x` must have a shape `(batch, ..., size)` for axes='sample', not {[*x.shape]}")
     rows, size = recursions if affine == "per_step" else 1, x.shape[-1]
     shapes = ((rows, size), (size,)) if rows == 1 else ((rows, size),)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -147,7 +163,7 @@ def _check(x, branch, weight, bias, recursions, affine, dropout, backend):
             raise ValueError(f"`{name}` must have shape {expected}, not {tuple(tensor.shape)}")
 
 
-def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str) -> str:
+def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str, axes: str = "channels") -> str:
     """What `backend="auto"` stands for: the reference, unless another one was measured to be faster.
 
     One recursion is left to torch, which has kernels of its own for it. Small tensors do not pay for the call, and an
@@ -159,6 +175,8 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affin
     supported = branch.dtype in LOW_PRECISION and x.dtype in (branch.dtype, torch.float32)
     plain = not any(hasattr(tensor, "__tensor_flatten__") for tensor in (x, branch))
     if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
+        return "reference"
+    if axes == "sample":
         return "reference"
     # The chain keeps the K rows in registers. Compiled for an H100, up to here nothing spills, and at 16 recursions of
     # 512 features, 8 of 2048 and 2 of 8192, 40 to 256 bytes of a thread do.
@@ -207,7 +225,7 @@ def _operator(backend, x, branch):
     return operator
 
 
-def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale):
+def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes):
     size, y = x.shape[-1], branch
     for step in range(recursions):
         gain, shift = None, None
@@ -215,5 +233,8 @@ def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale)
             row = step if affine == "per_step" else 0
             gain, shift = (None if tensor is None else tensor.reshape(-1, size)[row] for tensor in (weight, bias))
         y = torch.add(y, x, alpha=scale)
-        y = F.layer_norm(y, (size,), gain, shift, eps) if centred else F.rms_norm(y, (size,), gain, eps)
+        if axes == "sample":
+            y = sample_layer_norm(y, gain, shift, eps) if centred else sample_rms_norm(y, gain, eps)
+        else:
+            y = F.layer_norm(y, (size,), gain, shift, eps) if centred else F.rms_norm(y, (size,), gain, eps)
     return y
