@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from .skip_dropout import draw_seed, keep_factors
 from .skip_kernels_autograd import RecomputedRSkip
-from .skip_kernels_maps import TensorOperators, rskip_over_maps
+from .skip_kernels_maps import backward, forward, rskip_over_maps
 from .skip_norms import sample_layer_norm, sample_rms_norm
 
 AFFINES = ("per_step", "shared", "last")
@@ -129,12 +129,13 @@ def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dro
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
     if axes == "sample":
-        return rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, TensorOperators)
+        operators = (forward, backward) if backend == "recompute" else _operator(backend, x, branch, axes)
+        return rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, operators)
     closed = affine == "last" and recursions > 1
     arguments = (seed, recursions, closed, centred, eps, scale, dropout, dtype)
     if backend == "recompute":
         return RecomputedRSkip.apply(x, branch, weight, bias, *arguments, (-1,))
-    operator = _operator(backend, x, branch)
+    operator = _operator(backend, x, branch, axes)
     flat = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
     y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), *arguments)
     return y.view(x.shape)
@@ -196,11 +197,12 @@ def has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def has_cpp(x: torch.dtype, branch: torch.dtype) -> bool:
+def has_cpp(x: torch.dtype, branch: torch.dtype, axes: str = "channels") -> bool:
     """Whether the operator for CPUs is or can be built; here is where that happens."""
-    from .skip_kernels_cpu import load
+    from .skip_kernels_cpu import SOURCE, load
+    from .skip_kernels_maps_cpu_source import SOURCE as OF_MAPS
 
-    return load((x, branch, torch.promote_types(x, branch))) is not None
+    return load((x, branch, torch.promote_types(x, branch)), OF_MAPS if axes == "sample" else SOURCE) is not None
 
 
 @torch.compiler.assume_constant_result
@@ -208,21 +210,24 @@ def _device_of(backend: str) -> str:
     return "cpu" if backend == "cpp" or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
-def _operator(backend, x, branch):
+def _operator(backend, x, branch, axes):
+    """What runs the K steps over rows; over maps, that and what computes their gradients."""
     if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
         raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
     device = _device_of(backend)
     if x.device.type != device:
         raise ValueError(f"backend={backend!r} runs on {device}, and x is on {x.device.type}")
     if backend == "cpp":
-        if not has_cpp(x.dtype, branch.dtype):
+        if not has_cpp(x.dtype, branch.dtype, axes):
             raise ValueError("backend='cpp' needs a C++ compiler")
         from .skip_kernels_cpu import rskip_layer_norm as operator
+        from .skip_kernels_maps_cpu import backward, forward
     else:
         if not has_triton():
             raise ValueError("backend='triton' needs the package triton")
+        from .skip_kernels_maps_triton import backward, forward
         from .skip_kernels_triton import rskip_layer_norm as operator
-    return operator
+    return (forward, backward) if axes == "sample" else operator
 
 
 def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes):

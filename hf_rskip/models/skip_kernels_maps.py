@@ -29,42 +29,72 @@ def rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, s
     else:
         dim = 2
         x, branch = (tensor.movedim(-1, 1).reshape(samples, channels, positions).contiguous() for tensor in (x, branch))
-    y = RecomputedMapsRSkip.apply(x, branch, weight, bias, centred, eps, scale, dtype, dim, operators)
+    y = RecomputedMapsRSkip.apply(x, branch, weight, bias, centred, eps, scale, dim, dtype, operators)
     return y.view(samples, *spatial, channels) if dim == 1 else y.view(samples, channels, *spatial).movedim(1, -1)
 
 
 class RecomputedMapsRSkip(torch.autograd.Function):
-    """The K steps over contiguous maps, `(samples, positions, channels)` or `(samples, channels, positions)`.
+    """The K steps over contiguous maps, `(samples, positions, channels)` or `(samples, channels, positions)`, by two
+    functions, `operators`: [`forward`] and [`backward`] or others that do the same.
 
-    `dim` is that of the positions; gain and bias are `(recursions, channels)`. `operators` has the four passes over the
-    maps: this module, or another one with such functions.
+    `dim` is that of the positions; gain and bias are `(recursions, channels)`.
     """
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, centred, eps, scale, dtype, dim, operators):
-        moments = operators.moments(x, branch, scale, dim)
-        state, _ = _chain(moments, weight, bias, centred, eps)
+    def forward(ctx, x, branch, weight, bias, centred, eps, scale, dim, dtype, operators):
+        y, moments = operators[0](x, branch, weight, bias, centred, eps, scale, dim, dtype)
         ctx.save_for_backward(x, branch, weight, bias, moments)
-        ctx.arguments = centred, eps, scale, dim, operators
-        numbers = torch.cat([moments[:2], state.to(moments.dtype)])
-        return operators.combine(x, branch, numbers, scale, dim, dtype)
+        ctx.arguments = centred, eps, scale, dim
+        ctx.operator = operators[1]
+        return y
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_derivative()
-        x, branch, weight, bias, moments = ctx.saved_tensors
-        centred, eps, scale, dim, operators = ctx.arguments
-        gradient = gradient.contiguous()
-        sums = operators.gradient_sums(gradient, x, branch, moments, scale, dim).double()
-        (a, c, _), steps = _chain(moments, weight, bias, centred, eps)
-        of_means, of_variances, grad_weight, grad_bias = _chain_backward(sums, steps, weight, centred)
-        # Of s x and u: what multiplies the gradient, s x - mean, u - mean and 1.
-        by_xx, by_uu, by_xu = of_variances / x.shape[dim]
-        mean_x, mean_u = (of_means - torch.stack([a, c]) * sums[2]) / x.shape[dim]
-        of_x, of_u = torch.stack([a, 2 * by_xx, by_xu, mean_x]), torch.stack([c, by_xu, 2 * by_uu, mean_u])
-        numbers = torch.cat([moments[:2], torch.cat([scale * (of_x + of_u), of_u]).to(moments.dtype)])
-        grad_x, grad_branch = operators.combine_gradients(gradient, x, branch, numbers, scale, dim)
-        return grad_x, grad_branch, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *[None] * 6
+        return *ctx.operator(gradient.contiguous(), *ctx.saved_tensors, *ctx.arguments), *[None] * 6
+
+
+def forward(x, branch, weight, bias, centred, eps, scale, dim, dtype):
+    """y and the moments of each channel and sample."""
+    x, u = _scaled_and_sum(x, branch, scale)
+    means = x.mean(dim), u.mean(dim)
+    x, u = (values - mean.unsqueeze(dim) for values, mean in zip((x, u), means, strict=True))
+    moments = torch.stack([*means, *((p * q).mean(dim) for p, q in ((x, x), (u, u), (x, u)))])
+    state, _ = _chain(moments, weight, bias, centred, eps)
+    a, c, e = state.to(x.dtype).unsqueeze(dim + 1)
+    return (a * x + c * u + e).to(dtype), moments
+
+
+def backward(gradient, x, branch, weight, bias, moments, centred, eps, scale, dim):
+    """The gradients of x, F, gains and biases."""
+    dtypes, positions = (x.dtype, branch.dtype), x.shape[dim]
+    x, u = _scaled_and_sum(x, branch, scale)
+    mean_x, mean_u = moments[:2].unsqueeze(dim + 1)
+    x, u = x - mean_x, u - mean_u
+    sums = torch.stack([(gradient * values).sum(dim) for values in (x, u, torch.ones_like(u))]).double()
+    (a, c, _), steps = _chain(moments, weight, bias, centred, eps)
+    of_means, of_variances, grad_weight, grad_bias = _chain_backward(sums, steps, weight, centred)
+    by_xx, by_uu, by_xu = of_variances / positions
+    rest_x, rest_u = (of_means - torch.stack([a, c]) * sums[2]) / positions
+    of_x, of_u = (
+        (up * gradient + by_x * x + by_u * u + rest)
+        for up, by_x, by_u, rest in (
+            torch.stack(numbers).to(x.dtype).unsqueeze(dim + 1)
+            for numbers in ((a, 2 * by_xx, by_xu, rest_x), (c, by_xu, 2 * by_uu, rest_u))
+        )
+    )
+    return (
+        (scale * (of_x + of_u)).to(dtypes[0]),
+        of_u.to(dtypes[1]),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
+    )
+
+
+def _scaled_and_sum(x, branch, scale):
+    """s x and u, in float32 at least."""
+    x = scale * x.to(torch.promote_types(torch.promote_types(x.dtype, branch.dtype), torch.float32))
+    return x, x + branch
 
 
 def _chain(moments, weight, bias, centred, eps):
@@ -108,44 +138,3 @@ def _chain_backward(gradient, steps, weight, centred):
             gradient[2] -= gradient[2].mean(-1, keepdim=True)
         of_means[0 if step else 1] += gradient[2]
     return of_means, of_variances, torch.stack(grad_weight), torch.stack(grad_bias)
-
-
-def _scaled_and_sum(x, branch, scale):
-    """s x and u, in float32 at least."""
-    x = scale * x.to(torch.promote_types(torch.promote_types(x.dtype, branch.dtype), torch.float32))
-    return x, x + branch
-
-
-class TensorOperators:
-    """The four passes over maps in tensor operations; another backend has a class of its own with the same functions.
-
-    Numbers of a sample and channel are `(n, samples, channels)`, and the first two are the means of s x and u.
-    """
-
-    @staticmethod
-    def moments(x, branch, scale, dim):
-        x, u = _scaled_and_sum(x, branch, scale)
-        means = x.mean(dim), u.mean(dim)
-        x, u = (values - mean.unsqueeze(dim) for values, mean in zip((x, u), means, strict=True))
-        return torch.stack([*means, *((p * q).mean(dim) for p, q in ((x, x), (u, u), (x, u)))])
-
-    @staticmethod
-    def combine(x, branch, numbers, scale, dim, dtype):
-        mean_x, mean_u, a, c, e = numbers.unsqueeze(dim + 1)
-        x, u = _scaled_and_sum(x, branch, scale)
-        return (a * (x - mean_x) + c * (u - mean_u) + e).to(dtype)
-
-    @staticmethod
-    def gradient_sums(gradient, x, branch, moments, scale, dim):
-        mean_x, mean_u = moments[:2].unsqueeze(dim + 1)
-        x, u = _scaled_and_sum(x, branch, scale)
-        return torch.stack([(gradient * values).sum(dim) for values in (x - mean_x, u - mean_u, torch.ones_like(u))])
-
-    @staticmethod
-    def combine_gradients(gradient, x, branch, numbers, scale, dim):
-        mean_x, mean_u, *factors = numbers.unsqueeze(dim + 1)
-        dtypes = x.dtype, branch.dtype
-        x, u = _scaled_and_sum(x, branch, scale)
-        x, u = x - mean_x, u - mean_u
-        of_x, of_branch = ((g * gradient + p * x + q * u + rest) for g, p, q, rest in (factors[:4], factors[4:]))
-        return of_x.to(dtypes[0]), of_branch.to(dtypes[1])

@@ -18,10 +18,16 @@ from skip_kernel_cases import (
 from torch.utils.checkpoint import checkpoint
 
 from hf_rskip import RSkip, RSkipResNetConfig, RSkipResNetForImageClassification
-from hf_rskip.models import skip_connections, skip_norms
+from hf_rskip.models import skip_connections, skip_kernels, skip_norms
 from hf_rskip.models.skip_connections import rskip_layer_norm
 
-BACKENDS = pytest.mark.parametrize("backend", ["recompute"])
+CPP = pytest.param(
+    "cpp",
+    marks=pytest.mark.skipif(
+        not skip_kernels.has_cpp(torch.float32, torch.float32, "sample"), reason="no C++ compiler builds the operator"
+    ),
+)
+BACKENDS = pytest.mark.parametrize("backend", ["recompute", CPP])
 
 
 @pytest.fixture(autouse=True)
