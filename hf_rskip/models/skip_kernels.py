@@ -178,7 +178,10 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affin
     if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
         return "reference"
     if axes == "sample":
-        return "reference"
+        # Measured on a CPU with one thread, forward and backward, in either layout: at K = 2 and 2^19 values or more,
+        # from 256 positions on 1.03 to 6 times the reference's speed, of 49 or 64 down to .6. No GPU has been measured.
+        enough = x.numel() >= 2**19 and x.shape[1:-1].numel() * recursions >= 512
+        return "cpp" if x.device.type == "cpu" and enough and has_cpp(x.dtype, branch.dtype, axes) else "reference"
     # The chain keeps the K rows in registers. Compiled for an H100, up to here nothing spills, and at 16 recursions of
     # 512 features, 8 of 2048 and 2 of 8192, 40 to 256 bytes of a thread do.
     fits = affine == "last" or (recursions <= 8 and size * recursions <= 8192)

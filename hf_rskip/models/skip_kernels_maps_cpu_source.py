@@ -6,6 +6,7 @@ SOURCE = (
     PRELUDE
     + r"""
 typedef double D __attribute__((vector_size(2 * WIDTH)));
+typedef double Pairs __attribute__((vector_size(16)));
 
 struct Job {
   int64_t samples, positions, channels, steps;
@@ -50,20 +51,35 @@ struct Sums {
       lanes[i] = V{};
     }
   }
+  static double total(D sum) {
+    Pairs pairs[LANES / 2];
+    std::memcpy(pairs, &sum, sizeof sum);
+    for (int64_t half = LANES / 4; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; i++) pairs[i] += pairs[i + half];
+    return pairs[0][0] + pairs[0][1];
+  }
   template <class To>
   void store(const Group& group, To to) const {  // calls `to(channel, sums)`
     for (int64_t lane = 0; lane < group.count; lane++) {
       double sums[N];
-      for (int i = 0; i < N; i++) {
-        sums[i] = before[i][lane];
-        for (int64_t j = 1; group.planes && j < LANES; j++) sums[i] += before[i][j];
-      }
+      for (int i = 0; i < N; i++) sums[i] = group.planes ? total(before[i]) : before[i][lane];
       to(group.first + lane, sums);
     }
   }
 };
 struct NoSums {
   void put_by() {}
+};
+
+// A vector whose first `skipped` lanes have had their turn: storing them once more changes nothing.
+struct Last : Whole {
+  int64_t skipped;
+  explicit Last(int64_t skipped) : skipped(skipped) {}
+  V keep(V v) const {
+    I lane;
+    for (int64_t i = 0; i < LANES; i++) lane[i] = i;
+    return lane >= int32_t(skipped) ? v : V{};
+  }
 };
 
 // Calls `body(i, part)` for the vectors of a group, which adds to `sums`.
@@ -73,6 +89,10 @@ static inline __attribute__((always_inline)) void over(const Group& group, S& su
   for (; vectors < group.whole; i += group.step) {
     body(i, Whole{});
     if (++vectors % 32 == 0) sums.put_by();
+  }
+  if (group.planes && group.whole > 0) {
+    if (i < group.stop) body(group.stop - LANES, Last(i + LANES - group.stop));
+    i = group.stop;
   }
   for (; i < group.stop; i += group.step) {
     body(i, Tail{group.planes ? group.stop - i : group.count});
@@ -84,14 +104,21 @@ static inline __attribute__((always_inline)) void over(const Group& group, S& su
 struct Pair {
   V x, u;
 };
+// Asks for what comes later: the processor sees that for itself only where it lies side by side.
+template <class T>
+static inline void ahead(const T* p, const Job& job) {
+  __builtin_prefetch(p + (job.planes ? 16 * LANES : 8 * job.channels));
+}
+
 // s x and u, less what is given.
 template <class Part>
 static inline Pair load(const Sample& at, const Job& job, int64_t i, Part part, V mean_x, V mean_u) {
+  ahead(at.x + i, job), ahead(at.f + i, job);
   const V x = job.scale * part.load(at.x + i);
-  return {part.keep(x - mean_x), part.keep(x + part.load(at.f + i) - mean_u)};
+  return {x - mean_x, x + part.load(at.f + i) - mean_u};
 }
 
-static void find_moments(const Sample& at, const Job& job) {
+static void find_moments(const Sample at, const Job job) {
   const int64_t n = job.channels;
   float* m = at.moments;
   for (int64_t first = 0; first < n; first += Group(job, first).count) {
@@ -99,8 +126,8 @@ static void find_moments(const Sample& at, const Job& job) {
     Sums<2> sum;
     over(group, sum, [&](int64_t i, auto part) {
       const Pair v = load(at, job, i, part, V{}, V{});
-      sum.lanes[0] += v.x;
-      sum.lanes[1] += v.u;
+      sum.lanes[0] += part.keep(v.x);
+      sum.lanes[1] += part.keep(v.u);
     });
     sum.store(group, [&](int64_t j, const double* sums) {
       for (int p = 0; p < 2; p++) m[p * n + j] = sums[p] / job.positions;
@@ -109,9 +136,10 @@ static void find_moments(const Sample& at, const Job& job) {
     Sums<3> square;
     over(group, square, [&](int64_t i, auto part) {
       const Pair v = load(at, job, i, part, mean_x, mean_u);
-      square.lanes[0] += v.x * v.x;
-      square.lanes[1] += v.u * v.u;
-      square.lanes[2] += v.x * v.u;
+      const V x = part.keep(v.x), u = part.keep(v.u);
+      square.lanes[0] += x * x;
+      square.lanes[1] += u * u;
+      square.lanes[2] += x * u;
     });
     square.store(group, [&](int64_t j, const double* sums) {
       for (int p = 0; p < 3; p++) m[(p + 2) * n + j] = sums[p] / job.positions;
@@ -185,7 +213,7 @@ static void chain_backward(Chain& chain, double* g, const float* m, const float*
   }
 }
 
-static void forward(const Sample& at, const float* w, const float* b, const Job& job) {
+static void forward(const Sample at, const float* w, const float* b, const Job job) {
   const int64_t n = job.channels;
   find_moments(at, job);
   Chain chain(at.moments, w, b, job);
@@ -198,12 +226,13 @@ static void forward(const Sample& at, const float* w, const float* b, const Job&
     const V c = group.load(numbers.data() + n), e = group.load(numbers.data() + 2 * n);
     over(group, none, [&](int64_t i, auto part) {
       const Pair v = load(at, job, i, part, mean_x, mean_u);
+      ahead(at.y + i, job);
       part.store(a * v.x + c * v.u + e, at.y + i);
     });
   }
 }
 
-static void backward(const Sample& at, const float* w, const float* b, const Job& job, double* dw, double* db) {
+static void backward(const Sample at, const float* w, const float* b, const Job job, double* dw, double* db) {
   const int64_t n = job.channels;
   const float* m = at.moments;
   std::vector<double> sums(3 * n), of(5 * n);
@@ -212,8 +241,9 @@ static void backward(const Sample& at, const float* w, const float* b, const Job
     const V mean_x = group.load(m), mean_u = group.load(m + n);
     Sums<3> sum;
     over(group, sum, [&](int64_t i, auto part) {
+      ahead(at.gradient + i, job);
       const Pair v = load(at, job, i, part, mean_x, mean_u);
-      const V g = part.load(at.gradient + i);
+      const V g = part.keep(part.load(at.gradient + i));
       sum.lanes[0] += g * v.x;
       sum.lanes[1] += g * v.u;
       sum.lanes[2] += g;
@@ -244,8 +274,10 @@ static void backward(const Sample& at, const float* w, const float* b, const Job
     V by[8];
     for (int p = 0; p < 8; p++) by[p] = group.load(numbers.data() + p * n);
     over(group, none, [&](int64_t i, auto part) {
+      ahead(at.gradient + i, job);
       const Pair v = load(at, job, i, part, mean_x, mean_u);
       const V g = part.load(at.gradient + i);
+      ahead(at.dx + i, job), ahead(at.df + i, job);
       part.store(by[0] * g + by[1] * v.x + by[2] * v.u + by[3], at.dx + i);
       part.store(by[4] * g + by[5] * v.x + by[6] * v.u + by[7], at.df + i);
     });

@@ -18,7 +18,7 @@ from skip_kernel_cases import (
 from torch.utils.checkpoint import checkpoint
 
 from hf_rskip import RSkip, RSkipResNetConfig, RSkipResNetForImageClassification
-from hf_rskip.models import skip_connections, skip_kernels, skip_norms
+from hf_rskip.models import skip_connections, skip_kernels, skip_kernels_maps_cpu, skip_norms
 from hf_rskip.models.skip_connections import rskip_layer_norm
 
 CPP = pytest.param(
@@ -208,6 +208,49 @@ def test_dropout_is_the_formula_with_its_mask(backend, dtypes):
     leaves, upstream = random_maps(planes, (3, 5, 4, 6), 2, "per_step", dtypes)
     dropout = {"dropout": 0.5, "seed": torch.tensor(7)}
     assert_equals_formula(backend, leaves, upstream, 2, "per_step", axes="sample", **dropout)
+
+
+@CPP.marks[0]
+@LAYOUTS
+def test_the_number_of_threads_changes_no_bit(layout):
+    leaves, upstream = random_maps(layout, (7, 20, 20, 24), 3, "per_step")
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(results(rskip_layer_norm, leaves, upstream, 3, backend="cpp", axes="sample"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+@CPP.marks[0]
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_operators_are_ones_of_torch(dim):
+    x, branch, gradient = torch.randn(3, 2, 9, 8)
+    size = x.shape[3 - dim]
+    weight, bias = torch.rand(2, 3, size)
+    arguments = True, 1e-5, 1.0, dim
+    moments = skip_kernels_maps_cpu.forward(x, branch, weight, bias, *arguments, torch.float32)[1]
+    for operator, inputs in (
+        (skip_kernels_maps_cpu.forward, (x, branch, weight, bias, *arguments, torch.float32)),
+        (skip_kernels_maps_cpu.backward, (gradient, x, branch, weight, bias, moments, *arguments)),
+    ):
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        assert set(torch.library.opcheck(operator, inputs, test_utils=checks).values()) == {"SUCCESS"}
+
+
+def test_auto_leaves_to_torch_what_it_does_as_well():
+    def chosen(shape, recursions=2, **options):
+        x = torch.empty(shape, **options)
+        return skip_kernels.choose_backend(x, x, recursions, "per_step", "sample")
+
+    assert chosen((128, 15, 16, 16)) == chosen((64, 32, 32, 7)) == chosen((128, 8, 8, 64)) == "reference"
+    assert chosen((128, 16, 16, 32), dtype=torch.float64) == chosen((128, 16, 16, 32), 1) == "reference"
+    assert chosen((2**20, 64)) == chosen((128, 16, 16, 32), device="meta") == "reference"
+    if skip_kernels.has_cpp(torch.float32, torch.float32, "sample"):
+        assert chosen((128, 16, 16, 32)) == chosen((128, 32, 32, 16)) == chosen((128, 8, 8, 64), 8) == "cpp"
 
 
 # In RSkip and in a model
