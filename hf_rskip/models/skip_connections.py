@@ -40,7 +40,7 @@ from transformers import initialization as init
 from transformers.integrations import use_kernel_forward_from_hub
 
 from .skip_kernels import AFFINES, choose_backend, rskip_layer_norm, rskip_rms_norm
-from .skip_norms import NORMS, LayerNorm, NoNorm, RMSNorm, make_norm, norm_of
+from .skip_norms import NORMS, LayerNorm, NoNorm, RMSNorm, SampleLayerNorm, SampleRMSNorm, make_norm, norm_of
 
 _REAL_NORMS = tuple(name for name in NORMS if name != "none")
 
@@ -121,10 +121,19 @@ class SkipConnection(nn.Module):
         return x
 
 
+_FUSED = {
+    LayerNorm: (rskip_layer_norm, "channels"),
+    RMSNorm: (rskip_rms_norm, "channels"),
+    SampleLayerNorm: (rskip_layer_norm, "sample"),
+    SampleRMSNorm: (rskip_rms_norm, "sample"),
+}
+"""What stands for the K steps with a norm of this class, and its `axes`."""
+
+
 def _is_plain(norm: nn.Module) -> bool:
     """Whether nobody would notice that `norm` is not called: no hook watches it, or brings its weights."""
     watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return type(norm) in (LayerNorm, RMSNorm) and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
+    return type(norm) in _FUSED and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
 
 
 @use_kernel_forward_from_hub("RSkip")
@@ -189,11 +198,11 @@ class RSkip(SkipConnection):
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         recursions = len(self.norm)
         if all(map(_is_plain, self.norm)):
-            backend = choose_backend(x, branch, recursions, self.affine)
+            function, axes = _FUSED[type(self.norm[0])]
+            backend = choose_backend(x, branch, recursions, self.affine, axes)
             if backend != "reference":
-                function = rskip_layer_norm if isinstance(self.norm[0], LayerNorm) else rskip_rms_norm
                 arguments = recursions, self.affine, self.norm[0].eps
-                return function(x, branch, *self._gains_and_biases(), *arguments, backend=backend)
+                return function(x, branch, *self._gains_and_biases(), *arguments, backend=backend, axes=axes)
         y = branch
         for norm in self.norm:
             y = self.norm[0](x + y, mask, norm) if self.affine == "shared" else norm(x + y, mask)

@@ -15,8 +15,9 @@ All but the reference keep one activation whatever K is, and take the closed for
 last step; their numbers are those of float32 throughout, rounded once at the end. Dropout of F is part of them, from a
 seed (see `skip_dropout.py`) rather than a mask that is kept.
 
-Not here: norms whose statistics or gains are others, such as [`SampleLayerNorm`] and batch norm. In [`RSkip`] they take
-the formula step by step.
+LN goes over the features of each position (`axes="channels"`) or, for feature maps, over whole samples
+(`axes="sample"`, see `skip_kernels_maps.py`). Not here: batch norm, and norms of another's making. In [`RSkip`] they
+take the formula step by step.
 """
 
 import importlib.util
@@ -27,9 +28,13 @@ from torch.nn import functional as F
 
 from .skip_dropout import draw_seed, keep_factors
 from .skip_kernels_autograd import RecomputedRSkip
+from .skip_kernels_maps import backward, forward, rskip_over_maps
+from .skip_norms import sample_layer_norm, sample_rms_norm
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
+AXES = ("channels", "sample")
+"""What the norms go over: the last dimension, or all but the first (`skip_norm_axes`)."""
 BACKENDS = ("auto", "reference", "recompute", "cpp", "triton")
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +51,7 @@ def rskip_layer_norm(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     backend: str = "auto",
+    axes: str = "channels",
 ) -> torch.Tensor:
     """K steps of adding x and normalising: y_1 = LN(s x + F), y_k = LN(s x + y_{k-1}), output y_K.
 
@@ -66,6 +72,9 @@ def rskip_layer_norm(
             training only: evaluation passes 0. The mask is not kept, and is the same in all implementations.
         seed: of the mask, int64 `()` on the device of x; drawn from torch's default generator unless given.
         backend: see the table of this module.
+        axes: `"channels"`, or `"sample"` for layer normalisation over all dimensions but the first, still with gains
+            and biases of the size of the last. Maps `(batch, channels, height, width)` are given as the view
+            `movedim(1, -1)`; they are not rearranged, and y lies in memory as x does.
 
     Raises:
         `ValueError`: for shapes that do not fit, arguments out of range, and a backend that cannot run on the tensors.
@@ -83,7 +92,7 @@ def rskip_layer_norm(
 
     ```
     """
-    return _rskip(x, branch, weight, bias, recursions, affine, True, eps, scale, dropout, seed, backend)
+    return _rskip(x, branch, weight, bias, recursions, affine, True, eps, scale, dropout, seed, backend, axes)
 
 
 def rskip_rms_norm(
@@ -97,38 +106,44 @@ def rskip_rms_norm(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     backend: str = "auto",
+    axes: str = "channels",
 ) -> torch.Tensor:
     """[`rskip_layer_norm`] with root-mean-square normalisation: no centring and no bias."""
-    return _rskip(x, branch, weight, None, recursions, affine, False, eps, scale, dropout, seed, backend)
+    return _rskip(x, branch, weight, None, recursions, affine, False, eps, scale, dropout, seed, backend, axes)
 
 
-def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend):
-    _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend)
+def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend, axes):
+    _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend, axes)
     if dropout and seed is None:
         seed = draw_seed(x.device)
     if backend == "auto":
-        backend = choose_backend(x, branch, recursions, affine)
+        backend = choose_backend(x, branch, recursions, affine, axes)
+    if dropout and (backend == "reference" or axes == "sample"):
+        branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
     if backend == "reference":
-        if dropout:
-            branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
-        return _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale)
+        return _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes)
     size, rows = x.shape[-1], recursions if affine == "per_step" else 1
     weight = x.new_ones(rows, size, dtype=torch.float32) if weight is None else weight.reshape(rows, size)
     bias = torch.zeros_like(weight) if bias is None else bias.reshape(rows, size)
     dtype = torch.promote_types(x.dtype, branch.dtype)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
+    if axes == "sample":
+        operators = (forward, backward) if backend == "recompute" else _operator(backend, x, branch, axes)
+        return rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, operators)
     closed = affine == "last" and recursions > 1
     arguments = (seed, recursions, closed, centred, eps, scale, dropout, dtype)
     if backend == "recompute":
         return RecomputedRSkip.apply(x, branch, weight, bias, *arguments, (-1,))
-    operator = _operator(backend, x, branch)
+    operator = _operator(backend, x, branch, axes)
     flat = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
     y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), *arguments)
     return y.view(x.shape)
 
 
-def _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend):
+def _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend, axes):
+    if axes not in AXES:
+        raise ValueError(f"`axes` must be one of {', '.join(AXES)}, not {axes!r}")
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if affine not in AFFINES:
@@ -141,6 +156,8 @@ def _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend):
         raise ValueError(f"`seed` must be an int64 tensor of shape `()`, such as `torch.tensor(1)`, not {seed!r}")
     if not x.shape or x.shape != branch.shape:
         raise ValueError(f"`x` and `branch` must have one shape `(..., size)`, not {[*x.shape]} and {[*branch.shape]}")
+    if axes == "sample" and x.dim() < 2:
+        raise ValueError(f"`x` must have a shape `(batch, ..., size)` for axes='sample', not {[*x.shape]}")
     rows, size = recursions if affine == "per_step" else 1, x.shape[-1]
     shapes = ((rows, size), (size,)) if rows == 1 else ((rows, size),)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -149,7 +166,7 @@ def _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend):
             raise ValueError(f"`{name}` must have shape {expected}, not {tuple(tensor.shape)}")
 
 
-def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str) -> str:
+def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str, axes: str = "channels") -> str:
     """What `backend="auto"` stands for: the reference, unless another one was measured to be faster.
 
     One recursion is left to torch, which has kernels of its own for it. Small tensors do not pay for the call, and an
@@ -162,16 +179,21 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affin
     plain = not any(hasattr(tensor, "__tensor_flatten__") for tensor in (x, branch))
     if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
         return "reference"
+    # What a call costs of itself is not shared among threads.
+    worth_cpp = x.device.type == "cpu" and x.numel() >= 2**19 * cpu_threads()
+    if axes == "sample":
+        # Measured with one thread, forward and backward, in either layout: at K = 2 and 2^19 values or more, from 256
+        # positions on 1.03 to 6 times the reference's speed, of 49 or 64 down to .6. No GPU has been measured.
+        enough = x.shape[1:-1].numel() * recursions >= 512
+        return "cpp" if worth_cpp and enough and has_cpp(x.dtype, branch.dtype, axes) else "reference"
     # The chain keeps the K rows in registers. Compiled for an H100, up to here nothing spills, and at 16 recursions of
     # 512 features, 8 of 2048 and 2 of 8192, 40 to 256 bytes of a thread do.
     fits = affine == "last" or (recursions <= 8 and size * recursions <= 8192)
     if x.is_cuda and x.numel() >= 2**20 and fits and has_triton():
         return "triton"
     # Measured with one thread, forward and backward, K = 2 and 4: from 2^19 values of 64 features on .99 to 3.3 times
-    # the reference's speed, at 2^17 values or 16 features down to .6 and .9 of it. What a call costs of itself is not
-    # shared among threads.
-    worth = 2**19 * cpu_threads()
-    if x.device.type == "cpu" and x.numel() >= worth and size >= 64 and has_cpp(x.dtype, branch.dtype):
+    # the reference's speed, at 2^17 values or 16 features down to .6 and .9 of it.
+    if worth_cpp and size >= 64 and has_cpp(x.dtype, branch.dtype):
         return "cpp"
     return "reference"
 
@@ -187,11 +209,12 @@ def has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def has_cpp(x: torch.dtype, branch: torch.dtype) -> bool:
+def has_cpp(x: torch.dtype, branch: torch.dtype, axes: str = "channels") -> bool:
     """Whether the operator for CPUs is or can be built; here is where that happens."""
-    from .skip_kernels_cpu import load
+    from .skip_kernels_cpu import SOURCE, load
+    from .skip_kernels_maps_cpu_source import SOURCE as OF_MAPS
 
-    return load((x, branch, torch.promote_types(x, branch))) is not None
+    return load((x, branch, torch.promote_types(x, branch)), OF_MAPS if axes == "sample" else SOURCE) is not None
 
 
 @torch.compiler.assume_constant_result
@@ -199,24 +222,27 @@ def _device_of(backend: str) -> str:
     return "cpu" if backend == "cpp" or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
-def _operator(backend, x, branch):
+def _operator(backend, x, branch, axes):
+    """What runs the K steps over rows; over maps, that and what computes their gradients."""
     if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
         raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
     device = _device_of(backend)
     if x.device.type != device:
         raise ValueError(f"backend={backend!r} runs on {device}, and x is on {x.device.type}")
     if backend == "cpp":
-        if not has_cpp(x.dtype, branch.dtype):
+        if not has_cpp(x.dtype, branch.dtype, axes):
             raise ValueError("backend='cpp' needs a C++ compiler")
         from .skip_kernels_cpu import rskip_layer_norm as operator
+        from .skip_kernels_maps_cpu import backward, forward
     else:
         if not has_triton():
             raise ValueError("backend='triton' needs the package triton")
+        from .skip_kernels_maps_triton import backward, forward
         from .skip_kernels_triton import rskip_layer_norm as operator
-    return operator
+    return (forward, backward) if axes == "sample" else operator
 
 
-def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale):
+def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes):
     size, y = x.shape[-1], branch
     for step in range(recursions):
         gain, shift = None, None
@@ -224,5 +250,8 @@ def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale)
             row = step if affine == "per_step" else 0
             gain, shift = (None if tensor is None else tensor.reshape(-1, size)[row] for tensor in (weight, bias))
         y = torch.add(y, x, alpha=scale)
-        y = F.layer_norm(y, (size,), gain, shift, eps) if centred else F.rms_norm(y, (size,), gain, eps)
+        if axes == "sample":
+            y = sample_layer_norm(y, gain, shift, eps) if centred else sample_rms_norm(y, gain, eps)
+        else:
+            y = F.layer_norm(y, (size,), gain, shift, eps) if centred else F.rms_norm(y, (size,), gain, eps)
     return y

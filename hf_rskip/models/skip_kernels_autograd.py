@@ -42,6 +42,15 @@ def closed_form(
     return over, a, c, da, dc
 
 
+def gradient_with_graph(function, inputs, gradient):
+    """The gradients of `inputs` where they are differentiated again, by autograd through `function`; `None` for those
+    that nobody asks for."""
+    inputs = [tensor.view_as(tensor) for tensor in inputs]  # x and F may be one
+    y, wanted = function(*inputs), [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, gradient.to(y.dtype), create_graph=True))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
 class RecomputedRSkip(torch.autograd.Function):
     """The K steps in tensor operations, on any device and in any precision.
 
@@ -60,7 +69,8 @@ class RecomputedRSkip(torch.autograd.Function):
         saved = ctx.saved_tensors  # only once: a checkpoint gives them no second time
         inputs, seed, stats = saved[:4], saved[4], saved[5:]
         if torch.is_grad_enabled():
-            return *_gradient_with_graph(gradient, inputs, seed, *ctx.arguments), *[None] * 9
+            again = gradient_with_graph(lambda *given: _forward(*given, seed, *ctx.arguments)[0], inputs, gradient)
+            return *again, *[None] * 9
         recursions, closed, centred, eps, scale, dropout, dims = ctx.arguments
         gradient, x, branch, weight, bias = _widened(gradient, *inputs)
         factors = keep_factors(seed, dropout, branch) if dropout else 1
@@ -76,15 +86,6 @@ def _forward(x, branch, weight, bias, seed, recursions, closed, centred, eps, sc
         wide[1] = wide[1] * keep_factors(seed, dropout, wide[1])
     run = _closed_forward if closed else _chain_forward
     return run(*wide, recursions, centred, eps, scale, dims)
-
-
-def _gradient_with_graph(gradient, inputs, *arguments):
-    """The gradient where it is differentiated again: by autograd through all that the forward pass computes."""
-    inputs = [tensor.view_as(tensor) for tensor in inputs]  # x and F may be one
-    y, _ = _forward(*inputs, *arguments)
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, gradient.to(y.dtype), create_graph=True))
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 
 def _widened(*tensors):
@@ -187,7 +188,9 @@ def register_recomputation(forward_op, backward_op) -> None:
             return (None,) * 12
         *inputs, stats, seed = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_gradient_with_graph(gradient, inputs, seed, *ctx.arguments, (-1,)), *[None] * 8
+            arguments = seed, *ctx.arguments, (-1,)
+            again = gradient_with_graph(lambda *given: _forward(*given, *arguments)[0], inputs, gradient)
+            return *again, *[None] * 8
         return *backward_op(gradient, *inputs, stats, seed, *ctx.arguments), *[None] * 8
 
     forward_op.register_autograd(backward, setup_context=setup_context)

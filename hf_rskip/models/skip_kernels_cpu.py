@@ -32,12 +32,12 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_F
 
 
 @functools.cache
-def load(types: tuple[torch.dtype, torch.dtype, torch.dtype]):
-    """The compiled functions for x, F and y of these precisions, or `None`, with one line of log, where there is no
-    compiler for them."""
+def load(types: tuple[torch.dtype, torch.dtype, torch.dtype], source: str = SOURCE):
+    """The compiled functions of `source` for x, F and y of these precisions, or `None`, with one line of log, where
+    there is no compiler for them."""
     names = zip(("TYPE_OF_X", "TYPE_OF_BRANCH", "TYPE_OF_Y"), types, strict=True)
     command = [*_compiler(), *FLAGS.split(), *(f"-D{name}={_NAMES[dtype]}" for name, dtype in names)]
-    key = hashlib.sha256("\0".join([SOURCE, *command, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([source, *command, _processor()]).encode()).hexdigest()[:16]
     try:
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "hf_rskip"
         library = folder / f"skip_kernels-{key}.so"
@@ -46,7 +46,7 @@ def load(types: tuple[torch.dtype, torch.dtype, torch.dtype]):
             with tempfile.TemporaryDirectory(dir=folder) as build:
                 built = Path(build) / library.name
                 command += ["-x", "c++", "-", "-o", str(built)]
-                subprocess.run(command, input=SOURCE, check=True, capture_output=True, text=True, timeout=120)
+                subprocess.run(command, input=source, check=True, capture_output=True, text=True, timeout=120)
                 built.replace(library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:

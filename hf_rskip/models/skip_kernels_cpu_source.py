@@ -1,9 +1,10 @@
-"""The C++ of recursive skip connections on CPUs, which `skip_kernels_cpu.py` compiles.
+"""The C++ of recursive skip connections on CPUs, which `skip_kernels_cpu.py` compiles: `SOURCE`, and in `PRELUDE` its
+vectors and precisions.
 
 In a Python file, since those alone travel with a checkpoint.
 """
 
-SOURCE = r"""
+PRELUDE = r"""
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -95,6 +96,11 @@ struct Whole {
   void store(V v, T* p) const { narrow(v, p); }
   V keep(V v) const { return v; }
 };
+"""
+
+SOURCE = (
+    PRELUDE
+    + r"""
 // Stores past the caches, which would otherwise read first what is overwritten, at multiples of a vector. Vectors of 16
 // bits are no faster for it.
 struct Streamed : Whole {
@@ -655,3 +661,4 @@ extern "C" void rskip_backward(const TY* gradient, const TX* x, const TF* f, con
                   : backward<false>(rows, affine, partial, sizes[6], job, threads);
 }
 """
+)

@@ -21,6 +21,9 @@ OF_SKIP_CONNECTIONS = {
     "skip_kernels_autograd.py",
     "skip_kernels_cpu.py",
     "skip_kernels_cpu_source.py",
+    "skip_kernels_maps.py",
+    "skip_kernels_maps_cpu.py",
+    "skip_kernels_maps_cpu_source.py",
     "skip_kernels_triton.py",
     "skip_norms.py",
 }

@@ -56,17 +56,19 @@ def _signs(like):
     return 2.0 * torch.randint_like(like, 2) - 1
 
 
-def formula(x, branch, weight, bias, recursions, affine, scale=1.0, eps=1e-5, rounded=lambda value: value):
+def formula(
+    x, branch, weight, bias, recursions, affine, scale=1.0, eps=1e-5, rounded=lambda value: value, axes="channels"
+):
     """In float64; `rounded` is applied to every result of an operation, and to every term of a sum.
 
     Without a bias it is that of RMS norm.
     """
-    size, y = x.shape[-1], branch
+    size, y, dims = x.shape[-1], branch, normalized_dims(x, axes)
     for step in range(recursions):
         y = rounded(rounded(scale * x) + rounded(y))
         if bias is not None:
-            y = rounded(y - rounded(rounded(y).mean(-1, keepdim=True)))
-        variance = rounded(rounded(y * y).mean(-1, keepdim=True))
+            y = rounded(y - rounded(rounded(y).mean(dims, keepdim=True)))
+        variance = rounded(rounded(y * y).mean(dims, keepdim=True))
         y = rounded(y * rounded(torch.rsqrt(rounded(variance + eps))))
         if affine != "last" or step == recursions - 1:
             row = step if affine == "per_step" else 0
@@ -74,6 +76,10 @@ def formula(x, branch, weight, bias, recursions, affine, scale=1.0, eps=1e-5, ro
             if bias is not None:
                 y = rounded(y + rounded(bias.reshape(-1, size)[row]))
     return rounded(y)
+
+
+def normalized_dims(x, axes):
+    return (-1,) if axes == "channels" else tuple(range(1, x.dim()))
 
 
 def results(function, leaves, upstream, *args, **kwargs):
@@ -87,9 +93,10 @@ def assert_are_formula(found, leaves, upstream, factors=1.0, ulps=0.5, **argumen
     """Value and gradients, up to four times what rounding each operation to float32 makes of the formula, and one
     rounding, `ulps` units, of the result to its precision. `factors` is what dropout multiplies F with.
 
-    The first is the largest of eight draws, for each row; rows that are constant or have a large offset have more of
-    it.
+    The first is the largest of eight draws, over what is normalised together; rows that are constant or have a large
+    offset have more of it.
     """
+    maps = normalized_dims(leaves[0], arguments.get("axes", "channels"))
     bias = [None] * (4 - len(leaves))
 
     def dropped(x, branch, *affine, **kwargs):
@@ -106,7 +113,8 @@ def assert_are_formula(found, leaves, upstream, factors=1.0, ulps=0.5, **argumen
         assert value.dtype == dtype and value.shape == wanted.shape
         if not value.numel():
             continue
-        tolerance = 4 * torch.stack([(other - wanted).abs() for other in off]).amax(0).amax(-1, keepdim=True)
+        dims = -1 if "weight" in name or "bias" in name else maps
+        tolerance = 4 * torch.stack([(other - wanted).abs() for other in off]).amax(0).amax(dims, keepdim=True)
         if dtype != torch.float32:
             tolerance = tolerance + ulps * torch.finfo(dtype).eps * (wanted.abs() + tolerance)
         smallest = torch.finfo(torch.float32).tiny + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -114,10 +122,12 @@ def assert_are_formula(found, leaves, upstream, factors=1.0, ulps=0.5, **argumen
         assert excess.max() <= 1, f"{name}: {excess.max():.2f} of what is allowed"  # fails for NaN
 
 
-def assert_equals_formula(backend, leaves, upstream, recursions, affine, scale=1.0, device="cpu", **dropout):
+def assert_equals_formula(
+    backend, leaves, upstream, recursions, affine, scale=1.0, device="cpu", axes="channels", **dropout
+):
     """Of `rskip_layer_norm`, or without a bias of `rskip_rms_norm`; with the same bits in a second run."""
     function = rskip_layer_norm if len(leaves) == 4 else rskip_rms_norm
-    arguments = {"recursions": recursions, "affine": affine, "scale": scale}
+    arguments = {"recursions": recursions, "affine": affine, "scale": scale, "axes": axes}
     given = [leaf.to(device) for leaf in leaves], upstream.to(device)
     found, again = (results(function, *given, backend=backend, **arguments, **dropout) for _ in range(2))
     assert all(map(torch.equal, found, again)), "differs from run to run"
@@ -126,3 +136,20 @@ def assert_equals_formula(backend, leaves, upstream, recursions, affine, scale=1
     ulps = 1.0 if backend == "triton" and INTERPRETED else 0.5
     assert_are_formula(found, leaves, upstream, factors, ulps, **arguments)
     return found
+
+
+def assert_second_derivatives(backend, leaves, upstream, recursions, affine, axes="channels"):
+    """Of the squared length of the gradient: of x and F, and of all inputs."""
+
+    def second(function, leaves, upstream, count, **kwargs):
+        leaves = [leaf.detach().requires_grad_(index < count) for index, leaf in enumerate(leaves)]
+        y = function(*leaves, recursions=recursions, affine=affine, axes=axes, **kwargs)
+        first = torch.autograd.grad(y, leaves[:count], upstream, create_graph=True)
+        length = sum(gradient.square().sum() for gradient in first)
+        return torch.autograd.grad(length, leaves[:count], materialize_grads=True)
+
+    for count in (2, 4):
+        found = second(rskip_layer_norm, leaves, upstream, count, backend=backend)
+        expected = second(formula, [leaf.double() for leaf in leaves], upstream.double(), count)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * other.abs().max().item())

@@ -17,7 +17,7 @@ from skip_kernel_cases import (
     PRECISIONS,
     assert_are_formula,
     assert_equals_formula,
-    formula,
+    assert_second_derivatives,
     random_leaves,
     results,
 )
@@ -156,31 +156,17 @@ def test_gradients_that_nobody_asks_for(backend):
 @BACKENDS
 @pytest.mark.parametrize("affine", AFFINES)
 def test_second_derivatives(backend, affine):
-    """Those of the float64 formula: of x and F alone, of all inputs, and where x is F."""
-    leaves, upstream = random_leaves((9, 32), 3, affine)
+    assert_second_derivatives(backend, *random_leaves((9, 32), 3, affine), 3, affine)
 
-    def second(function, leaves, upstream, count, **arguments):
-        leaves = [leaf.detach().requires_grad_(index < count) for index, leaf in enumerate(leaves)]
-        y = function(*leaves, **arguments)
-        first = torch.autograd.grad(y, leaves[:count], upstream, create_graph=True)
-        length = sum(gradient.square().sum() for gradient in first)
-        return torch.autograd.grad(length, leaves[:count], materialize_grads=True)
 
-    wide = [leaf.double() for leaf in leaves], upstream.double()
-    arguments = {"recursions": 3, "affine": affine}
-    for count in (2, 4):
-        found = second(rskip_layer_norm, leaves, upstream, count, **arguments, backend=backend)
-        expected = second(formula, *wide, count, **arguments)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
-    found = second(lambda x: rskip_layer_norm(x, x, backend=backend), leaves[:1], upstream, 1)
-    expected = second(
-        lambda x: formula(x, x, weight=torch.ones(32), bias=0 * x[0], recursions=2, affine="shared"),
-        wide[0][:1],
-        wide[1],
-        1,
+@BACKENDS
+def test_second_derivatives_where_x_is_the_branch(backend):
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found, expected = (
+        torch.autograd.functional.hvp(lambda x, name=name: rskip_layer_norm(x, x, backend=name)[:, 0].sum(), x, x)[1]
+        for name in (backend, "reference")
     )
-    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-4, atol=1e-4 * expected[0].abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @BACKENDS
