@@ -79,13 +79,13 @@ def backward(gradient, x, branch, weight, bias, moments, centred, eps, scale, di
     sums = torch.stack([(gradient * values).sum(dim) for values in (x, u, torch.ones_like(u))]).double()
     (a, c, _), steps = _chain(moments, weight, bias, centred, eps)
     of_means, of_variances, grad_weight, grad_bias = _chain_backward(sums, steps, weight, centred)
-    by_xx, by_uu, by_xu = of_variances / positions
-    rest_x, rest_u = (of_means - torch.stack([a, c]) * sums[2]) / positions
+    (of_x, of_u), (by_xx, by_uu, by_xu) = of_means / positions, of_variances / positions
+    gradient = gradient - (sums[2] / positions).to(x.dtype).unsqueeze(dim)
     of_x, of_u = (
         (up * gradient + by_x * x + by_u * u + rest)
         for up, by_x, by_u, rest in (
             torch.stack(numbers).to(x.dtype).unsqueeze(dim + 1)
-            for numbers in ((a, 2 * by_xx, by_xu, rest_x), (c, by_xu, 2 * by_uu, rest_u))
+            for numbers in ((a, 2 * by_xx, by_xu, of_x), (c, by_xu, 2 * by_uu, of_u))
         )
     )
     return (

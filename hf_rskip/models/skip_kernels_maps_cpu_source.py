@@ -255,28 +255,29 @@ static void backward(const Sample at, const float* w, const float* b, const Job 
   const std::vector<double> of_e(sums.begin() + 2 * n, sums.end());
   Chain chain(m, w, b, job);
   chain_backward(chain, sums.data(), m, w, job, of.data(), dw, db);
-  // Of s x and of u: what multiplies the gradient, s x - mean, u - mean and 1.
+  // Of s x and of u: what multiplies gradient - mean, s x - mean, u - mean and 1; then the mean of the gradient.
   const double *a = chain.state(job.steps, job), *c = a + n, over_p = 1.0 / job.positions;
-  std::vector<float> numbers(8 * n);
+  std::vector<float> numbers(9 * n);
   for (int64_t j = 0; j < n; j++) {
     const double xx = 2 * of[2 * n + j] * over_p, uu = 2 * of[3 * n + j] * over_p, xu = of[4 * n + j] * over_p;
-    const double of_x[4] = {a[j], xx, xu, (of[j] - a[j] * of_e[j]) * over_p};
-    const double of_u[4] = {c[j], xu, uu, (of[n + j] - c[j] * of_e[j]) * over_p};
+    const double of_x[4] = {a[j], xx, xu, of[j] * over_p};
+    const double of_u[4] = {c[j], xu, uu, of[n + j] * over_p};
     for (int p = 0; p < 4; p++) {
       numbers[p * n + j] = job.scale * (of_x[p] + of_u[p]);
       numbers[(4 + p) * n + j] = of_u[p];
     }
+    numbers[8 * n + j] = of_e[j] * over_p;
   }
   NoSums none;
   for (int64_t first = 0; first < n; first += Group(job, first).count) {
     const Group group(job, first);
     const V mean_x = group.load(m), mean_u = group.load(m + n);
-    V by[8];
-    for (int p = 0; p < 8; p++) by[p] = group.load(numbers.data() + p * n);
+    V by[9];
+    for (int p = 0; p < 9; p++) by[p] = group.load(numbers.data() + p * n);
     over(group, none, [&](int64_t i, auto part) {
       ahead(at.gradient + i, job);
       const Pair v = load(at, job, i, part, mean_x, mean_u);
-      const V g = part.load(at.gradient + i);
+      const V g = part.load(at.gradient + i) - by[8];
       ahead(at.dx + i, job), ahead(at.df + i, job);
       part.store(by[0] * g + by[1] * v.x + by[2] * v.u + by[3], at.dx + i);
       part.store(by[4] * g + by[5] * v.x + by[6] * v.u + by[7], at.df + i);

@@ -166,8 +166,9 @@ def chain_backward_kernel(
     partial_ptr, weight_ptr, bias_ptr, moments_ptr, numbers_ptr, states_ptr, rstd_ptr, grad_affine_ptr,
     positions, channels, tiles, steps, eps, scale, CENTRED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """`_chain_backward` of `skip_kernels_maps.py`. Leaves what multiplies the gradient, s x - mean, u - mean and 1 in
-    the gradients of x and F, `(samples, 8, channels)`, and those of gains and biases, `(samples, 2, steps, channels)`.
+    """`_chain_backward` of `skip_kernels_maps.py`. Leaves what multiplies gradient - mean, s x - mean, u - mean and 1
+    in the gradients of x and F, and the mean of the gradient, `(samples, 9, channels)`; and those of gains and biases,
+    `(samples, 2, steps, channels)`.
     """
     sample, channel = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     real = channel < channels
@@ -211,16 +212,16 @@ def chain_backward_kernel(
     last_a = gain * tl.load(at, mask=real, other=0.0)
     last_c = gain * tl.load(at + channels, mask=real, other=0.0)
     sum_up = tl.load(grad_affine_ptr + ((sample + 1) * 2 * steps - 1) * channels + channel, mask=real, other=0.0)
-    by_x, by_u = by_x - last_a * sum_up, of_e - last_c * sum_up
-    to = numbers_ptr + sample * 8 * channels + channel
+    to = numbers_ptr + sample * 9 * channels + channel
     tl.store(to, (scale * (last_a + last_c)).to(tl.float32), mask=real)
     tl.store(to + channels, (scale * (by_xx + by_xu) / positions).to(tl.float32), mask=real)
     tl.store(to + 2 * channels, (scale * (by_xu + by_uu) / positions).to(tl.float32), mask=real)
-    tl.store(to + 3 * channels, (scale * (by_x + by_u) / positions).to(tl.float32), mask=real)
+    tl.store(to + 3 * channels, (scale * (by_x + of_e) / positions).to(tl.float32), mask=real)
     tl.store(to + 4 * channels, last_c.to(tl.float32), mask=real)
     tl.store(to + 5 * channels, (by_xu / positions).to(tl.float32), mask=real)
     tl.store(to + 6 * channels, (by_uu / positions).to(tl.float32), mask=real)
-    tl.store(to + 7 * channels, (by_u / positions).to(tl.float32), mask=real)
+    tl.store(to + 7 * channels, (of_e / positions).to(tl.float32), mask=real)
+    tl.store(to + 8 * channels, (sum_up / positions).to(tl.float32), mask=real)
 
 
 @triton.jit
@@ -233,12 +234,13 @@ def combine_gradients_kernel(
     x -= _number(moments_ptr, 0, 5, channel, channels)
     u -= _number(moments_ptr, 1, 5, channel, channels)
     up = tl.load(gradient_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    up -= _number(numbers_ptr, 8, 9, channel, channels)
     for output in tl.static_range(2):
         to = grad_branch_ptr if output else grad_x_ptr
-        found = _number(numbers_ptr, 4 * output, 8, channel, channels) * up
-        found += _number(numbers_ptr, 4 * output + 1, 8, channel, channels) * x
-        found += _number(numbers_ptr, 4 * output + 2, 8, channel, channels) * u
-        found += _number(numbers_ptr, 4 * output + 3, 8, channel, channels)
+        found = _number(numbers_ptr, 4 * output, 9, channel, channels) * up
+        found += _number(numbers_ptr, 4 * output + 1, 9, channel, channels) * x
+        found += _number(numbers_ptr, 4 * output + 2, 9, channel, channels) * u
+        found += _number(numbers_ptr, 4 * output + 3, 9, channel, channels)
         tl.store(to + offset, found.to(to.dtype.element_ty), mask=mask)
 
 
@@ -314,7 +316,7 @@ def backward(
     wrap_triton(gradient_sums_kernel)[grid](
         gradient, x, branch, moments, partial, positions, channels, scale, **options
     )  # fmt: skip
-    numbers = x.new_empty(samples, 8, channels, dtype=torch.float32)
+    numbers = x.new_empty(samples, 9, channels, dtype=torch.float32)
     grad_affine = x.new_empty(samples, 2, steps, channels, dtype=torch.float64)
     states, rstd = _scratch(x, steps, channels)
     wrap_triton(chain_backward_kernel)[(samples,)](

@@ -24,6 +24,7 @@ OF_SKIP_CONNECTIONS = {
     "skip_kernels_maps.py",
     "skip_kernels_maps_cpu.py",
     "skip_kernels_maps_cpu_source.py",
+    "skip_kernels_maps_triton.py",
     "skip_kernels_triton.py",
     "skip_norms.py",
 }
