@@ -14,7 +14,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from skip_kernel_cases import (
-    AFFINES,
     EXTREMES,
     INTERPRETED,
     PRECISIONS,
@@ -28,6 +27,7 @@ from torch._functorch.partitioners import default_partition
 from hf_rskip import RSkip
 from hf_rskip.models import skip_kernels
 from hf_rskip.models.skip_connections import rskip_layer_norm
+from hf_rskip.models.skip_kernels import AFFINES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
@@ -60,7 +60,7 @@ def nan_in_empty_memory():
 
 
 @RUNS
-@settings(deadline=None, max_examples=20, derandomize=True, database=None)
+@settings(deadline=None, max_examples=10 if INTERPRETED else 20, derandomize=True, database=None)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
     size=st.one_of(st.integers(4, 40), st.sampled_from([64, 100, 128, 257, 512, 1000])),
