@@ -12,6 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from skip_kernel_cases import (
+    AFFINES,
     EXTREMES,
     PRECISIONS,
     assert_are_formula,
@@ -26,7 +27,6 @@ from transformers.utils import is_kernels_available
 from hf_rskip import RSkip
 from hf_rskip.models import skip_connections, skip_dropout, skip_kernels, skip_kernels_cpu
 from hf_rskip.models.skip_connections import rskip_layer_norm
-from hf_rskip.models.skip_kernels import AFFINES
 
 CPP = pytest.param(
     "cpp",

@@ -14,6 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from skip_kernel_cases import (
+    AFFINES,
     EXTREMES,
     INTERPRETED,
     PRECISIONS,
@@ -27,7 +28,6 @@ from torch._functorch.partitioners import default_partition
 from hf_rskip import RSkip
 from hf_rskip.models import skip_kernels
 from hf_rskip.models.skip_connections import rskip_layer_norm
-from hf_rskip.models.skip_kernels import AFFINES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
