@@ -196,18 +196,12 @@ def test_a_sharded_run_ends_with_the_average_of_its_checkpoints(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"average_checkpoints": 2}, "average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED"),
-        ({"ema_decay": 0.9}, "ema_decay does not go with FSDP: average_checkpoints does."),
-    ],
-)
-def test_an_average_that_shards_cannot_make(changes, message, write, run_cli, tmp_path):
+def test_an_average_that_shards_cannot_make(write, run_cli, tmp_path):
     profile = tmp_path / "sharded.yaml"
     profile.write_text(find_profile("fsdp2").read_text().replace("FULL_STATE", "SHARDED_STATE"))
-    result = run_cli("train", write(**changes), *launcher(profile, 2))
-    assert result.code == 2 and message in result.err
+    result = run_cli("train", write(average_checkpoints=2), *launcher(profile, 2))
+    assert result.code == 2
+    assert "average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED" in result.err
 
 
 @pytest.mark.parametrize(
@@ -247,10 +241,10 @@ def test_padding_to_multiples_does_not_change_the_loss(write):
 
 
 def test_an_error_is_said_once(write, run_cli):
-    result = run_cli("train", write(dataset_name="no/such"), *launcher("cpu", 2))
+    result = run_cli("train", write(ema_decay=0.9), *launcher("fsdp2", 2))
     assert result.code == 2
-    assert result.err.count("hf-rskip: error: Dataset 'no/such' cannot be loaded") == 1
-    assert "Traceback" not in result.err and len(result.err.splitlines()) == 1
+    (line,) = result.err.splitlines()
+    assert line == "hf-rskip: error: ema_decay does not go with FSDP: average_checkpoints does."
 
 
 @pytest.mark.slow
