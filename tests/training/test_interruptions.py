@@ -155,7 +155,7 @@ def kill_at_random(start_cli, recipe, kills, seed):
                 if any(staging.glob("*/*")) if number % 2 else last != before:
                     time.sleep(rng.uniform(0, 0.03 if number % 2 else 1.5))
                     break
-                time.sleep(0.0005)
+                time.sleep(0.005)
             process.kill()
             process.wait()
         torn += staging.exists() and any(staging.glob("*/*"))
