@@ -1,6 +1,7 @@
 """What all tests share: caches in a folder of their own, no network, a tiny corpus, and a model trained on it."""
 
 import atexit
+import json
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import yaml  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 WORDS = {
     "the": "die",
@@ -179,17 +181,37 @@ def run_cli(start_cli):
     return run
 
 
-def train_by_command(run_cli, path: Path) -> SimpleNamespace:
-    """A run of `hf-rskip train`: its `recipe` (path), `folder`, and what the command printed."""
-    result = run_cli("train", path)
-    assert result.code == 0, result.err
-    return SimpleNamespace(recipe=path, folder=path.parent / "output", out=result.out, err=result.err)
+@pytest.fixture(scope="session")
+def train_once(run_cli, tmp_path_factory, worker_id):
+    """Runs `hf-rskip train` once for all processes of pytest-xdist.
+
+    Returns:
+        A function of a name and of what writes a recipe, which returns the run: its `recipe` (path), `folder`, and what
+        the command printed, `out` and `err`.
+    """
+    base = tmp_path_factory.getbasetemp()
+    common = base if worker_id == "master" else base.parent
+
+    def train(name, write) -> SimpleNamespace:
+        record = common / f"{name}.json"
+        with FileLock(f"{record}.lock"):
+            if not record.exists():
+                path = write()
+                result = run_cli("train", path)
+                assert result.code == 0, result.err
+                record.write_text(json.dumps({"recipe": str(path), "out": result.out, "err": result.err}))
+        run = SimpleNamespace(**json.loads(record.read_text()))
+        run.recipe = Path(run.recipe)
+        run.folder = run.recipe.parent / "output"
+        return run
+
+    return train
 
 
 @pytest.fixture(scope="session")
-def trained(run_cli, write_recipe) -> SimpleNamespace:
-    """The tiny translation model; see [`train_by_command`]."""
-    return train_by_command(run_cli, write_recipe())
+def trained(train_once, write_recipe) -> SimpleNamespace:
+    """The tiny translation model; see [`train_once`]."""
+    return train_once("trained", write_recipe)
 
 
 @pytest.fixture(scope="session")
@@ -283,6 +305,6 @@ def write_image_recipe(image_recipe, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained_resnet(run_cli, write_image_recipe) -> SimpleNamespace:
-    """The tiny ResNet; see [`train_by_command`]."""
-    return train_by_command(run_cli, write_image_recipe())
+def trained_resnet(train_once, write_image_recipe) -> SimpleNamespace:
+    """The tiny ResNet; see [`train_once`]."""
+    return train_once("trained_resnet", write_image_recipe)

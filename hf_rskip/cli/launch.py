@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,16 +20,15 @@ LAUNCH_OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process
 """Those of `accelerate launch` that differ from machine to machine; they win over the profile."""
 
 
-def launch(args: argparse.Namespace, words: list[str]) -> int:
-    """Runs `hf-rskip` with `words` in the processes of an accelerate configuration.
+def launch(args: argparse.Namespace, rest: list[str]) -> None:
+    """Trains what the recipe says in the processes of an accelerate configuration; `rest` are keys that override it.
 
-    Signals reach the processes, which get 30 seconds to end. An error has been printed by the process that it met.
+    Signals reach the processes, which get 30 seconds to end. An error has been printed by the process that it met. This
+    one exits with the code of the first to fail, or with 128 and the number of the signal that ended the run.
 
     Args:
-        args: `accelerate_config`, a name of `PROFILES` or the path of a YAML, and [`LAUNCH_OPTIONS`].
-
-    Returns:
-        The exit code: of the process that failed first, or 128 and the number of the signal that ended the run.
+        args: `accelerate_config`, a name of `PROFILES` or the path of a YAML, [`LAUNCH_OPTIONS`], and what goes on to
+            the processes: `config`, `import_module` and `debug`.
 
     Raises:
         [`UserError`]: if there is no such configuration, or it cannot be used with these options.
@@ -43,8 +43,8 @@ def launch(args: argparse.Namespace, words: list[str]) -> int:
         for name in ("machine_rank", "main_process_ip"):
             if given.get(name, profile.get(name)) is None:
                 raise UserError(f"--accelerate_config {args.accelerate_config} on {machines} machines needs --{name}.")
-    if profile.get("use_cpu"):
-        words = [*words, "--use_cpu", "true"]
+    words = ["train", args.config, *(f"--import_module={module}" for module in args.import_module)]
+    words += ["--debug"] * args.debug + rest + ["--use_cpu", "true"] * bool(profile.get("use_cpu"))
     options = [f"--{name}={value}" for name, value in given.items()]
     command = launch_command_parser().parse_args(
         [f"--config_file={path}", *options, "--module", f"{__package__}", *words]
@@ -54,15 +54,14 @@ def launch(args: argparse.Namespace, words: list[str]) -> int:
     try:
         launch_command(command)
     except SignalException as stop:
-        return 128 + stop.sigval
+        sys.exit(128 + stop.sigval)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode < 0:
             raise UserError(f"Process {rank} was ended by {signal.Signals(-failure.exitcode).name}.") from None
-        return failure.exitcode
+        sys.exit(failure.exitcode)
     except (ValueError, AssertionError, ConnectionError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    return 0
 
 
 def find_profile(name: str) -> Path:

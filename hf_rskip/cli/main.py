@@ -37,7 +37,10 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
-    from .train import train
+    if args.accelerate_config is None:
+        from .train import train
+    else:
+        from .launch import launch as train
 
     train(args, rest)
 
@@ -365,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..errors import Preempted
 
     try:
-        _start(args.import_module)
+        if getattr(args, "accelerate_config", None) is None:  # else it is for the processes that are launched
+            _start(args.import_module)
         COMMANDS[args.command].run(args, rest)
     except KeyboardInterrupt:
         if _is_first_to_fail():

@@ -2,10 +2,12 @@
 
 import json
 import re
+from unittest.mock import patch
 
 import pytest
 import sacrebleu
 
+from hf_rskip import SKIP_CONNECTIONS
 from hf_rskip.cli.main import COMMANDS, main
 from hf_rskip.decoding.translate import translate
 
@@ -52,15 +54,17 @@ def test_env(capsys):
 # Mistakes
 
 
-@pytest.mark.slow
-def test_errors_in_a_process_of_their_own(run_cli, tmp_path, write_recipe):
-    for words in [("translate", tmp_path / "missing"), ("train", write_recipe(target_lang="missing"))]:
-        result = run_cli(*words)
-        assert (result.code, result.out) == (2, "")
-        (line,) = result.err.splitlines()
-        assert line.startswith("hf-rskip: error: ") and "missing" in line
-    debugged = run_cli("translate", tmp_path / "missing", "--debug")
-    assert debugged.code == 2 and "Traceback (most recent call last)" in debugged.err and "UserError" in debugged.err
+def test_an_error_in_a_process_of_its_own(run_cli, write_recipe):
+    result = run_cli("train", write_recipe(target_lang="missing"))
+    assert (result.code, result.out) == (2, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith("hf-rskip: error: ") and "missing" in line
+
+
+def test_debug_shows_where(capfd, tmp_path):
+    assert main(["translate", str(tmp_path / "missing"), "--debug"]) == 2
+    error = capfd.readouterr().err
+    assert "Traceback (most recent call last)" in error and "UserError" in error and "missing" in error
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,7 @@ def test_evaluate_mistakes(fail, trained, corpus_folder):
 
 
 def test_translate_mistakes(fail, trained, tmp_path):
+    assert str(tmp_path / "missing") in fail("translate", tmp_path / "missing")
     assert "no.txt' cannot be opened: No such file" in fail(
         "translate", trained.folder, "--input_file", tmp_path / "no.txt"
     )
@@ -127,6 +132,10 @@ def test_translate_mistakes(fail, trained, tmp_path):
     assert f"Line 3 of {source} is not UTF-8" in fail("translate", trained.folder, "--input_file", source)
     output = tmp_path / "no" / "output.txt"
     assert "cannot be opened" in fail("translate", trained.folder, "--input_file", source, "--output_file", output)
+    source.write_text("the cat .\n")
+    same = ("--input_file", source, "--output_file", source)
+    assert "cannot be both input and output" in fail("translate", trained.folder, *same)
+    assert source.read_text() == "the cat .\n"
 
 
 # Work
@@ -178,11 +187,17 @@ def test_evaluate(trained, corpus_folder, pairs, tmp_path, capfd):
     assert scores == {**scores, **expected, "sentences": 20} and scores["bleu"] > 0
 
 
-def test_evaluate_gives_the_score_of_training(run_cli, trained, corpus_folder):
+def test_evaluate_gives_the_score_of_training(run_cli, trained, corpus_folder, pairs, tmp_path, capfd):
+    """On a dataset, and on text files of the same."""
     result = run_cli("evaluate", trained.folder, "--dataset_name", corpus_folder)
     assert result.code == 0, result.err
     results = json.loads((trained.folder / "all_results.json").read_text())
     assert json.loads(result.out)["bleu"] == pytest.approx(results["test_bleu"], abs=1e-9)
+    files = [tmp_path / f"test.{language}" for language in ("en", "de")]
+    for path in files:
+        path.write_text("".join(f"{pair[path.suffix[1:]]}\n" for pair in pairs["test"]), encoding="utf-8")
+    assert main(["evaluate", str(trained.folder), "--test_files", *map(str, files)]) == 0
+    assert capfd.readouterr().out == result.out
 
 
 LINES = [
@@ -238,41 +253,29 @@ def test_translate_options(trained, model_and_tokenizer, tmp_path):
     assert target.read_text().splitlines() == translate(*model_and_tokenizer, LINES[:1], num_beams=4, max_new_tokens=3)
 
 
-def test_a_residual_kind_of_ones_own(run_cli, write_recipe, tmp_path):
+def test_a_residual_kind_of_ones_own(run_cli, fail, write_recipe, tmp_path, monkeypatch):
     """A module that registers it is imported first, from the folder where one is."""
     (tmp_path / "my_kinds.py").write_text(
         "from hf_rskip import SKIP_CONNECTIONS, RSkip\n\n\nclass Mine(RSkip):\n    pass\n\n\n"
         'SKIP_CONNECTIONS["mine"] = Mine\n'
     )
     recipe = write_recipe(skip_type="mine", max_steps=4)
-    assert "a kind whose module was imported" in run_cli("train", recipe, cwd=tmp_path).err
+    assert "a kind whose module was imported" in fail("train", recipe)
     result = run_cli("train", recipe, "--import_module", "my_kinds", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "model: skip_type: mine, skip_norm: layer_norm, skip_recursions: 2" in result.out
-    folder = recipe.parent / "output"
-    translated = run_cli("translate", folder, "--import_module", "my_kinds", stdin=b"the cat .\n", cwd=tmp_path)
-    assert translated.code == 0 and len(translated.out.splitlines()) == 1
+    source, target = tmp_path / "source.txt", tmp_path / "target.txt"
+    source.write_text("the cat .\n")
+    words = ["translate", recipe.parent / "output", "--input_file", source, "--output_file", target]
+    monkeypatch.chdir(tmp_path)
+    with patch.dict(SKIP_CONNECTIONS):
+        assert main([str(word) for word in [*words, "--import_module", "my_kinds"]]) == 0
+    assert len(target.read_text().splitlines()) == 1
 
 
-def test_evaluate_takes_text_files(run_cli, trained, pairs, corpus_folder, tmp_path):
-    for language in ("en", "de"):
-        (tmp_path / f"test.{language}").write_text("".join(f"{pair[language]}\n" for pair in pairs["test"]))
-    files = run_cli("evaluate", trained.folder, "--test_files", tmp_path / "test.en", tmp_path / "test.de")
-    dataset = run_cli("evaluate", trained.folder, "--dataset_name", corpus_folder)
-    assert files.code == 0, files.err
-    assert files.out == dataset.out
-
-
-def test_translate_spares_its_input(run_cli, trained, tmp_path):
-    file = tmp_path / "file.txt"
-    file.write_text("the cat .\n")
-    result = run_cli("translate", trained.folder, "--input_file", file, "--output_file", file)
-    assert result.code == 2 and "cannot be both input and output" in result.err
-    assert file.read_text() == "the cat .\n"
-
-
-def test_keys_are_printed_with_their_defaults(run_cli):
-    out = run_cli("keys").out
+def test_keys_are_printed_with_their_defaults(capsys):
+    assert main(["keys"]) == 0
+    out = capsys.readouterr().out
     for line in (
         "skip_recursions (2)",
         "train_files (None) Two UTF-8",

@@ -178,13 +178,14 @@ def test_the_command_keeps_translations_and_languages(marian_folder, converted, 
     assert new.batch_decode(tokens, skip_special_tokens=True) == old.batch_decode(tokens, skip_special_tokens=True)
 
 
-def test_translating_with_the_converted_folder(run_cli, converted, marian_folder, pairs):
+def test_translating_with_the_converted_folder(converted, marian_folder, pairs, tmp_path, capsys):
     sentence = pairs["test"][0]["en"]
-    result = run_cli("translate", converted, stdin=f"{sentence}\n\n".encode())
-    assert result.code == 0, result.err
+    (tmp_path / "source.txt").write_text(f"{sentence}\n\n", encoding="utf-8")
+    assert main(["translate", str(converted), "--input_file", str(tmp_path / "source.txt")]) == 0
     tokenizer = AutoTokenizer.from_pretrained(marian_folder)
     tokens = MarianMTModel.from_pretrained(marian_folder).generate(**tokenizer([sentence], return_tensors="pt"))
-    assert result.out == tokenizer.batch_decode(tokens, skip_special_tokens=True)[0] + "\n\n"
+    expected = tokenizer.batch_decode(tokens, skip_special_tokens=True)[0] + "\n\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_the_command_in_a_process_of_its_own(run_cli, marian_folder, tmp_path):

@@ -384,11 +384,11 @@ def test_files_of_torch(name, weights, tmp_path):
         close(convert_resnet_state_dict(read)(images()).logits, torchvision_forward(weights, images()))
 
 
-def test_a_file_by_the_command(run_cli, weights, tmp_path):
+def test_a_file_by_the_command(weights, tmp_path, capsys, caplog):
     save_file(weights, tmp_path / "resnet.safetensors")
-    result = run_cli("convert", "resnet", tmp_path / "resnet.safetensors", tmp_path / "new")
-    assert (result.code, result.out) == (0, f"{tmp_path / 'new'}: xskip, no norm\n"), result.err
-    assert "is taken for a ResNet of torchvision" in result.err
+    assert main(["convert", "resnet", str(tmp_path / "resnet.safetensors"), str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new'}: xskip, no norm\n"
+    assert "is taken for a ResNet of torchvision" in caplog.text
     guesses = pipeline("image-classification", model=str(tmp_path / "new"))(photo(300, 260))
     assert {guess["label"] for guess in guesses} == {f"LABEL_{index}" for index in range(5)}
     processor = AutoImageProcessor.from_pretrained(tmp_path / "new")

@@ -6,8 +6,8 @@ import torch
 
 from hf_rskip.models.skip_connections import rskip_layer_norm, rskip_rms_norm
 from hf_rskip.models.skip_dropout import keep_factors
+from hf_rskip.models.skip_kernels import AFFINES  # noqa: F401  with the other inputs
 
-AFFINES = ("per_step", "shared", "last")
 PRECISIONS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),

@@ -60,7 +60,7 @@ def nan_in_empty_memory():
 
 
 @RUNS
-@settings(deadline=None, max_examples=20, derandomize=True, database=None)
+@settings(deadline=None, max_examples=10 if INTERPRETED else 20, derandomize=True, database=None)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
     size=st.one_of(st.integers(4, 40), st.sampled_from([64, 100, 128, 257, 512, 1000])),

@@ -79,6 +79,8 @@ def test_two_steps_of_every_recipe(name, corpus_folder, en_vi_folder, cifar_fold
     else:
         folder = imagenet_folder if name.startswith("imagenet/") else cifar_folder
     changes = SMALL["common"] | SMALL[task] | {"output_dir": tmp_path / "output", "dataset_name": folder}
+    if "global_batch_tokens" in values:
+        changes["global_batch_tokens"] = 512
     if "dataset_config_name" in values:
         changes["dataset_config_name"] = "default"  # that of a folder
     if task == "image-classification":

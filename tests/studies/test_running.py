@@ -145,7 +145,7 @@ def test_nothing_is_run_twice(small_study, run_cli, capsys):
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
-    recipe = write_recipe(num_train_epochs=6, early_stopping_patience=None)
+    recipe = write_recipe(num_train_epochs=3, early_stopping_patience=None)
     path = write_study(tmp_path, recipe, forms={"post-LN": {"skip_recursions": 1}})
     cells = tmp_path / "output/cells"
     first, second = cells / "post-LN-seed-1", cells / "post-LN-seed-2"
@@ -159,7 +159,7 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
     assert result.code == 0, result.err
     assert (first / "result.json").stat().st_mtime_ns == before
     record = read_results(tmp_path / "output")["post-LN-seed-2"]
-    assert record["resumed"] and record["steps"] == 84
+    assert record["resumed"] and record["steps"] == 42
     assert "resuming from" in (second / "log.txt").read_text()
     assert (first / "log.txt").read_text().count("model: ") == 1
     assert not (first / "run").exists()

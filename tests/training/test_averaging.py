@@ -34,11 +34,10 @@ def numbered(run, *steps):
 
 
 @pytest.fixture(scope="module")
-def run(run_cli, write_recipe):
+def run(write_recipe):
     """A run that keeps all its checkpoints, with its evaluations of the loss."""
     recipe = write_recipe(save_total_limit=100, num_train_epochs=2, metric_for_best_model="loss", num_beams=1)
-    result = run_cli("train", recipe)
-    assert result.code == 0, result.err
+    assert main(["train", str(recipe)]) == 0
     return recipe.parent / "output"
 
 

@@ -21,7 +21,7 @@ from hf_rskip.cli.main import main
 from hf_rskip.training import arguments
 from hf_rskip.training.averaging import average_weights
 
-STEPS = 50
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def write(write_recipe):
             "per_device_train_batch_tokens": 512,
             "max_steps": STEPS,
             "logging_steps": 1,
-            "eval_steps": 25,
-            "save_steps": 25,
+            "eval_steps": 15,
+            "save_steps": 15,
             "early_stopping_patience": None,
             "load_best_model_at_end": False,
             "num_beams": 1,
@@ -51,18 +51,22 @@ def write(write_recipe):
 
 @pytest.fixture(scope="module")
 def train(write, run_cli):
-    """Trains with launcher options; returns what the folder holds afterwards."""
+    """Trains with launcher options, or in this process; returns what the folder holds afterwards."""
 
     def train(*options, recipe=None, **changes):
-        recipe = recipe or write(**changes)
-        result = run_cli("train", recipe, *options)
-        assert result.code == 0, result.err
+        recipe, said = recipe or write(**changes), ""
+        if "--accelerate_config" in options:
+            result = run_cli("train", recipe, *options)
+            assert result.code == 0, result.err
+            said = result.out
+        else:
+            assert main(["train", str(recipe), *options]) == 0
         folder = recipe.parent / "output"
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return SimpleNamespace(
             recipe=recipe,
             folder=folder,
-            out=result.out,
+            out=said,
             curve={key: [entry[key] for entry in history if key in entry] for key in ("loss", "grad_norm")},
             weights=load_file(folder / "model.safetensors"),
             scores=json.loads((folder / "test_results.json").read_text()),
@@ -96,9 +100,10 @@ def test_accumulation_gives_the_same_curve(alone, train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("profile", "count"), [("cpu", 2), ("cpu", 4), ("fsdp2", 4)])
-def test_processes_give_the_same_curve(profile, count, alone, train):
-    run = train(*launcher(profile, count))
+@pytest.mark.parametrize("profile", ["cpu", "fsdp2"])
+def test_processes_give_the_same_curve(profile, alone, train):
+    """Three of them, which share rows of weights, and batches, unevenly; two are in the tests below."""
+    run = train(*launcher(profile, 3))
     check_same(run, alone)
     assert run.out.count("parameters, vocabulary of") == 1
 
@@ -124,8 +129,8 @@ STOP = """
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_processes(alone, train, write, run_cli):
-    """In the middle of an epoch of 14 steps: on one until step 17, on two until 34, and on one to the end."""
-    recipe = write(save_steps=17)
+    """In the middle of an epoch of 14 steps: on one until step 10, on two until 20, and on one to the end."""
+    recipe = write(save_steps=10)
     resume = ("--resume_from_checkpoint", "true")
     for options in ((), (*launcher("cpu", 2), *resume)):
         words = ("train", recipe, *options, "--import_module", "beside")
@@ -169,7 +174,7 @@ def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, ru
     words = ("train", recipe, *launcher("fsdp2", 2), "--import_module", "beside")
     stopped = run_cli(*words, environment=module_for(recipe, STOP))
     assert stopped.code == 9, stopped.err
-    checkpoint = recipe.parent / "output" / "checkpoint-25"
+    checkpoint = recipe.parent / "output" / "checkpoint-15"
     assert (checkpoint / "pytorch_model_fsdp.bin").is_file(), "sharded, and not DDP"
     assert main(["train", str(recipe), "--resume_from_checkpoint", "true"]) == 2
     assert "was saved under FSDP" in capfd.readouterr().err
@@ -191,18 +196,12 @@ def test_a_sharded_run_ends_with_the_average_of_its_checkpoints(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"average_checkpoints": 2}, "average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED"),
-        ({"ema_decay": 0.9}, "ema_decay does not go with FSDP: average_checkpoints does."),
-    ],
-)
-def test_an_average_that_shards_cannot_make(changes, message, write, run_cli, tmp_path):
+def test_an_average_that_shards_cannot_make(write, run_cli, tmp_path):
     profile = tmp_path / "sharded.yaml"
     profile.write_text(find_profile("fsdp2").read_text().replace("FULL_STATE", "SHARDED_STATE"))
-    result = run_cli("train", write(**changes), *launcher(profile, 2))
-    assert result.code == 2 and message in result.err
+    result = run_cli("train", write(average_checkpoints=2), *launcher(profile, 2))
+    assert result.code == 2
+    assert "average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED" in result.err
 
 
 @pytest.mark.parametrize(
@@ -242,10 +241,10 @@ def test_padding_to_multiples_does_not_change_the_loss(write):
 
 
 def test_an_error_is_said_once(write, run_cli):
-    result = run_cli("train", write(dataset_name="no/such"), *launcher("cpu", 2))
+    result = run_cli("train", write(ema_decay=0.9), *launcher("fsdp2", 2))
     assert result.code == 2
-    assert result.err.count("hf-rskip: error: Dataset 'no/such' cannot be loaded") == 1
-    assert "Traceback" not in result.err and len(result.err.splitlines()) == 1
+    (line,) = result.err.splitlines()
+    assert line == "hf-rskip: error: ema_decay does not go with FSDP: average_checkpoints does."
 
 
 @pytest.mark.slow

@@ -78,33 +78,32 @@ def test_the_model_generates(trained, pairs, num_beams):
 
 def wait_for(condition, process):
     while not condition() and process.poll() is None:
-        time.sleep(0.002)
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, write_recipe, start_cli, run_cli):
-    """Killed while it saves its first checkpoint, and again later: whenever that is, the end is the same."""
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, write_recipe, start_cli, run_cli, capfd):
+    """Killed late, as if it were while it saves a checkpoint: whenever that is, the end is the same."""
     recipe = write_recipe()
     folder = recipe.parent / "output"
 
     def last_checkpoint():
         return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
 
-    for step in (4, 30):
-        with open(recipe.parent / "log", "wb") as log:
-            process = start_cli("train", recipe, "--resume_from_checkpoint", "true", stdout=log, stderr=log)
-            wait_for(lambda step=step: last_checkpoint() >= step, process)
-            process.kill()
-            process.wait()
-        assert last_checkpoint() >= step
+    with open(recipe.parent / "log", "wb") as log:
+        process = start_cli("train", recipe, "--resume_from_checkpoint", "true", stdout=log, stderr=log)
+        wait_for(lambda: last_checkpoint() >= 30, process)
+        process.kill()
+        process.wait()
+    assert last_checkpoint() >= 30
 
     # As if the kill had come in the middle of saving.
     copy = folder / f"checkpoint-{last_checkpoint() + 1}"
     shutil.copytree(folder / f"checkpoint-{last_checkpoint()}", copy)
     state = copy / "trainer_state.json"
     state.write_text("{")
-    refused = run_cli("train", recipe)
-    assert refused.code == 2 and "already holds checkpoint-" in refused.err and state.exists()
+    assert main(["train", str(recipe)]) == 2
+    assert "already holds checkpoint-" in capfd.readouterr().err and state.exists()
 
     result = run_cli("train", recipe, "--resume_from_checkpoint", "true")
     assert result.code == 0, result.err
@@ -163,8 +162,9 @@ def test_it_learns_to_reverse_digits(write_recipe, tmp_path):
         lr_scheduler_type="linear",
         per_device_train_batch_tokens=1024,
         num_train_epochs=24,
-        eval_strategy="epoch",
-        save_strategy="epoch",
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
         early_stopping_patience=None,
     )
     assert main(["train", str(recipe)]) == 0
