@@ -21,7 +21,7 @@ from hf_rskip.cli.main import main
 from hf_rskip.training import arguments
 from hf_rskip.training.averaging import average_weights
 
-STEPS = 30
+STEPS = 50
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def write(write_recipe):
             "per_device_train_batch_tokens": 512,
             "max_steps": STEPS,
             "logging_steps": 1,
-            "eval_steps": 15,
-            "save_steps": 15,
+            "eval_steps": 25,
+            "save_steps": 25,
             "early_stopping_patience": None,
             "load_best_model_at_end": False,
             "num_beams": 1,
@@ -129,8 +129,8 @@ STOP = """
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_processes(alone, train, write, run_cli):
-    """In the middle of an epoch of 14 steps: on one until step 10, on two until 20, and on one to the end."""
-    recipe = write(save_steps=10)
+    """In the middle of an epoch of 14 steps: on one until step 17, on two until 34, and on one to the end."""
+    recipe = write(save_steps=17)
     resume = ("--resume_from_checkpoint", "true")
     for options in ((), (*launcher("cpu", 2), *resume)):
         words = ("train", recipe, *options, "--import_module", "beside")
@@ -174,7 +174,7 @@ def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, ru
     words = ("train", recipe, *launcher("fsdp2", 2), "--import_module", "beside")
     stopped = run_cli(*words, environment=module_for(recipe, STOP))
     assert stopped.code == 9, stopped.err
-    checkpoint = recipe.parent / "output" / "checkpoint-15"
+    checkpoint = recipe.parent / "output" / "checkpoint-25"
     assert (checkpoint / "pytorch_model_fsdp.bin").is_file(), "sharded, and not DDP"
     assert main(["train", str(recipe), "--resume_from_checkpoint", "true"]) == 2
     assert "was saved under FSDP" in capfd.readouterr().err
