@@ -3,16 +3,18 @@ Transformer, against the number of recursions.
 
     python recipes/benchmarks/skip_kernels.py --output skip_kernels.csv --plot skip_kernels.pdf
 
-measures everything on the GPU, or where there is none on the CPU, at one size. The training step is that of
-`training_step.py`, on a GPU compiled and in bfloat16. All implementations and K take turns, in an order that rotates
-from round to round; reported are medians. On a GPU each call is replayed from a CUDA graph, which leaves out what
-Python takes to launch it (`--no_graphs` leaves that in), with cold caches, and times are those of its events; on a CPU
-with one thread they are processor time, which other processes disturb less than the clock. Liger's and
-flash-attention's add and layer norm (K = 1) take part where they are installed. `forward_of_copy_bandwidth` is what x,
-F and y (3 tensors) take of the bytes a second that copying a tensor of that size reaches.
+measures everything on the GPU, or where there is none on the CPU, at fewer shapes: tokens, whose norms go over
+features, and feature maps, whose norms go over whole samples. The training step is that of `training_step.py`, on a
+GPU compiled and in bfloat16. All implementations and K take turns, in an order that rotates from round to round;
+reported are medians. On a GPU each call is replayed from a CUDA graph, which leaves out what Python takes to launch it
+(`--no_graphs` leaves that in), with cold caches, and times are those of its events; on a CPU with one thread they are
+processor time, which other processes disturb less than the clock. Liger's and flash-attention's add and layer norm take
+part at K = 1 where they are installed. `forward_of_copy_bandwidth` is what x, F and y (3 tensors) take of the bytes a
+second that copying a tensor of that size reaches.
 """
 
 import argparse
+import math
 import statistics
 import time
 from importlib.metadata import version
@@ -24,11 +26,14 @@ import training_step
 from report import append_csv, describe_run, print_table
 from torch import nn
 
-from hf_rskip import RSkip
+from hf_rskip import RSkip, SampleLayerNorm
 from hf_rskip.models.skip_connections import rskip_layer_norm
 
 RECURSIONS = (1, 2, 3, 4, 8)
-SIZES = {"cuda": [(8192, 512), (8192, 1024), (65536, 1024)], "cpu": [(8192, 512)]}
+SHAPES = {
+    "cuda": ["8192x512", "8192x1024", "65536x1024", "128x64x32x32", "128x64x56x56"],
+    "cpu": ["8192x512", "128x16x32x32"],
+}
 
 
 def cpu_time():
@@ -54,24 +59,24 @@ class EncoderLayer(nn.Module):
 class Skip(nn.Module):
     """`rskip_layer_norm` with a fixed backend."""
 
-    def __init__(self, size, recursions, affine, backend):
+    def __init__(self, size, recursions, affine, axes, backend):
         super().__init__()
         shape = (recursions, size) if affine == "per_step" else (size,)
         self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
-        self.arguments = {"recursions": recursions, "affine": affine, "backend": backend}
+        self.arguments = {"recursions": recursions, "affine": affine, "axes": axes, "backend": backend}
 
     def forward(self, x, branch):
         return rskip_layer_norm(x, branch, self.weight.to(x.dtype), self.bias.to(x.dtype), **self.arguments)
 
 
-def make_skips(size, recursions, affine, device):
+def make_skips(size, recursions, affine, axes, device):
     """Skip connections by the name of their implementation."""
     fused = "triton" if device == "cuda" else "cpp"
-    skips = {name: Skip(size, recursions, affine, name) for name in ("reference", "recompute", fused)}
-    skips["auto"] = RSkip(size, recursions, affine=affine)
-    skips["compile"] = torch.compile(Skip(size, recursions, affine, "reference"))
-    skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, fused))
-    if recursions == 1 and device == "cuda":
+    skips = {name: Skip(size, recursions, affine, axes, name) for name in ("reference", "recompute", fused)}
+    skips["auto"] = RSkip(size, recursions, SampleLayerNorm if axes == "sample" else "layer_norm", affine)
+    skips["compile"] = torch.compile(Skip(size, recursions, affine, axes, "reference"))
+    skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, axes, fused))
+    if recursions == 1 and device == "cuda" and axes == "channels":
         skips |= make_peers(size)
     return skips
 
@@ -177,29 +182,33 @@ def take_turns(cases, rounds, warmup, gpu):
                 case.total_times.append(total)
 
 
-def make_cases(args, rows, size, device, dtype):
-    """All that is measured at one size, by (what, implementation, affine, K)."""
+def make_cases(args, shape, device, dtype):
+    """All that is measured at one shape, by (what, implementation, affine, K)."""
     torch.manual_seed(0)
-    x, branch = (torch.randn(rows, size, device=device, dtype=dtype).requires_grad_() for _ in range(2))
-    upstream = torch.randn(rows, size, device=device, dtype=dtype)
+    given = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
+    if len(shape) == 4 and args.channels_last:
+        given = [tensor.contiguous(memory_format=torch.channels_last) for tensor in given]
+    x, branch, upstream = (tensor.movedim(1, -1) for tensor in given)
+    inputs, size = (x.requires_grad_(), branch.requires_grad_()), x.shape[-1]
+    axes = "sample" if x.dim() == 4 else "channels"
     cases = {}
     for affine in args.affines:
         for recursions in args.recursions:
-            for name, skip in make_skips(size, recursions, affine, device).items():
+            for name, skip in make_skips(size, recursions, affine, axes, device).items():
                 if args.implementations and name not in args.implementations:
                     continue
                 skip.to(device, dtype)
-                cases["skip", name, affine, recursions] = Case(skip, (x, branch), upstream)
-                if args.layer and name in ("reference", "recompute", "auto"):
-                    skips = nn.ModuleList([make_skips(size, recursions, affine, device)[name] for _ in range(2)])
+                cases["skip", name, affine, recursions] = Case(skip, inputs, upstream)
+                if args.layer and axes == "channels" and name in ("reference", "recompute", "auto"):
+                    skips = nn.ModuleList([make_skips(size, recursions, affine, axes, device)[name] for _ in range(2)])
                     layer = EncoderLayer(size, skips).to(device, dtype)
                     cases["layer", name, affine, recursions] = Case(layer, (x,), upstream)
     return cases
 
 
-def measure_copy(rows, size, device, dtype, gpu):
+def measure_copy(shape, device, dtype, gpu):
     """Bytes a second of reading and writing a tensor."""
-    source = torch.randn(rows, size, device=device, dtype=dtype)
+    source = torch.randn(shape, device=device, dtype=dtype)
     target, seconds = torch.empty_like(source), []
     copy = gpu.prepare(lambda: target.copy_(source)) if gpu else None
     for _ in range(20):
@@ -228,14 +237,14 @@ def plot(rows, path):
 
     plt.style.use("tableau-colorblind10")
     rows = [row for row in rows if row["what"] == "skip"]
-    panels = sorted({(row["rows"], row["size"], row["affine"]) for row in rows})
+    panels = list(dict.fromkeys((row["shape"], row["affine"]) for row in rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
-        here = [row for row in rows if (row["rows"], row["size"], row["affine"]) == panel]
+        here = [row for row in rows if (row["shape"], row["affine"]) == panel]
         for name, marker in zip(dict.fromkeys(row["implementation"] for row in here), "osD^vP*X", strict=False):
             points = [(row["K"], float(row["total_ms"])) for row in here if row["implementation"] == name]
             axis.plot(*zip(*points, strict=True), marker=marker, label=name)
-        axis.set(title=f"{panel[0]} rows of {panel[1]}, {panel[2]}", xlabel="recursions K", ylim=(0, None))
+        axis.set(title=", ".join(panel), xlabel="recursions K", ylim=(0, None))
     axes[0][0].set_ylabel("forward and backward (ms)")
     axes[0][-1].legend()
     figure.savefig(path)
@@ -243,7 +252,8 @@ def plot(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", help="ROWSxFEATURES, such as 8192x512")
+    parser.add_argument("--shapes", nargs="+", help="ROWSxFEATURES, or SAMPLESxCHANNELSxHEIGHTxWIDTH of feature maps")
+    parser.add_argument("--channels_last", action="store_true", help="memory format of the maps")
     parser.add_argument("--recursions", type=int, nargs="+", default=RECURSIONS)
     parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
     parser.add_argument("--implementations", nargs="+", help="only these")
@@ -262,14 +272,14 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or {"cuda": "bfloat16", "cpu": "float32"}[device])
     rounds = args.rounds or {"cuda": 100, "cpu": 7}[device]
-    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else SIZES[device]
     gpu = Gpu(not args.no_graphs) if device == "cuda" else None
     rows = []
-    for count, size in sizes:
+    for label in args.shapes or SHAPES[device]:
+        shape = tuple(map(int, label.split("x")))
         torch._dynamo.reset()
         torch._dynamo.config.cache_size_limit = 256
-        cases = make_cases(args, count, size, device, dtype)
-        copy = measure_copy(count, size, device, dtype, gpu)
+        cases = make_cases(args, shape, device, dtype)
+        copy = measure_copy(shape, device, dtype, gpu)
         take_turns(list(cases.values()), rounds, args.warmup, gpu)
         medians = {
             key: [statistics.median(times) for times in (case.forward_times, case.total_times)]
@@ -278,15 +288,14 @@ def main():
         for key, (forward, total) in medians.items():
             what, name, affine, recursions = key
             least, eager = (what, name, affine, min(args.recursions)), (what, "reference", affine, recursions)
-            moved = 3 * count * size * dtype.itemsize / forward
+            moved = 3 * math.prod(shape) * dtype.itemsize / forward
             rows.append(
                 {
                     "what": what,
                     "implementation": name,
                     "affine": affine,
                     "K": recursions,
-                    "rows": count,
-                    "size": size,
+                    "shape": label,
                     "forward_ms": f"{1e3 * forward:.4g}",
                     "backward_ms": f"{1e3 * (total - forward):.4g}",
                     "total_ms": f"{1e3 * total:.4g}",

@@ -20,22 +20,23 @@ def run(script, output, arguments):
 
 def test_skip_kernels(tmp_path):
     arguments = (
-        "--sizes 128x64 --recursions 1 3 --rounds 2 --warmup 1 --implementations reference recompute auto --step tiny"
+        "--shapes 128x64 4x8x5x6 --recursions 1 3 --rounds 2 --warmup 1"
+        " --implementations reference recompute auto --step tiny"
     )
     arguments += f" --plot {tmp_path / 'plot.pdf'}"
     rows = run("skip_kernels.py", tmp_path / "rows.csv", arguments)
-    keys = {(row["what"], row["implementation"], row["affine"], row["K"]) for row in rows}
+    keys = {(row["what"], row["shape"], row["implementation"], row["affine"], row["K"]) for row in rows}
     assert len(keys) == len(rows)
     counts = [sum(row["what"] == what for row in rows) for what in ("skip", "layer", "training step")]
-    assert counts == [12, 12, 7]
-    for row in rows[:24]:
+    assert counts == [24, 12, 7]
+    for row in rows[:36]:
         assert 0 < float(row["forward_ms"]) < float(row["total_ms"]) and float(row["total_to_K1"]) > 0
         if (row["what"], row["implementation"]) == ("skip", "reference"):
             assert row["eager_to_this"] == "1.000"
     kept = {
         (row["implementation"], row["affine"], row["K"]): float(row["kept_MiB"])
         for row in rows
-        if row["what"] == "skip"
+        if (row["what"], row["shape"]) == ("skip", "128x64")
     }
     assert kept["reference", "per_step", "3"] > 2 * kept["reference", "per_step", "1"]
     assert kept["recompute", "per_step", "3"] < kept["reference", "per_step", "1"]
