@@ -9,10 +9,12 @@ in an order that rotates from round to round; reported are medians. On a GPU eac
 which leaves out what Python takes to launch it (`--no_graphs` leaves that in), with cold caches, and times are those of
 its events; on a CPU it is processor time, which other processes disturb less than the clock. Liger's and
 flash-attention's add and layer norm (K = 1) take part where they are installed. `forward_of_copy_bandwidth` is what x,
-F and y (3 tensors) take of the bytes a second that copying a tensor of that size reaches.
+F and y (3 tensors) take of the bytes a second that copying a tensor of that size reaches. `--sizes 128x16x32x32` is
+for feature maps, whose norms go over whole samples.
 """
 
 import argparse
+import math
 import statistics
 import time
 from importlib.metadata import version
@@ -26,6 +28,7 @@ from torch import nn
 
 from hf_rskip import RSkip
 from hf_rskip.models.skip_connections import rskip_layer_norm
+from hf_rskip.models.skip_norms import NORM_AXES
 
 RECURSIONS = (1, 2, 3, 4, 8)
 SIZES = {"cuda": [(8192, 512), (8192, 1024), (65536, 1024)], "cpu": [(8192, 512)]}
@@ -50,24 +53,24 @@ class EncoderLayer(nn.Module):
 class Skip(nn.Module):
     """`rskip_layer_norm` with a fixed backend."""
 
-    def __init__(self, size, recursions, affine, backend):
+    def __init__(self, size, recursions, affine, axes, backend):
         super().__init__()
         shape = (recursions, size) if affine == "per_step" else (size,)
         self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
-        self.arguments = {"recursions": recursions, "affine": affine, "backend": backend}
+        self.arguments = {"recursions": recursions, "affine": affine, "axes": axes, "backend": backend}
 
     def forward(self, x, branch):
         return rskip_layer_norm(x, branch, self.weight.to(x.dtype), self.bias.to(x.dtype), **self.arguments)
 
 
-def make_skips(size, recursions, affine, device):
+def make_skips(size, recursions, affine, axes, device):
     """Skip connections by the name of their implementation."""
     fused = "triton" if device == "cuda" else "cpp"
-    skips = {name: Skip(size, recursions, affine, name) for name in ("reference", "recompute", fused)}
-    skips["auto"] = RSkip(size, recursions, affine=affine)
-    skips["compile"] = torch.compile(Skip(size, recursions, affine, "reference"))
-    skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, fused))
-    if recursions == 1 and device == "cuda":
+    skips = {name: Skip(size, recursions, affine, axes, name) for name in ("reference", "recompute", fused)}
+    skips["auto"] = RSkip(size, recursions, NORM_AXES[axes]["layer_norm"], affine)
+    skips["compile"] = torch.compile(Skip(size, recursions, affine, axes, "reference"))
+    skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, axes, fused))
+    if recursions == 1 and axes == "channels" and device == "cuda":
         skips |= make_peers(size)
     return skips
 
@@ -173,21 +176,31 @@ def take_turns(cases, rounds, warmup, gpu):
                 case.total_times.append(total)
 
 
-def make_cases(args, rows, size, device, dtype):
+def make_tensor(args, shape, device, dtype):
+    """Rows, or maps with their features last in the view but not in memory, unless `--channels_last`."""
+    values = torch.randn(shape, device=device, dtype=dtype)
+    if len(shape) == 2:
+        return values
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    return values.contiguous(memory_format=memory_format).movedim(1, -1)
+
+
+def make_cases(args, shape, device, dtype):
     """All that is measured at one size, by (what, implementation, affine, K)."""
     torch.manual_seed(0)
-    x, branch = (torch.randn(rows, size, device=device, dtype=dtype).requires_grad_() for _ in range(2))
-    upstream = torch.randn(rows, size, device=device, dtype=dtype)
+    x, branch, upstream = (make_tensor(args, shape, device, dtype) for _ in range(3))
+    x, branch = x.requires_grad_(), branch.requires_grad_()
+    size, (what, axes) = x.shape[-1], ("skip", "channels") if len(shape) == 2 else ("maps", "sample")
     cases = {}
     for affine in args.affines:
         for recursions in args.recursions:
-            for name, skip in make_skips(size, recursions, affine, device).items():
+            for name, skip in make_skips(size, recursions, affine, axes, device).items():
                 if args.implementations and name not in args.implementations:
                     continue
                 skip.to(device, dtype)
-                cases["skip", name, affine, recursions] = Case(skip, (x, branch), upstream)
-                if args.layer and name in ("reference", "recompute", "auto"):
-                    skips = nn.ModuleList([make_skips(size, recursions, affine, device)[name] for _ in range(2)])
+                cases[what, name, affine, recursions] = Case(skip, (x, branch), upstream)
+                if args.layer and what == "skip" and name in ("reference", "recompute", "auto"):
+                    skips = nn.ModuleList([make_skips(size, recursions, affine, axes, device)[name] for _ in range(2)])
                     layer = EncoderLayer(size, skips).to(device, dtype)
                     cases["layer", name, affine, recursions] = Case(layer, (x,), upstream)
     return cases
@@ -239,7 +252,8 @@ def plot(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", help="ROWSxFEATURES, such as 8192x512")
+    parser.add_argument("--sizes", nargs="+", help="ROWSxFEATURES, or SAMPLESxFEATURESxHEIGHTxWIDTH for maps")
+    parser.add_argument("--channels_last", action="store_true", help="maps whose features lie last in memory")
     parser.add_argument("--recursions", type=int, nargs="+", default=RECURSIONS)
     parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
     parser.add_argument("--implementations", nargs="+", help="only these")
@@ -261,10 +275,11 @@ def main():
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else SIZES[device]
     gpu = Gpu(not args.no_graphs) if device == "cuda" else None
     rows = []
-    for count, size in sizes:
+    for shape in sizes:
+        count, size = math.prod(shape) // shape[1], shape[1]
         torch._dynamo.reset()
         torch._dynamo.config.cache_size_limit = 256
-        cases = make_cases(args, count, size, device, dtype)
+        cases = make_cases(args, shape, device, dtype)
         copy = measure_copy(count, size, device, dtype, gpu)
         take_turns(list(cases.values()), rounds, args.warmup, gpu)
         medians = {
@@ -289,7 +304,7 @@ def main():
                     "forward_to_K1": f"{forward / medians[least][0]:.3f}" if least in medians else "",
                     "total_to_K1": f"{total / medians[least][1]:.3f}" if least in medians else "",
                     "eager_to_this": f"{medians[eager][1] / total:.3f}" if eager in medians else "",
-                    "forward_of_copy_bandwidth": f"{moved / copy:.3f}" if what == "skip" else "",
+                    "forward_of_copy_bandwidth": f"{moved / copy:.3f}" if what != "layer" else "",
                     "kept_MiB": f"{cases[key].kept_bytes() / 2**20:.2f}",
                 }
             )

@@ -42,6 +42,13 @@ def test_skip_kernels(tmp_path):
     assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_skip_kernels_over_maps(tmp_path):
+    arguments = "--sizes 4x8x6x6 --recursions 2 --rounds 1 --warmup 1 --implementations reference recompute --step none"
+    for option in ("", " --channels_last"):
+        rows = run("skip_kernels.py", tmp_path / f"rows{option.strip()}.csv", f"{arguments} --affines per_step{option}")
+        assert [row["what"] for row in rows] == ["maps"] * 2 and {row["rows"] for row in rows} == {"144"}
+
+
 def test_training_step(tmp_path):
     arguments = "--shape tiny --batch_size 2 --length 8 --recursions 1 2 --affines last --rounds 1 --warmup 1 --bf16"
     rows = run("training_step.py", tmp_path / "rows.csv", arguments)
