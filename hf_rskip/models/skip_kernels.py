@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from .skip_dropout import draw_seed, keep_factors
 from .skip_kernels_autograd import RecomputedRSkip
-from .skip_kernels_maps import backward, forward, rskip_over_maps
+from .skip_kernels_maps import OPERATORS, rskip_over_maps
 from .skip_norms import sample_layer_norm, sample_rms_norm
 
 AFFINES = ("per_step", "shared", "last")
@@ -129,7 +129,7 @@ def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dro
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
     if axes == "sample":
-        operators = (forward, backward) if backend == "recompute" else _operator(backend, x, branch, axes)
+        operators = OPERATORS if backend == "recompute" else _operator(backend, x, branch, axes)
         return rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, operators)
     closed = affine == "last" and recursions > 1
     arguments = (seed, recursions, closed, centred, eps, scale, dropout, dtype)
@@ -232,14 +232,14 @@ def _operator(backend, x, branch, axes):
     if backend == "cpp":
         if not has_cpp(x.dtype, branch.dtype, axes):
             raise ValueError("backend='cpp' needs a C++ compiler")
-        from .skip_kernels_cpu import rskip_layer_norm as operator
-        from .skip_kernels_maps_cpu import backward, forward
+        from .skip_kernels_cpu import rskip_layer_norm
+        from .skip_kernels_maps_cpu import OPERATORS as of_maps
     else:
         if not has_triton():
             raise ValueError("backend='triton' needs the package triton")
-        from .skip_kernels_maps_triton import backward, forward
-        from .skip_kernels_triton import rskip_layer_norm as operator
-    return (forward, backward) if axes == "sample" else operator
+        from .skip_kernels_maps_triton import OPERATORS as of_maps
+        from .skip_kernels_triton import rskip_layer_norm
+    return of_maps if axes == "sample" else rskip_layer_norm
 
 
 def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes):

@@ -35,7 +35,7 @@ def rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, s
 
 class RecomputedMapsRSkip(torch.autograd.Function):
     """The K steps over contiguous maps, `(samples, positions, channels)` or `(samples, channels, positions)`, by two
-    functions, `operators`: [`forward`] and [`backward`] or others that do the same.
+    functions: [`OPERATORS`] or others that do the same.
 
     `dim` is that of the positions; gain and bias are `(recursions, channels)`.
     """
@@ -72,28 +72,28 @@ def forward(x, branch, weight, bias, centred, eps, scale, dim, dtype):
 
 def backward(gradient, x, branch, weight, bias, moments, centred, eps, scale, dim):
     """The gradients of x, F, gains and biases."""
-    dtypes, positions = (x.dtype, branch.dtype), x.shape[dim]
+    dtypes, positions = [tensor.dtype for tensor in (x, branch, weight, bias)], x.shape[dim]
     x, u = _scaled_and_sum(x, branch, scale)
     mean_x, mean_u = moments[:2].unsqueeze(dim + 1)
     x, u = x - mean_x, u - mean_u
-    sums = torch.stack([(gradient * values).sum(dim) for values in (x, u, torch.ones_like(u))]).double()
+    gradient = gradient.to(x.dtype)
+    sums = torch.stack([(gradient * x).sum(dim), (gradient * u).sum(dim), gradient.sum(dim)]).double()
     (a, c, _), steps = _chain(moments, weight, bias, centred, eps)
     of_means, of_variances, grad_weight, grad_bias = _chain_backward(sums, steps, weight, centred)
     (of_x, of_u), (by_xx, by_uu, by_xu) = of_means / positions, of_variances / positions
     gradient = gradient - (sums[2] / positions).to(x.dtype).unsqueeze(dim)
-    of_x, of_u = (
-        (up * gradient + by_x * x + by_u * u + rest)
-        for up, by_x, by_u, rest in (
-            torch.stack(numbers).to(x.dtype).unsqueeze(dim + 1)
-            for numbers in ((a, 2 * by_xx, by_xu, of_x), (c, by_xu, 2 * by_uu, of_u))
-        )
-    )
-    return (
-        (scale * (of_x + of_u)).to(dtypes[0]),
-        of_u.to(dtypes[1]),
-        grad_weight.to(weight.dtype),
-        grad_bias.to(bias.dtype),
-    )
+
+    def combined(*numbers):
+        up, along_x, along_u, rest = torch.stack(numbers).to(x.dtype).unsqueeze(dim + 1)
+        return up * gradient + along_x * x + along_u * u + rest
+
+    of_x, of_u = combined(a, 2 * by_xx, by_xu, of_x), combined(c, by_xu, 2 * by_uu, of_u)
+    found = scale * (of_x + of_u), of_u, grad_weight, grad_bias
+    return tuple(gradient.to(dtype) for gradient, dtype in zip(found, dtypes, strict=True))
+
+
+OPERATORS = forward, backward
+"""The K steps over contiguous maps and their gradient, in tensor operations; other modules have those of a device."""
 
 
 def _scaled_and_sum(x, branch, scale):
@@ -119,7 +119,8 @@ def _chain(moments, weight, bias, centred, eps):
         if centred:
             state[2] -= state[2].mean(-1, keepdim=True)
         moved = (products * state).sum(1)
-        rstd = torch.rsqrt((state * (moved + 1e-34 * state)).sum(0).mean(-1, keepdim=True) + eps)
+        variance = (state * (moved + 1e-34 * state)).sum(0).mean(-1, keepdim=True)
+        rstd = torch.rsqrt(variance.clamp(min=0) + eps)
         state, moved = rstd * state, rstd * moved
         steps.append((state, moved, rstd))
         state = gain * state

@@ -31,10 +31,25 @@ def _pair(x_ptr, branch_ptr, scale, offset, mask):
 
 
 @triton.jit
-def _number(pointer, index: tl.constexpr, COUNT: tl.constexpr, channel, channels):
-    """Number `index` of the `COUNT` that each channel of the sample has."""
-    row = tl.program_id(0).to(tl.int64) * COUNT + index
-    return tl.load(pointer + row * channels + channel, mask=channel < channels, other=0.0)
+def _load(pointer, index, channel, channels):
+    """Row `index` of `(..., channels)` at the channels of a program."""
+    return tl.load(pointer + index * channels + channel, mask=channel < channels, other=0.0)
+
+
+@triton.jit
+def _store(pointer, index, channel, channels, rows, COUNT: tl.constexpr):
+    """`COUNT` rows from `index` on."""
+    for i in tl.static_range(COUNT):
+        value = rows[i].to(pointer.dtype.element_ty)
+        tl.store(pointer + (index + i) * channels + channel, value, mask=channel < channels)
+
+
+@triton.jit
+def _centred_pair(x_ptr, branch_ptr, moments_ptr, scale, channel, channels, offset, mask):
+    x, u = _pair(x_ptr, branch_ptr, scale, offset, mask)
+    of_sample = tl.program_id(0).to(tl.int64) * 5
+    x -= _load(moments_ptr, of_sample, channel, channels)
+    return x, u - _load(moments_ptr, of_sample + 1, channel, channels)
 
 
 @triton.jit
@@ -48,43 +63,35 @@ def moments_kernel(
     count = tl.minimum(TILE, positions - tl.program_id(2) * TILE)
     mean_x, mean_u = tl.sum(x, axis=1, keep_dims=True) / count, tl.sum(u, axis=1, keep_dims=True) / count
     x, u = tl.where(mask, x - mean_x, 0.0), tl.where(mask, u - mean_u, 0.0)
-    row = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * 5
-    to, real = partial_ptr + row * channels + channel, channel < channels
-    tl.store(to, mean_x, mask=real)
-    tl.store(to + channels, mean_u, mask=real)
-    tl.store(to + 2 * channels, tl.sum(x * x, axis=1, keep_dims=True), mask=real)
-    tl.store(to + 3 * channels, tl.sum(u * u, axis=1, keep_dims=True), mask=real)
-    tl.store(to + 4 * channels, tl.sum(x * u, axis=1, keep_dims=True), mask=real)
+    xx, uu = tl.sum(x * x, axis=1, keep_dims=True), tl.sum(u * u, axis=1, keep_dims=True)
+    found = (mean_x, mean_u, xx, uu, tl.sum(x * u, axis=1, keep_dims=True))
+    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    _store(partial_ptr, tile * 5, channel, channels, found, 5)
 
 
 @triton.jit
 def _chain(moments_ptr, weight_ptr, bias_ptr, states_ptr, rstd_ptr, channels, steps, eps, CENTRED, SIZE: tl.constexpr):
     """`_chain` of `skip_kernels_maps.py`; leaves what each step normalises, over its deviation, and 1 over that."""
     sample, channel = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    real = channel < channels
-    e = _number(moments_ptr, 1, 5, channel, channels).to(tl.float64)
+    e = _load(moments_ptr, sample * 5 + 1, channel, channels).to(tl.float64)
     a = tl.zeros((SIZE,), tl.float64)
     c = a + 1
     for step in range(steps):
         if step > 0:
             a += 1
-            e += _number(moments_ptr, 0, 5, channel, channels)
+            e += _load(moments_ptr, sample * 5, channel, channels)
         if CENTRED:
-            e = tl.where(real, e - tl.sum(e, axis=0) / channels, 0.0)
-        square = a * a * (_number(moments_ptr, 2, 5, channel, channels).to(tl.float64) + 1e-34)
-        square += c * c * (_number(moments_ptr, 3, 5, channel, channels).to(tl.float64) + 1e-34)
-        square += 2 * a * c * _number(moments_ptr, 4, 5, channel, channels) + e * e
-        variance = tl.maximum(tl.sum(tl.where(real, square, 0.0), axis=0) / channels, 0.0)
-        rstd = 1 / tl.sqrt(variance + eps)
+            e = tl.where(channel < channels, e - tl.sum(e, axis=0) / channels, 0.0)
+        square = a * a * (_load(moments_ptr, sample * 5 + 2, channel, channels).to(tl.float64) + 1e-34)
+        square += c * c * (_load(moments_ptr, sample * 5 + 3, channel, channels).to(tl.float64) + 1e-34)
+        square += 2 * a * c * _load(moments_ptr, sample * 5 + 4, channel, channels) + e * e
+        variance = tl.sum(tl.where(channel < channels, square, 0.0), axis=0) / channels
+        rstd = 1 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
         a, c, e = a * rstd, c * rstd, e * rstd
-        to = states_ptr + (sample * steps + step) * 3 * channels + channel
-        tl.store(to, a, mask=real)
-        tl.store(to + channels, c, mask=real)
-        tl.store(to + 2 * channels, e, mask=real)
+        _store(states_ptr, (sample * steps + step) * 3, channel, channels, (a, c, e), 3)
         tl.store(rstd_ptr + sample * steps + step, rstd)
-        gain = tl.load(weight_ptr + step * channels + channel, mask=real, other=0.0).to(tl.float64)
-        shift = tl.load(bias_ptr + step * channels + channel, mask=real, other=0.0).to(tl.float64)
-        a, c, e = gain * a, gain * c, gain * e + shift
+        gain = _load(weight_ptr, step, channel, channels).to(tl.float64)
+        a, c, e = gain * a, gain * c, gain * e + _load(bias_ptr, step, channel, channels)
     return a, c, e
 
 
@@ -95,38 +102,24 @@ def chain_kernel(
 ):  # fmt: skip
     """The moments of a sample from those of its tiles, and a, c and e of y_K."""
     sample, channel = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    real = channel < channels
-    of_tiles = partial_ptr + sample * tiles * 5 * channels + channel
-    mean_x, mean_u = tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.float64)
+    zero = tl.zeros((SIZE,), tl.float64)
+    mean_x, mean_u, xx, uu, xu = zero, zero, zero, zero, zero
     for tile in range(tiles):
         part = tl.minimum(TILE, positions - tile * TILE).to(tl.float64) / positions
-        at = of_tiles + tile * 5 * channels
-        mean_x += part * tl.load(at, mask=real, other=0.0)
-        mean_u += part * tl.load(at + channels, mask=real, other=0.0)
+        mean_x += part * _load(partial_ptr, (sample * tiles + tile) * 5, channel, channels)
+        mean_u += part * _load(partial_ptr, (sample * tiles + tile) * 5 + 1, channel, channels)
     mean_x, mean_u = mean_x.to(tl.float32), mean_u.to(tl.float32)
-    xx, uu, xu = tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.float64)
     for tile in range(tiles):
-        count = tl.minimum(TILE, positions - tile * TILE).to(tl.float64)
-        at = of_tiles + tile * 5 * channels
-        x = tl.load(at, mask=real, other=0.0).to(tl.float64) - mean_x
-        u = tl.load(at + channels, mask=real, other=0.0).to(tl.float64) - mean_u
-        xx += count * x * x + tl.load(at + 2 * channels, mask=real, other=0.0)
-        uu += count * u * u + tl.load(at + 3 * channels, mask=real, other=0.0)
-        xu += count * x * u + tl.load(at + 4 * channels, mask=real, other=0.0)
-    to = moments_ptr + sample * 5 * channels + channel
-    tl.store(to, mean_x, mask=real)
-    tl.store(to + channels, mean_u, mask=real)
-    tl.store(to + 2 * channels, (xx / positions).to(tl.float32), mask=real)
-    tl.store(to + 3 * channels, (uu / positions).to(tl.float32), mask=real)
-    tl.store(to + 4 * channels, (xu / positions).to(tl.float32), mask=real)
+        part, row = tl.minimum(TILE, positions - tile * TILE).to(tl.float64) / positions, (sample * tiles + tile) * 5
+        x = _load(partial_ptr, row, channel, channels).to(tl.float64) - mean_x
+        u = _load(partial_ptr, row + 1, channel, channels).to(tl.float64) - mean_u
+        xx += part * x * x + _load(partial_ptr, row + 2, channel, channels) / positions
+        uu += part * u * u + _load(partial_ptr, row + 3, channel, channels) / positions
+        xu += part * x * u + _load(partial_ptr, row + 4, channel, channels) / positions
+    _store(moments_ptr, sample * 5, channel, channels, (mean_x, mean_u, xx, uu, xu), 5)
     tl.debug_barrier()  # other threads may read it
-    a, c, e = _chain(
-        moments_ptr, weight_ptr, bias_ptr, states_ptr, rstd_ptr, channels, steps, eps, CENTRED, SIZE
-    )  # fmt: skip
-    to = numbers_ptr + sample * 3 * channels + channel
-    tl.store(to, a.to(tl.float32), mask=real)
-    tl.store(to + channels, c.to(tl.float32), mask=real)
-    tl.store(to + 2 * channels, e.to(tl.float32), mask=real)
+    of_y = _chain(moments_ptr, weight_ptr, bias_ptr, states_ptr, rstd_ptr, channels, steps, eps, CENTRED, SIZE)
+    _store(numbers_ptr, sample * 3, channel, channels, of_y, 3)
 
 
 @triton.jit
@@ -135,11 +128,10 @@ def combine_kernel(
     PLANES: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     channel, offset, mask = _tile(positions, channels, PLANES, CHANNELS, TILE)
-    x, u = _pair(x_ptr, branch_ptr, scale, offset, mask)
-    x -= _number(moments_ptr, 0, 5, channel, channels)
-    u -= _number(moments_ptr, 1, 5, channel, channels)
-    y = _number(numbers_ptr, 0, 3, channel, channels) * x + _number(numbers_ptr, 1, 3, channel, channels) * u
-    y += _number(numbers_ptr, 2, 3, channel, channels)
+    x, u = _centred_pair(x_ptr, branch_ptr, moments_ptr, scale, channel, channels, offset, mask)
+    row = tl.program_id(0).to(tl.int64) * 3
+    y = _load(numbers_ptr, row, channel, channels) * x + _load(numbers_ptr, row + 1, channel, channels) * u
+    y += _load(numbers_ptr, row + 2, channel, channels)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -150,78 +142,63 @@ def gradient_sums_kernel(
 ):  # fmt: skip
     """Of each tile: the sums of the gradient times s x - mean, u - mean and 1; `(samples, tiles, 3, channels)`."""
     channel, offset, mask = _tile(positions, channels, PLANES, CHANNELS, TILE)
-    x, u = _pair(x_ptr, branch_ptr, scale, offset, mask)
-    x -= _number(moments_ptr, 0, 5, channel, channels)
-    u -= _number(moments_ptr, 1, 5, channel, channels)
+    x, u = _centred_pair(x_ptr, branch_ptr, moments_ptr, scale, channel, channels, offset, mask)
     up = tl.load(gradient_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    row = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * 3
-    to, real = partial_ptr + row * channels + channel, channel < channels
-    tl.store(to, tl.sum(up * x, axis=1, keep_dims=True), mask=real)
-    tl.store(to + channels, tl.sum(up * u, axis=1, keep_dims=True), mask=real)
-    tl.store(to + 2 * channels, tl.sum(up, axis=1, keep_dims=True), mask=real)
+    along_x, along_u = tl.sum(up * x, axis=1, keep_dims=True), tl.sum(up * u, axis=1, keep_dims=True)
+    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    _store(partial_ptr, tile * 3, channel, channels, (along_x, along_u, tl.sum(up, axis=1, keep_dims=True)), 3)
 
 
 @triton.jit
 def chain_backward_kernel(
-    partial_ptr, weight_ptr, bias_ptr, moments_ptr, numbers_ptr, states_ptr, rstd_ptr, grad_affine_ptr,
+    partial_ptr, weight_ptr, bias_ptr, moments_ptr, numbers_ptr, states_ptr, rstd_ptr, grad_weight_ptr, grad_bias_ptr,
     positions, channels, tiles, steps, eps, scale, CENTRED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """`_chain_backward` of `skip_kernels_maps.py`. Leaves what multiplies gradient - mean, s x - mean, u - mean and 1
-    in the gradients of x and F, and the mean of the gradient, `(samples, 9, channels)`; and those of gains and biases,
-    `(samples, 2, steps, channels)`.
+    in the gradients of x and F, and the mean of the gradient, `(samples, 9, channels)`; and the gradients of gains and
+    biases, `(samples, steps, channels)`.
     """
     sample, channel = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    real = channel < channels
     _chain(moments_ptr, weight_ptr, bias_ptr, states_ptr, rstd_ptr, channels, steps, eps, CENTRED, SIZE)
     tl.debug_barrier()
-    of_a, of_c, of_e = tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.float64)
+    zero = tl.zeros((SIZE,), tl.float64)
+    of_a, of_c, of_e, by_x, by_xx, by_uu, by_xu = zero, zero, zero, zero, zero, zero, zero
     for tile in range(tiles):
-        at = partial_ptr + (sample * tiles + tile) * 3 * channels + channel
-        of_a += tl.load(at, mask=real, other=0.0)
-        of_c += tl.load(at + channels, mask=real, other=0.0)
-        of_e += tl.load(at + 2 * channels, mask=real, other=0.0)
-    by_x, by_xx = tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.float64)
-    by_uu, by_xu = tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.float64)
+        of_a += _load(partial_ptr, (sample * tiles + tile) * 3, channel, channels)
+        of_c += _load(partial_ptr, (sample * tiles + tile) * 3 + 1, channel, channels)
+        of_e += _load(partial_ptr, (sample * tiles + tile) * 3 + 2, channel, channels)
     for index in range(steps):
-        step = steps - 1 - index
-        at = states_ptr + (sample * steps + step) * 3 * channels + channel
-        a, c = tl.load(at, mask=real, other=0.0), tl.load(at + channels, mask=real, other=0.0)
-        e = tl.load(at + 2 * channels, mask=real, other=0.0)
-        rstd = tl.load(rstd_ptr + sample * steps + step)
-        to = grad_affine_ptr + (sample * 2 * steps + step) * channels + channel
-        tl.store(to, of_a * a + of_c * c + of_e * e, mask=real)
-        tl.store(to + steps * channels, of_e, mask=real)
-        gain = tl.load(weight_ptr + step * channels + channel, mask=real, other=0.0).to(tl.float64)
+        step = sample * steps + steps - 1 - index
+        a, c = _load(states_ptr, step * 3, channel, channels), _load(states_ptr, step * 3 + 1, channel, channels)
+        e, rstd = _load(states_ptr, step * 3 + 2, channel, channels), tl.load(rstd_ptr + step)
+        _store(grad_weight_ptr, step, channel, channels, (of_a * a + of_c * c + of_e * e,), 1)
+        _store(grad_bias_ptr, step, channel, channels, (of_e,), 1)
+        gain = _load(weight_ptr, steps - 1 - index, channel, channels).to(tl.float64)
         of_a, of_c, of_e = gain * of_a, gain * of_c, gain * of_e
         of_std = tl.sum(of_a * a + of_c * c + of_e * e, axis=0) / channels
         by_xx -= of_std * a * a
         by_uu -= of_std * c * c
         by_xu -= of_std * a * c
-        xx, uu = _number(moments_ptr, 2, 5, channel, channels), _number(moments_ptr, 3, 5, channel, channels)
-        xu = _number(moments_ptr, 4, 5, channel, channels)
-        of_a = rstd * (of_a - of_std * (xx * a + xu * c))
-        of_c = rstd * (of_c - of_std * (uu * c + xu * a))
+        xu = _load(moments_ptr, sample * 5 + 4, channel, channels)
+        of_a = rstd * (of_a - of_std * (_load(moments_ptr, sample * 5 + 2, channel, channels) * a + xu * c))
+        of_c = rstd * (of_c - of_std * (_load(moments_ptr, sample * 5 + 3, channel, channels) * c + xu * a))
         of_e = rstd * (of_e - of_std * e)
         if CENTRED:
-            of_e = tl.where(real, of_e - tl.sum(of_e, axis=0) / channels, 0.0)
-        if step > 0:
+            of_e = tl.where(channel < channels, of_e - tl.sum(of_e, axis=0) / channels, 0.0)
+        if index + 1 < steps:
             by_x += of_e
     tl.debug_barrier()
-    at = states_ptr + (sample + 1) * steps * 3 * channels - 3 * channels + channel  # read again, which spares registers
-    gain = tl.load(weight_ptr + (steps - 1) * channels + channel, mask=real, other=0.0).to(tl.float64)
-    last_a = gain * tl.load(at, mask=real, other=0.0)
-    last_c = gain * tl.load(at + channels, mask=real, other=0.0)
-    sum_up = tl.load(grad_affine_ptr + ((sample + 1) * 2 * steps - 1) * channels + channel, mask=real, other=0.0)
-    to = numbers_ptr + sample * 9 * channels + channel
-    tl.store(to, (scale * (last_a + last_c)).to(tl.float32), mask=real)
-    tl.store(to + channels, (scale * (by_xx + by_xu) / positions).to(tl.float32), mask=real)
-    tl.store(to + 2 * channels, (scale * (by_xu + by_uu) / positions).to(tl.float32), mask=real)
-    tl.store(to + 3 * channels, (scale * (by_x + of_e) / positions).to(tl.float32), mask=real)
-    tl.store(to + 4 * channels, last_c.to(tl.float32), mask=real)
-    tl.store(to + 5 * channels, (by_xu / positions).to(tl.float32), mask=real)
-    tl.store(to + 6 * channels, (by_uu / positions).to(tl.float32), mask=real)
-    tl.store(to + 7 * channels, (of_e / positions).to(tl.float32), mask=real)
-    tl.store(to + 8 * channels, (sum_up / positions).to(tl.float32), mask=real)
+    last = (sample + 1) * steps - 1  # reading again what is there spares registers
+    gain, sum_up = _load(weight_ptr, steps - 1, channel, channels), _load(grad_bias_ptr, last, channel, channels)
+    a, c = (
+        gain * _load(states_ptr, last * 3, channel, channels),
+        gain * _load(states_ptr, last * 3 + 1, channel, channels),
+    )
+    by_x, by_u, by_xx = by_x / positions, of_e / positions, by_xx / positions
+    by_uu, by_xu, mean_up = by_uu / positions, by_xu / positions, sum_up / positions
+    of_x = (scale * (a + c), scale * (by_xx + by_xu), scale * (by_xu + by_uu), scale * (by_x + by_u))
+    _store(numbers_ptr, sample * 9, channel, channels, of_x, 4)
+    _store(numbers_ptr, sample * 9 + 4, channel, channels, (c, by_xu, by_uu, by_u, mean_up), 5)
 
 
 @triton.jit
@@ -230,17 +207,16 @@ def combine_gradients_kernel(
     PLANES: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     channel, offset, mask = _tile(positions, channels, PLANES, CHANNELS, TILE)
-    x, u = _pair(x_ptr, branch_ptr, scale, offset, mask)
-    x -= _number(moments_ptr, 0, 5, channel, channels)
-    u -= _number(moments_ptr, 1, 5, channel, channels)
+    x, u = _centred_pair(x_ptr, branch_ptr, moments_ptr, scale, channel, channels, offset, mask)
+    row = tl.program_id(0).to(tl.int64) * 9
     up = tl.load(gradient_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    up -= _number(numbers_ptr, 8, 9, channel, channels)
+    up -= _load(numbers_ptr, row + 8, channel, channels)
     for output in tl.static_range(2):
         to = grad_branch_ptr if output else grad_x_ptr
-        found = _number(numbers_ptr, 4 * output, 9, channel, channels) * up
-        found += _number(numbers_ptr, 4 * output + 1, 9, channel, channels) * x
-        found += _number(numbers_ptr, 4 * output + 2, 9, channel, channels) * u
-        found += _number(numbers_ptr, 4 * output + 3, 9, channel, channels)
+        found = _load(numbers_ptr, row + 4 * output, channel, channels) * up
+        found += _load(numbers_ptr, row + 4 * output + 1, channel, channels) * x
+        found += _load(numbers_ptr, row + 4 * output + 2, channel, channels) * u
+        found += _load(numbers_ptr, row + 4 * output + 3, channel, channels)
         tl.store(to + offset, found.to(to.dtype.element_ty), mask=mask)
 
 
@@ -317,20 +293,22 @@ def backward(
         gradient, x, branch, moments, partial, positions, channels, scale, **options
     )  # fmt: skip
     numbers = x.new_empty(samples, 9, channels, dtype=torch.float32)
-    grad_affine = x.new_empty(samples, 2, steps, channels, dtype=torch.float64)
+    grad_weight, grad_bias = (x.new_empty(samples, steps, channels, dtype=torch.float64) for _ in range(2))
     states, rstd = _scratch(x, steps, channels)
     wrap_triton(chain_backward_kernel)[(samples,)](
-        partial, weight.contiguous(), bias.contiguous(), moments, numbers, states, rstd, grad_affine,
-        positions, channels, grid[2], steps, eps, scale, CENTRED=centred, **chain_options(channels),
+        partial, weight.contiguous(), bias.contiguous(), moments, numbers, states, rstd, grad_weight,
+        grad_bias, positions, channels, grid[2], steps, eps, scale, CENTRED=centred, **chain_options(channels),
     )  # fmt: skip
     wrap_triton(combine_gradients_kernel)[grid](
         gradient, x, branch, moments, numbers, grad_x, grad_branch, positions, channels, scale, **options
     )
-    grad_weight, grad_bias = grad_affine.sum(0).unbind(0)
-    return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True)
+    return grad_x, grad_branch, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
 
 
 def _scratch(x, steps, channels):
     """What the steps of the chain leave to its backward pass."""
     samples = x.shape[0]
     return (x.new_empty(size, dtype=torch.float64) for size in ((samples, steps, 3, channels), (samples, steps)))
+
+
+OPERATORS = forward, backward

@@ -31,7 +31,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel}
 KERNELS_OF_MAPS = {name.removesuffix("_kernel"): kernel for name, kernel in vars(maps).items() if "_kernel" in name}
 INTEGERS = ("rows", "positions", "channels", "tiles", "steps")
-SINGLE, DOUBLE = ("weight", "bias", "stats", "closed", "partial", "moments", "numbers"), ("states", "rstd", "grad_aff")
+SINGLE, DOUBLE = (
+    ("weight", "bias", "stats", "closed", "partial", "moments", "numbers"),
+    ("states", "rstd", "grad_weight", "grad_bias"),
+)
 
 
 def compile_kernel(kernel, constants, architecture, dtype="bf16"):

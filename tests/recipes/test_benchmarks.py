@@ -20,7 +20,7 @@ def run(script, output, arguments):
 
 def test_skip_kernels(tmp_path):
     arguments = (
-        "--shapes 128x64 4x8x5x6 --recursions 1 3 --rounds 2 --warmup 1"
+        "--shapes 128x64 4x8x5x6 --channels_last --recursions 1 3 --rounds 2 --warmup 1"
         " --implementations reference recompute auto --step tiny"
     )
     arguments += f" --plot {tmp_path / 'plot.pdf'}"
