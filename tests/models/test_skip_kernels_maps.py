@@ -100,7 +100,7 @@ def assert_maps_equal_formula(backend, *args, **kwargs):
 
 
 @BACKENDS
-@settings(deadline=None, max_examples=2 if INTERPRETED else 40, derandomize=True)
+@settings(deadline=None, max_examples=2 if INTERPRETED else 30, derandomize=True)
 @given(
     samples=st.integers(0, 4),
     spatial=st.lists(st.integers(1, 6), max_size=3),
@@ -132,9 +132,8 @@ def test_values_and_gradients(backend, samples, spatial, size, recursions, affin
 @pytest.mark.parametrize("dtypes", PRECISIONS, ids=str)
 def test_low_and_mixed_precision(backend, dtypes, layout):
     """One rounding at the end, not one a step; the residual may stay in float32 beside a branch that is not."""
-    for shape, recursions in (((2, 5, 7, 6), 4), ((1, 3, 3, 40), 1)):
-        leaves, upstream = random_maps(layout, shape, recursions, "per_step", dtypes)
-        assert_maps_equal_formula(backend, leaves, upstream, recursions, "per_step")
+    leaves, upstream = random_maps(layout, (2, 5, 7, 6), 4, "per_step", dtypes)
+    assert_maps_equal_formula(backend, leaves, upstream, 4, "per_step")
 
 
 @BACKENDS
