@@ -30,13 +30,14 @@ struct Sample {
 struct Group {
   int64_t first, count, start, step, whole, stop;
   bool planes;
-  Group(const Job& job, int64_t channel) : first(channel), planes(job.planes) {
+  Group(const Job& job, int64_t channel, int64_t positions) : first(channel), planes(job.planes) {
     count = planes ? 1 : std::min(LANES, job.channels - first);
     start = planes ? first * job.positions : first;
-    stop = planes ? start + job.positions : job.positions * job.channels;
+    stop = planes ? start + positions : positions * job.channels;
     step = planes ? LANES : job.channels;
-    whole = planes ? job.positions / LANES : count == LANES ? job.positions : 0;
+    whole = planes ? positions / LANES : count == LANES ? positions : 0;
   }
+  Group(const Job& job, int64_t channel) : Group(job, channel, job.positions) {}
   V load(const float* numbers) const { return planes ? V{} + numbers[first] : Tail{count}.load(numbers + first); }
 };
 
@@ -104,45 +105,54 @@ static inline __attribute__((always_inline)) void over(const Group& group, S& su
 struct Pair {
   V x, u;
 };
-// Asks for what comes later: the processor sees that for itself only where it lies side by side.
-template <class T>
-static inline void ahead(const T* p, const Job& job) {
-  __builtin_prefetch(p + (job.planes ? 16 * LANES : 8 * job.channels));
-}
-
 // s x and u, less what is given.
 template <class Part>
 static inline Pair load(const Sample& at, const Job& job, int64_t i, Part part, V mean_x, V mean_u) {
-  ahead(at.x + i, job), ahead(at.f + i, job);
   const V x = job.scale * part.load(at.x + i);
   return {x - mean_x, x + part.load(at.f + i) - mean_u};
 }
 
+// Sums of squares lose digits far from the mean. That of an eighth of the positions is near enough: where it is not,
+// the variance is large.
 static void find_moments(const Sample at, const Job job) {
-  const int64_t n = job.channels;
+  const int64_t n = job.channels, few = std::min(job.positions, std::max(job.positions / 8, int64_t(64)));
   float* m = at.moments;
   for (int64_t first = 0; first < n; first += Group(job, first).count) {
-    const Group group(job, first);
-    Sums<2> sum;
-    over(group, sum, [&](int64_t i, auto part) {
+    const Group group(job, first), some(job, first, few);
+    Sums<2> near;
+    over(some, near, [&](int64_t i, auto part) {
       const Pair v = load(at, job, i, part, V{}, V{});
-      sum.lanes[0] += part.keep(v.x);
-      sum.lanes[1] += part.keep(v.u);
+      near.lanes[0] += part.keep(v.x);
+      near.lanes[1] += part.keep(v.u);
     });
-    sum.store(group, [&](int64_t j, const double* sums) {
-      for (int p = 0; p < 2; p++) m[p * n + j] = sums[p] / job.positions;
+    near.store(some, [&](int64_t j, const double* sums) {
+      for (int p = 0; p < 2; p++) m[p * n + j] = sums[p] / few;
     });
-    const V mean_x = group.load(m), mean_u = group.load(m + n);
-    Sums<3> square;
-    over(group, square, [&](int64_t i, auto part) {
-      const Pair v = load(at, job, i, part, mean_x, mean_u);
+    const V near_x = group.load(m), near_u = group.load(m + n);
+    Sums<5> rest;
+    over(group, rest, [&](int64_t i, auto part) {
+      const Pair v = load(at, job, i, part, near_x, near_u);
       const V x = part.keep(v.x), u = part.keep(v.u);
-      square.lanes[0] += x * x;
-      square.lanes[1] += u * u;
-      square.lanes[2] += x * u;
+      rest.lanes[0] += x;
+      rest.lanes[1] += u;
+      rest.lanes[2] += x * x;
+      rest.lanes[3] += u * u;
+      rest.lanes[4] += x * u;
     });
-    square.store(group, [&](int64_t j, const double* sums) {
-      for (int p = 0; p < 3; p++) m[(p + 2) * n + j] = sums[p] / job.positions;
+    rest.store(group, [&](int64_t j, const double* sums) {
+      double mean[2], left[2];  // `left` is what rounding the mean leaves of it
+      for (int p = 0; p < 2; p++) {
+        mean[p] = sums[p] / job.positions;
+        const double whole = m[p * n + j] + mean[p];
+        m[p * n + j] = whole;
+        left[p] = whole - m[p * n + j];
+      }
+      const auto about = [&](double sum, int p, int q) {
+        return sum / job.positions - mean[p] * mean[q] + left[p] * left[q];
+      };
+      m[2 * n + j] = std::max(about(sums[2], 0, 0), 0.0);
+      m[3 * n + j] = std::max(about(sums[3], 1, 1), 0.0);
+      m[4 * n + j] = about(sums[4], 0, 1);
     });
   }
 }
@@ -226,7 +236,6 @@ static void forward(const Sample at, const float* w, const float* b, const Job j
     const V c = group.load(numbers.data() + n), e = group.load(numbers.data() + 2 * n);
     over(group, none, [&](int64_t i, auto part) {
       const Pair v = load(at, job, i, part, mean_x, mean_u);
-      ahead(at.y + i, job);
       part.store(a * v.x + c * v.u + e, at.y + i);
     });
   }
@@ -241,7 +250,6 @@ static void backward(const Sample at, const float* w, const float* b, const Job 
     const V mean_x = group.load(m), mean_u = group.load(m + n);
     Sums<3> sum;
     over(group, sum, [&](int64_t i, auto part) {
-      ahead(at.gradient + i, job);
       const Pair v = load(at, job, i, part, mean_x, mean_u);
       const V g = part.keep(part.load(at.gradient + i));
       sum.lanes[0] += g * v.x;
@@ -275,10 +283,8 @@ static void backward(const Sample at, const float* w, const float* b, const Job 
     V by[9];
     for (int p = 0; p < 9; p++) by[p] = group.load(numbers.data() + p * n);
     over(group, none, [&](int64_t i, auto part) {
-      ahead(at.gradient + i, job);
       const Pair v = load(at, job, i, part, mean_x, mean_u);
       const V g = part.load(at.gradient + i) - by[8];
-      ahead(at.dx + i, job), ahead(at.df + i, job);
       part.store(by[0] * g + by[1] * v.x + by[2] * v.u + by[3], at.dx + i);
       part.store(by[4] * g + by[5] * v.x + by[6] * v.u + by[7], at.df + i);
     });

@@ -101,7 +101,7 @@ def assert_maps_equal_formula(backend, *args, **kwargs):
 
 
 @BACKENDS
-@settings(deadline=None, max_examples=2 if INTERPRETED else 40, derandomize=True)
+@settings(deadline=None, max_examples=2 if INTERPRETED else 30, derandomize=True)
 @given(
     samples=st.integers(0, 4),
     spatial=st.lists(st.integers(1, 6), max_size=3),
@@ -133,9 +133,8 @@ def test_values_and_gradients(backend, samples, spatial, size, recursions, affin
 @pytest.mark.parametrize("dtypes", PRECISIONS, ids=str)
 def test_low_and_mixed_precision(backend, dtypes, layout):
     """One rounding at the end, not one a step; the residual may stay in float32 beside a branch that is not."""
-    for shape, recursions in (((2, 5, 7, 6), 4), ((1, 3, 3, 40), 1)):
-        leaves, upstream = random_maps(layout, shape, recursions, "per_step", dtypes)
-        assert_maps_equal_formula(backend, leaves, upstream, recursions, "per_step")
+    leaves, upstream = random_maps(layout, (2, 5, 7, 6), 4, "per_step", dtypes)
+    assert_maps_equal_formula(backend, leaves, upstream, 4, "per_step")
 
 
 @BACKENDS
@@ -272,16 +271,18 @@ def test_the_operators_are_ones_of_torch(dim):
         assert set(torch.library.opcheck(operator, inputs, test_utils=checks).values()) == {"SUCCESS"}
 
 
-def test_auto_leaves_to_torch_what_it_does_as_well():
+def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
     def chosen(shape, recursions=2, **options):
         x = torch.empty(shape, **options)
         return skip_kernels.choose_backend(x, x, recursions, "per_step", "sample")
 
     assert chosen((128, 15, 16, 16)) == chosen((64, 32, 32, 7)) == chosen((128, 8, 8, 64)) == "reference"
     assert chosen((128, 16, 16, 32), dtype=torch.float64) == chosen((128, 16, 16, 32), 1) == "reference"
-    assert chosen((2**20, 64)) == chosen((128, 16, 16, 32), device="meta") == "reference"
+    assert chosen((8, 56, 56, 64)) == chosen((2**20, 64)) == chosen((128, 16, 16, 32), device="meta") == "reference"
     if skip_kernels.has_cpp(torch.float32, torch.float32, "sample"):
-        assert chosen((128, 16, 16, 32)) == chosen((128, 32, 32, 16)) == chosen((128, 8, 8, 64), 8) == "cpp"
+        assert chosen((128, 16, 16, 32)) == chosen((128, 8, 8, 64), 8) == chosen((8, 56, 56, 64), 3) == "cpp"
 
 
 # The Triton kernels
