@@ -30,6 +30,7 @@ from hf_rskip.models import skip_kernels_triton as kernels  # noqa: E402
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel}
 KERNELS_OF_MAPS = {name.removesuffix("_kernel"): kernel for name, kernel in vars(maps).items() if "_kernel" in name}
+LAYOUTS = {"contiguous": 2, "channels_last": 1}
 INTEGERS = ("rows", "positions", "channels", "tiles", "steps")
 SINGLE, DOUBLE = (
     ("weight", "bias", "stats", "closed", "partial", "moments", "numbers"),
@@ -94,7 +95,7 @@ def main():
     parser.add_argument("--recursions", type=int, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--maps", nargs="+", default=[], help="POSITIONSxCHANNELS, such as 3136x64, for maps as well")
+    parser.add_argument("--maps", nargs="*", default=["3136x64", "784x512"], help="POSITIONSxCHANNELS")
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90], help="80 is an A100, 90 an H100")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of all but the gains")
     parser.add_argument("--dropout", action="store_true")
@@ -109,10 +110,13 @@ def main():
             {"kernel": name, "size": size, "affine": affine, "K": steps, "architecture": f"sm_{architecture}"}
             | resources(compiled)
         )
-    for name, size, dim, architecture in itertools.product(KERNELS_OF_MAPS, args.maps, (1, 2), args.architectures):
-        compiled = compile_for_maps(name, *map(int, size.split("x")), dim, architecture, args.dtype)
-        what = {"kernel": name, "size": size, "affine": "any", "K": "any", "architecture": f"sm_{architecture}"}
-        rows.append(what | resources(compiled))
+    for name, size, layout, architecture in itertools.product(KERNELS_OF_MAPS, args.maps, LAYOUTS, args.architectures):
+        if "chain" in name and layout != "contiguous":
+            continue  # it sees numbers of channels, not maps
+        compiled = compile_for_maps(name, *map(int, size.split("x")), LAYOUTS[layout], architecture, args.dtype)
+        label = name if "chain" in name else f"{name}/{layout}"
+        what = {"kernel": label, "size": size, "affine": "any", "K": "any"}
+        rows.append(what | {"architecture": f"sm_{architecture}"} | resources(compiled))
     about = {
         "dtype": args.dtype,
         "dropout": args.dropout,

@@ -269,7 +269,7 @@ def test_kernels_compile_for_gpus_without_spills():
     script = Path(__file__).parents[2] / "recipes" / "benchmarks" / "kernel_registers.py"
 
     def compiled(*arguments):
-        command = [sys.executable, str(script), *arguments]
+        command = [sys.executable, str(script), "--maps", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
         head, *rows = (line.split() for line in result.stdout.splitlines()[:-1])
