@@ -180,11 +180,11 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affin
     if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
         return "reference"
     # What a call costs of itself is not shared among threads.
-    worth_cpp = x.device.type == "cpu" and x.numel() >= 2**19 * cpu_threads()
+    worth_cpp = x.device.type == "cpu" and x.numel() * recursions >= 2**21 * cpu_threads()
     if axes == "sample":
-        # Measured with one thread, forward and backward, K = 2 to 4: from 2^19 values and 512 / K positions on 1.05 to
-        # 8 times the reference's speed, of 49 or 64 positions down to .7. Samples of 200,704 values whose features lie
-        # side by side had .92 to 1.4 of it at K = 2. No GPU has been measured.
+        # Measured with one thread, forward and backward, K = 2 and 4: from 512 / K positions on 1.1 to 3.6 times the
+        # reference's speed, of 49 or 64 positions down to .7. Samples of 200,704 values whose features lie side by
+        # side had .92 to 1.4 of it at K = 2. No GPU has been measured.
         positions, values = x.shape[1:-1].numel(), x.shape[1:].numel()
         fits = recursions > 2 or values <= 2**17 or not x.is_contiguous()
         fused = worth_cpp and fits and positions * recursions >= 512 and has_cpp(x.dtype, branch.dtype, axes)
@@ -194,8 +194,8 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affin
     fits = affine == "last" or (recursions <= 8 and size * recursions <= 8192)
     if x.is_cuda and x.numel() >= 2**20 and fits and has_triton():
         return "triton"
-    # Measured with one thread, forward and backward, K = 2 and 4: from 2^19 values of 64 features on .99 to 3.3 times
-    # the reference's speed, at 2^17 values or 16 features down to .6 and .9 of it.
+    # Measured with one and two threads, forward and backward, K = 2 and 4: from 64 features on 1.07 to 4.4 times the
+    # reference's speed; at half as many values or 16 features down to .9 of it.
     if worth_cpp and size >= 64 and has_cpp(x.dtype, branch.dtype):
         return "cpp"
     return "reference"

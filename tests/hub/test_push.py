@@ -73,7 +73,7 @@ KERNELS = """
 from importlib import import_module
 
 kernels = import_module(model.__module__.replace("modeling_rskip", "skip_kernels"))
-x, branch = torch.randn(2, 8192, 64)
+x, branch = torch.randn(2, 16384, 64)
 assert kernels.choose_backend(x, branch, 3, "per_step") == ("cpp" if kernels.has_cpp(x.dtype, x.dtype) else "reference")
 torch.testing.assert_close(*(kernels.rskip_layer_norm(x, branch, backend=name) for name in ("auto", "reference")))
 """
