@@ -13,7 +13,8 @@ y_k = LN(s x + y_{k-1}), output y_K.
 
 All but the reference keep one activation whatever K is, and take the closed form where gain and bias come only at the
 last step; their numbers are those of float32 throughout, rounded once at the end. Dropout of F is part of them, from a
-seed (see `skip_dropout.py`) rather than a mask that is kept.
+seed (see `skip_dropout.py`) rather than a mask that is kept. Derivatives of any order are those of reverse mode: under
+forward mode and `torch.func` there is only the reference.
 
 LN goes over the features of each position (`axes="channels"`) or, for feature maps, over whole samples
 (`axes="sample"`, see `skip_kernels_maps.py`). Not here: batch norm, and norms of another's making. In [`RSkip`] they
@@ -24,6 +25,7 @@ import importlib.util
 import os
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .skip_dropout import draw_seed, keep_factors
@@ -69,12 +71,14 @@ def rskip_layer_norm(
         eps: added to the variance.
         scale: the factor s of x.
         dropout: the part p of F that is zeroed first, at least 0 and less than 1; the rest is divided by 1 - p. For
-            training only: evaluation passes 0. The mask is not kept, and is the same in all implementations.
-        seed: of the mask, int64 `()` on the device of x; drawn from torch's default generator unless given.
-        backend: see the table of this module.
+            training only: evaluation passes 0. Only the reference keeps the mask.
+        seed: of the mask, int64 `()` on the device of x: the same mask in all implementations. Without one it is drawn
+            from torch's default generator, by the reference as torch's dropout draws it.
+        backend: `"auto"`, `"reference"`, `"recompute"`, `"cpp"` or `"triton"`, see the table of
+            `hf_rskip.models.skip_kernels`.
         axes: `"channels"`, or `"sample"` for layer normalisation over all dimensions but the first, still with gains
             and biases of the size of the last. Maps `(batch, channels, height, width)` are given as the view
-            `movedim(1, -1)`; they are not rearranged, and y lies in memory as x does.
+            `movedim(1, -1)`; over samples they are not rearranged, and y lies in memory as x does.
 
     Raises:
         `ValueError`: for shapes that do not fit, arguments out of range, and a backend that cannot run on the tensors.
@@ -108,20 +112,27 @@ def rskip_rms_norm(
     backend: str = "auto",
     axes: str = "channels",
 ) -> torch.Tensor:
-    """[`rskip_layer_norm`] with root-mean-square normalisation: no centring and no bias."""
+    """[`rskip_layer_norm`] with root-mean-square normalisation: no centring, and no argument `bias`."""
     return _rskip(x, branch, weight, None, recursions, affine, False, eps, scale, dropout, seed, backend, axes)
 
 
 def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend, axes):
     _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend, axes)
-    if dropout and seed is None:
-        seed = draw_seed(x.device)
     if backend == "auto":
-        backend = choose_backend(x, branch, recursions, affine, axes)
+        backend = choose_backend(x, branch, recursions, affine, axes, seeded=seed is not None)
     if dropout and (backend == "reference" or axes == "sample"):
-        branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
+        if seed is None:
+            branch = F.dropout(branch, dropout)  # faster than a mask from a seed
+        else:
+            branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
+    elif dropout and seed is None:
+        seed = draw_seed(x.device)
     if backend == "reference":
         return _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes)
+    if _is_transformed():
+        raise ValueError(
+            f"backend={backend!r} has no rule for torch.func and forward-mode derivatives: use backend='reference'"
+        )
     size, rows = x.shape[-1], recursions if affine == "per_step" else 1
     weight = x.new_ones(rows, size, dtype=torch.float32) if weight is None else weight.reshape(rows, size)
     bias = torch.zeros_like(weight) if bias is None else bias.reshape(rows, size)
@@ -166,21 +177,31 @@ def _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend, 
             raise ValueError(f"`{name}` must have shape {expected}, not {tuple(tensor.shape)}")
 
 
-def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affine: str, axes: str = "channels") -> str:
+def choose_backend(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    recursions: int,
+    affine: str,
+    axes: str = "channels",
+    seeded: bool = False,
+) -> str:
     """What `backend="auto"` stands for: the reference, unless another one was measured to be faster.
 
     One recursion is left to torch, which has kernels of its own for it. Small tensors do not pay for the call, and an
-    exported program is to run where there is no operator of ours.
+    exported program is to run where there is no operator of ours. A given seed of dropout, `seeded`, makes the
+    reference slow at any size.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or _is_transformed():
         return "reference"
     size = x.shape[-1] if x.dim() else 0
     supported = branch.dtype in LOW_PRECISION and x.dtype in (branch.dtype, torch.float32)
     plain = not any(hasattr(tensor, "__tensor_flatten__") for tensor in (x, branch))
-    if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
+    seeded = seeded and axes == "channels"
+    torchs_own = recursions == 1 and not seeded
+    if torchs_own or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
         return "reference"
     # What a call costs of itself is not shared among threads.
-    worth_cpp = x.device.type == "cpu" and x.numel() * recursions >= 2**21 * cpu_threads()
+    worth_cpp = x.device.type == "cpu" and (seeded or x.numel() * recursions >= 2**21 * cpu_threads())
     if axes == "sample":
         # Measured with one thread, forward and backward, K = 2 and 4: from 512 / K positions on 1.1 to 3.6 times the
         # reference's speed, of 49 or 64 positions down to .7. Samples of 200,704 values whose features lie side by
@@ -192,13 +213,20 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, affin
     # The chain keeps the K rows in registers. Compiled for an H100, up to here nothing spills, and at 16 recursions of
     # 512 features, 8 of 2048 and 2 of 8192, 40 to 256 bytes of a thread do.
     fits = affine == "last" or (recursions <= 8 and size * recursions <= 8192)
-    if x.is_cuda and x.numel() >= 2**20 and fits and has_triton():
+    if x.is_cuda and (seeded or x.numel() >= 2**20) and fits and has_triton():
         return "triton"
     # Measured with one and two threads, forward and backward, K = 2 and 4: from 64 features on 1.07 to 4.4 times the
     # reference's speed; at half as many values or 16 features down to .9 of it.
-    if worth_cpp and size >= 64 and has_cpp(x.dtype, branch.dtype):
+    if worth_cpp and (seeded or size >= 64) and has_cpp(x.dtype, branch.dtype):
         return "cpp"
     return "reference"
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, for which operators have no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @torch.compiler.assume_constant_result

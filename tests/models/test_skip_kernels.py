@@ -29,12 +29,8 @@ from hf_rskip import RSkip
 from hf_rskip.models import skip_connections, skip_dropout, skip_kernels, skip_kernels_cpu
 from hf_rskip.models.skip_connections import rskip_layer_norm
 
-CPP = pytest.param(
-    "cpp",
-    marks=pytest.mark.skipif(
-        not skip_kernels.has_cpp(torch.float32, torch.float32), reason="no C++ compiler builds the operator"
-    ),
-)
+CPP_BUILDS = skip_kernels.has_cpp(torch.float32, torch.float32)
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(not CPP_BUILDS, reason="no C++ compiler builds the operator"))
 BACKENDS = pytest.mark.parametrize("backend", ["recompute", CPP])
 
 
@@ -295,6 +291,36 @@ def test_dropout_is_drawn_from_the_generator_of_torch(backend):
     assert all(map(torch.equal, first, kept))
 
 
+def test_auto_spares_the_mask_of_a_seed():
+    """Which tensor operations draw slowly; without one the reference takes torch's dropout."""
+    x = torch.randn(16, 64)
+    assert skip_kernels.choose_backend(x, x, 1, "per_step", seeded=True) == ("cpp" if CPP_BUILDS else "reference")
+    torch.manual_seed(0)
+    found = rskip_layer_norm(x, x, recursions=1, dropout=0.3)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, torch.nn.functional.layer_norm(x + torch.dropout(x, 0.3, True), (64,)))
+
+
+# What operators have no rule for
+
+
+def test_forward_mode_and_transforms_of_torch():
+    """Right where `auto` chooses, and an error rather than zeros where it does not."""
+    skip = RSkip(64, 4).double()
+    x, branch, tangent = torch.randn(3, 16384, 64, generator=torch.Generator().manual_seed(0))
+    for function in (skip.float(), lambda *tensors: rskip_layer_norm(*tensors, recursions=4)):
+        _, found = torch.func.jvp(function, (x, branch), (tangent, tangent))
+        _, expected = torch.func.jvp(skip.double(), (x.double(), branch.double()), (tangent.double(),) * 2)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        skip.float()
+    gradient = torch.func.grad(lambda x: skip(x, branch)[:, 0].sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(skip(leaf, branch)[:, 0].sum(), leaf)[0])
+    for backend in ("recompute", *["cpp"] * CPP_BUILDS):
+        with pytest.raises(ValueError, match="has no rule for torch.func and forward-mode derivatives"):
+            torch.func.jvp(lambda x, name=backend: rskip_layer_norm(x, branch, backend=name), (x,), (tangent,))
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1, 1.5, float("nan")])
 def test_dropout_out_of_range(dropout):
     x = torch.randn(4, 16)
@@ -354,7 +380,7 @@ def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
 
     for other in (x.double(), x[:8192], x[:, :16].repeat(8, 1), x[:0], torch.randn(64, 16384)):
         assert chosen(other) == "reference"
-    if skip_kernels.has_cpp(torch.float32, torch.float32):
+    if CPP_BUILDS:
         assert chosen(x) == "cpp"
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         assert chosen(x) == "reference" and chosen(x, recursions=4) == chosen(x.repeat(2, 1)) == "cpp"
