@@ -27,6 +27,8 @@ __all__ = [
     "SublayerPosition",
     "XSkip",
     "make_norm",
+    "rskip_layer_norm",
+    "rskip_rms_norm",
 ]
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
         SublayerPosition,
         XSkip,
         make_norm,
+        rskip_layer_norm,
+        rskip_rms_norm,
     )
 
 

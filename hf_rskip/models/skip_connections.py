@@ -36,6 +36,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
 from transformers.integrations import use_kernel_forward_from_hub
 
@@ -136,16 +137,30 @@ def _is_plain(norm: nn.Module) -> bool:
     return type(norm) in _FUSED and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
 
 
+def _are_of_one_kind(norms: nn.ModuleList, affine: str) -> bool:
+    """Whether they are as an [`RSkip`] makes them, and have not been changed one by one."""
+    first, own = norms[0], {"per_step": norms, "shared": norms[:1], "last": norms[-1:]}[affine]
+    with_weight = [norm for norm in norms if norm.weight is not None]
+    same = all(type(norm) is type(first) and norm.eps == first.eps for norm in norms)
+    return same and with_weight == list(own) and len({norm.bias is None for norm in own}) == 1
+
+
 @use_kernel_forward_from_hub("RSkip")
 class RSkip(SkipConnection):
     """Recursive skip connection with layer normalisation, rSkip+LN.
 
     y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K. With K = 1 it is post-LN. Without a norm it is K * x + F.
 
+    Where x and F are large enough and nothing watches the norms, [`rskip_layer_norm`] or [`rskip_rms_norm`] takes the
+    K steps at once and keeps F and a few numbers for the backward pass; which of their implementations, and from which
+    size on, `choose_backend` says in `skip_kernels.py`. To Transformers' kernels it is the layer `"RSkip"`: a mapping
+    of that name (`kernels.use_kernel_mapping`) puts another one in its place.
+
     Args:
-        size: number of features, the last dimension of x.
+        size: number of features, the last dimension of x. Feature maps are given as `maps.movedim(1, -1)`.
         recursions: K, at least 1.
-        norm: a name of [`NORMS`], or a class such as [`SampleLayerNorm`].
+        norm: a name of [`NORMS`], or a class like those there: [`SampleLayerNorm`] goes over whole feature maps. It is
+            made as `norm(size, eps=eps, elementwise_affine=...)` and called as `norm(hidden, mask)`.
         affine: `"per_step"` (own gain and bias for each of the K norms), `"shared"` (one gain and bias for all) or
             `"last"` (gain and bias only at step K; the steps before it just normalise). Batch statistics belong to a
             step in every case.
@@ -197,7 +212,7 @@ class RSkip(SkipConnection):
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         recursions = len(self.norm)
-        if all(map(_is_plain, self.norm)):
+        if all(map(_is_plain, self.norm)) and not _has_any_global_hook() and _are_of_one_kind(self.norm, self.affine):
             function, axes = _FUSED[type(self.norm[0])]
             backend = choose_backend(x, branch, recursions, self.affine, axes)
             if backend != "reference":

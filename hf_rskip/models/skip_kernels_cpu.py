@@ -36,9 +36,10 @@ def load(types: tuple[torch.dtype, torch.dtype, torch.dtype], source: str = SOUR
     """The compiled functions of `source` for x, F and y of these precisions, or `None`, with one line of log, where
     there is no compiler for them."""
     names = zip(("TYPE_OF_X", "TYPE_OF_BRANCH", "TYPE_OF_Y"), types, strict=True)
-    command = [*_compiler(), *FLAGS.split(), *(f"-D{name}={_NAMES[dtype]}" for name, dtype in names)]
-    key = hashlib.sha256("\0".join([source, *command, _processor()]).encode()).hexdigest()[:16]
+    options = [*FLAGS.split(), *(f"-D{name}={_NAMES[dtype]}" for name, dtype in names)]
     try:
+        command = [*_compiler(), *options]
+        key = hashlib.sha256("\0".join([source, *command, _processor()]).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "hf_rskip"
         library = folder / f"skip_kernels-{key}.so"
         if not library.exists():
@@ -49,11 +50,10 @@ def load(types: tuple[torch.dtype, torch.dtype, torch.dtype], source: str = SOUR
                 subprocess.run(command, input=source, check=True, capture_output=True, text=True, timeout=120)
                 built.replace(library)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
-        logger.warning(
-            f"Skip connections run unfused on this CPU: {command[0]} cannot build their operator ({reason})."
-        )
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        reason = said.strip().partition("\n")[0]
+        logger.warning(f"Skip connections run unfused on this CPU: their operator could not be built ({reason}).")
         return None
 
 
@@ -141,7 +141,7 @@ def rskip_layer_norm_backward(
     library = load((x.dtype, branch.dtype, gradient.dtype))
     library.rskip_backward(*_arguments(tensors, sizes, (eps, scale, dropout), seed))
     grad_weight, grad_bias = partial.sum(0)
-    return grad_x, grad_branch, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True)
 
 
 @rskip_layer_norm_backward.register_fake

@@ -274,14 +274,15 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
     at.stats[2 + 2 * k] = centre = -mean * rstd;
   };
   const Shift shift = shift_of<DROP>(at, job);
+  const float shift_u = shift.x + shift.f;
   at.stats[0] = shift.x;
   at.stats[1] = shift.f;
   {
     Sum sum, square;
     over(n, [&](int64_t i, auto part, int lane) {
       const Pair v = load<DROP>(at, job, i, part);
-      const V x = part.keep(v.x - shift.x), d = x + part.keep(v.f - shift.f);
-      narrow(x, xs + i);
+      const V d = part.keep(v.x + v.f - shift_u);
+      narrow(part.keep(v.x - shift.x), xs + i);
       narrow(d, now + i);
       sum[lane] += d;
       square[lane] += d * d;
@@ -338,13 +339,14 @@ static void chain_backward(const Rows at, const float* w, const float* inner, fl
     of_std += weighted * h;
   };
   {
+    const float shift_u = at.stats[0] + at.stats[1];
     Sum of_mean, of_std;
     over_groups<GROUP>(n, [&](int64_t i, auto part, auto count) {
       V x[GROUP], h[GROUP];
       for (int j = 0; j < count; j++) {
         const Pair v = load<DROP>(at, job, i + j * LANES, part);
         x[j] = part.keep(v.x - at.stats[0]);
-        h[j] = (x[j] + part.keep(v.f - at.stats[1])) * at.stats[3] + at.stats[2];
+        h[j] = part.keep(v.x + v.f - shift_u) * at.stats[3] + at.stats[2];
         narrow(h[j], work + i + j * LANES);
       }
       for (int64_t k = 1; k < steps; k++) {
@@ -426,7 +428,7 @@ static void closed_form(const Stats* stats, int64_t count, const Job& job, bool 
     for (int64_t j = 0; j < BLOCK; j++) {
       const double c = o.c[j], a = o.a[j] + (k ? sigma[j] : 0);
       const double variance = a * a * xx[j] + c * c * uu[j] + 2 * a * c * xu[j];
-      const double rstd = 1 / std::sqrt((variance > 0 ? variance : 0) + job.eps);
+      const double rstd = 1 / std::sqrt((variance < 0 ? 0 : variance) + job.eps);
       if (derivatives) {
         const double by_a = 2 * (a * xx[j] + c * xu[j]), by_c = 2 * (c * uu[j] + a * xu[j]);
         const double direct[3] = {a * a, c * c, 2 * a * c}, factor = -0.5 * rstd * rstd * rstd;

@@ -68,7 +68,7 @@ def backward(
     tensors = (gradient, x, branch, *wide, moments, grad_x, grad_branch, partial)
     library.rskip_maps_backward(*_arguments(x, tensors, len(weight), centred, eps, scale, dim))
     grad_weight, grad_bias = partial.sum(0)
-    return grad_x, grad_branch, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True)
 
 
 @backward.register_fake

@@ -86,7 +86,7 @@ def _chain(moments_ptr, weight_ptr, bias_ptr, states_ptr, rstd_ptr, channels, st
         square += c * c * (_load(moments_ptr, sample * 5 + 3, channel, channels).to(tl.float64) + 1e-34)
         square += 2 * a * c * _load(moments_ptr, sample * 5 + 4, channel, channels) + e * e
         variance = tl.sum(tl.where(channel < channels, square, 0.0), axis=0) / channels
-        rstd = 1 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+        rstd = 1 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)  # a maximum would lose NaN
         a, c, e = a * rstd, c * rstd, e * rstd
         _store(states_ptr, (sample * steps + step) * 3, channel, channels, (a, c, e), 3)
         tl.store(rstd_ptr + sample * steps + step, rstd)

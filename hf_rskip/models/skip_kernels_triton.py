@@ -56,7 +56,8 @@ def _closed_form(xx, uu, xu, eps, STEPS: tl.constexpr):
     for step in tl.static_range(STEPS):
         if step > 0:
             a += sigma
-        variance = tl.maximum(a * a * xx + c * c * uu + 2 * a * c * xu, 0.0)
+        variance = a * a * xx + c * c * uu + 2 * a * c * xu
+        variance = tl.where(variance < 0, 0.0, variance)  # which a maximum would make of NaN
         rstd = tl.rsqrt(variance + eps)
         by_a, by_c, factor = 2 * (a * xx + c * xu), 2 * (c * uu + a * xu), -0.5 * rstd * rstd * rstd
         r_xx = factor * (a * a + by_a * a_xx + by_c * c_xx)

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_kernels_available
 
-from hf_rskip import RSkip
+from hf_rskip import NORMS, RSkip
 from hf_rskip.models import skip_connections, skip_dropout, skip_kernels, skip_kernels_cpu
 from hf_rskip.models.skip_connections import rskip_layer_norm
 
@@ -371,6 +371,61 @@ def test_rskip_is_the_same_function_watched_or_not(monkeypatch, affine, norm, ba
     assert len(seen) == (3 if affine == "shared" else 1)
 
 
+@pytest.mark.parametrize("affine", AFFINES)
+def test_norms_that_were_changed_one_by_one_are_called(monkeypatch, affine):
+    """As they are: with the eps, gains and classes that each of them has."""
+    monkeypatch.setattr(skip_connections, "choose_backend", lambda *_: pytest.fail("goes by the first norm alone"))
+    x, branch = torch.randn(2, 5, 8)
+
+    def other_eps(norms):
+        norms[1].eps = 0.5
+
+    def other_class(norms):
+        norms[1] = NORMS["rms_norm"](8)
+
+    def other_gains(norms):
+        for index in range(3):
+            norms[index] = NORMS["layer_norm"](8, elementwise_affine=affine != "per_step" or index != 1)
+
+    def no_bias(norms):
+        for norm in norms[:1] if affine == "per_step" else norms:
+            norm.weight, norm.bias = torch.nn.Parameter(torch.ones(8)), None
+
+    for change in (other_eps, other_class, other_gains, no_bias):
+        skip = RSkip(8, 3, affine=affine)
+        change(skip.norm)
+        assert skip(x, branch).shape == x.shape
+    skip, seen = RSkip(8, 3, affine=affine), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        skip(x, branch)
+    finally:
+        handle.remove()
+    assert sum(module in list(skip.norm) for module in seen) == 3
+
+
+def test_nan_stays_nan():
+    x, branch = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
+    branch[1, 5] = float("nan")
+    for name, function in (("layer_norm", rskip_layer_norm), ("rms_norm", skip_kernels.rskip_rms_norm)):
+        for affine in AFFINES:
+            for backend in ("reference", "recompute", *["cpp"] * CPP_BUILDS):
+                y = function(x, branch, recursions=2, affine=affine, backend=backend)
+                assert y.isnan().sum(-1).tolist() == [0, 64, 0, 0], (name, affine, backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("recursions", [1, 3])
+def test_a_sum_that_is_exact_stays_exact(backend, recursions):
+    """x + F far smaller than x and F."""
+    leaves, upstream = random_leaves((32, 64), recursions, "per_step")
+    x, noise = leaves[:2]
+    x = (1e4 * x).round()
+    assert_equals_formula(
+        backend, [x, (1024 * noise).round() / 1024 - x, *leaves[2:]], upstream, recursions, "per_step"
+    )
+
+
 def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x = torch.randn(16384, 64)
@@ -378,7 +433,8 @@ def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
     def chosen(x, branch=None, recursions=2):
         return skip_kernels.choose_backend(x, x if branch is None else branch, recursions, "per_step")
 
-    for other in (x.double(), x[:8192], x[:, :16].repeat(8, 1), x[:0], torch.randn(64, 16384)):
+    odd = torch.randn(32768, 65)
+    for other in (x.double(), x.half(), x[:8192], x[:, :16].repeat(8, 1), odd, x[:0], torch.randn(64, 16384)):
         assert chosen(other) == "reference"
     if CPP_BUILDS:
         assert chosen(x) == "cpp"
@@ -472,7 +528,7 @@ def test_wrong_backends_are_one_sentence():
 
 AUTO = """
     import torch
-    from hf_rskip import RSkip
+    from hf_rskip import NORMS, RSkip
     x, branch = torch.randn(2, 16384, 64)
     print(RSkip(64, 3)(x, branch).isfinite().all().item())
 """
