@@ -2,6 +2,8 @@
 
     python recipes/benchmarks/kernel_registers.py --output kernel_registers.csv
 
+It needs the package triton (`pip install triton`), which a torch for CPUs comes without.
+
 `spills` are bytes of a thread's stack, 0 where all that it works on stays in registers; `shared` are bytes a program.
 `blocks` is how many programs registers and threads let run at once on a multiprocessor, which gives
 `warps`.
