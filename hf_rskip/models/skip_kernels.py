@@ -209,12 +209,12 @@ def choose_backend(
     torchs_own = recursions == 1 and not seeded
     if torchs_own or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
         return "reference"
-    # What a call costs of itself is not shared among threads.
-    worth_cpp = x.device.type == "cpu" and (seeded or x.numel() * recursions >= 2**21 * cpu_threads())
-    # Nor are the ends of rows that do not fill a vector, of which there are .74 to .98 of the reference's speed, and
-    # float16, which compilers widen one by one, has .3 to .6 of it.
+    # What a call costs of itself is not shared among threads. Rows whose end does not fill a vector had .74 to .98 of
+    # the reference's speed, and float16, which compilers widen value by value, .3 to .6.
     run = x.shape[1:-1].numel() if axes == "sample" and not x.is_contiguous() else size
-    worth_cpp = worth_cpp and run % 16 == 0 and torch.float16 not in (x.dtype, branch.dtype)
+    pays = run % 16 == 0 and torch.float16 not in (x.dtype, branch.dtype)
+    pays = pays and x.numel() * recursions >= 2**21 * cpu_threads()
+    worth_cpp = x.device.type == "cpu" and (seeded or pays)
     if axes == "sample":
         # Measured with one thread, forward and backward, K = 2 and 4: from 512 / K positions on 1.1 to 3.6 times the
         # reference's speed, of 49 or 64 positions down to .7. Samples of 200,704 values whose features lie side by
