@@ -216,7 +216,7 @@ def choose_backend(
     pays = pays and x.numel() * recursions >= 2**21 * cpu_threads()
     worth_cpp = x.device.type == "cpu" and (seeded or pays)
     if axes == "sample":
-        # Measured with one thread, forward and backward, K = 2 and 4: from 512 / K positions on 1.1 to 3.6 times the
+        # Measured with one thread, forward and backward, K = 2 and 4: from 512 / K positions on 1.01 to 3.5 times the
         # reference's speed, of 49 or 64 positions down to .7. Samples of 200,704 values whose features lie side by
         # side had .92 to 1.4 of it at K = 2. No GPU has been measured.
         positions, values = x.shape[1:-1].numel(), x.shape[1:].numel()
@@ -228,7 +228,7 @@ def choose_backend(
     fits = affine == "last" or (recursions <= 8 and size * recursions <= 8192)
     if x.is_cuda and (seeded or x.numel() >= 2**20) and fits and has_triton():
         return "triton"
-    # Measured with one and two threads, forward and backward, K = 2 and 4: from 64 features on 1.07 to 4.4 times the
+    # Measured with one thread, forward and backward, K = 2 and 4: from 64 features on 1.02 to 4.7 times the
     # reference's speed; at half as many values or 16 features down to .9 of it.
     if worth_cpp and (seeded or size >= 64) and has_cpp(x.dtype, branch.dtype):
         return "cpp"
