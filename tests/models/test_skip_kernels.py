@@ -44,7 +44,7 @@ def nan_in_empty_memory():
 
 
 @BACKENDS
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=3),
     size=st.one_of(st.integers(4, 40), st.sampled_from([64, 100, 128, 257, 512])),

@@ -240,11 +240,18 @@ def test_padding_to_multiples_does_not_change_the_loss(write):
 # The launcher
 
 
-def test_an_error_is_said_once(write, run_cli):
-    result = run_cli("train", write(ema_decay=0.9), *launcher("fsdp2", 2))
+@pytest.mark.parametrize(
+    ("profile", "changes", "message"),
+    [
+        ("cpu", {"dataset_name": "no/such"}, "hf-rskip: error: Dataset 'no/such' cannot be loaded"),
+        ("fsdp2", {"ema_decay": 0.9}, "hf-rskip: error: ema_decay does not go with FSDP: average_checkpoints does."),
+    ],
+)
+def test_an_error_is_said_once(profile, changes, message, write, run_cli):
+    result = run_cli("train", write(**changes), *launcher(profile, 2))
     assert result.code == 2
     (line,) = result.err.splitlines()
-    assert line == "hf-rskip: error: ema_decay does not go with FSDP: average_checkpoints does."
+    assert line.startswith(message)
 
 
 @pytest.mark.slow
