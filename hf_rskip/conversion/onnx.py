@@ -53,7 +53,7 @@ class _Encoder(nn.Module):
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=start, use_cache=True
         )
-        present = _keys_and_values("encoder", outputs.past_key_values.cross_attention_cache)
+        present = _keys_and_values("encoder", outputs.cache.cross_attention_cache)
         return {"last_hidden_state": outputs.encoder_last_hidden_state, "present": present}
 
 
@@ -77,7 +77,7 @@ class _Decoder(nn.Module):
             attention_mask=encoder_attention_mask,
             encoder_outputs=(states,),
             decoder_input_ids=decoder_input_ids,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return {"logits": outputs.logits, "present": _keys_and_values("decoder", cache.self_attention_cache)}
@@ -104,7 +104,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     # Sizes that the trace cannot take for constants or for one another: 3 sentences of 7 tokens, 5 new tokens after 4.
     tokens = torch.full((3, 7), model.config.decoder_start_token_id, device=model.device)
     source = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    cache = model(**source, decoder_input_ids=tokens[:, :4], use_cache=True).past_key_values
+    cache = model(**source, decoder_input_ids=tokens[:, :4], use_cache=True).cache
     past = _keys_and_values("decoder", cache.self_attention_cache)
     for layer, states in _keys_and_values("encoder", cache.cross_attention_cache).items():
         past[layer] |= states
@@ -153,8 +153,7 @@ def _export(exporter, module: nn.Module, inputs: dict, dynamic_shapes: dict):
 
     with _quiet():
         exported = exporter.export(module, inputs, OnnxConfig(dynamic_shapes=dynamic_shapes))
-    # Transformers 5.17 returns torch's `ONNXProgram`, later versions an `ExportedModel`.
-    program = exported.program if hasattr(exported, "program") else exported.model
+    program = exported.program
     # Stack traces with the paths of this machine.
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program)
     return program

@@ -29,7 +29,7 @@ def beam_search(
     end, when no better one is expected (`early_stopping`), and how `length_penalty` scores them.
 
     Args:
-        model: an encoder-decoder whose cache is a dynamic `EncoderDecoderCache`, or a list of them.
+        model: an encoder-decoder whose cache is a dynamic `EncoderDecoderCache`.
         input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` prepares them.
             Criteria must judge each row by itself.
 
@@ -40,11 +40,13 @@ def beam_search(
         getattr(generation_config, name) for name in ("num_beams", "length_penalty", "early_stopping")
     )
     prompt, longest = input_ids.shape[1], generation_config.max_length
-    eos = generation_config._eos_token_tensor
-    keep = max(2, 1 + (0 if eos is None else len(eos))) * beams
-    sentences = len(input_ids) // beams
-    device, pad = input_ids.device, generation_config._pad_token_tensor
-    result = input_ids.new_full((sentences, beams, longest), 0 if pad is None else pad.item())
+    eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if pad is None:
+        pad = ends[0] if ends else 0
+    keep = max(2, 1 + len(ends)) * beams
+    sentences, device = len(input_ids) // beams, input_ids.device
+    result = input_ids.new_full((sentences, beams, longest), pad)
     running = result.clone()
     running[:, :, :prompt] = input_ids.view(sentences, beams, prompt)
     scores = torch.zeros(sentences, beams, device=device)
@@ -53,17 +55,17 @@ def beam_search(
     is_ended = torch.zeros_like(scores, dtype=torch.bool)
     active = torch.arange(sentences, device=device)
     encoder_outputs, attention_mask = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
-    cache, tokens = model_kwargs.get("past_key_values"), input_ids
+    cache, tokens = model_kwargs.get("cache"), input_ids
 
     for length in range(prompt, longest):
         output = model(
             decoder_input_ids=tokens,
             encoder_outputs=encoder_outputs,
             attention_mask=attention_mask,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        cache, logits = output.cache, output.logits[:, -1].float()
         # The best continuations of each beam, then of each sentence.
         width = min(keep, logits.shape[-1])
         if logits_processor:
@@ -100,11 +102,9 @@ def beam_search(
         if not len(going):
             break
         rows = (going[:, None] * beams + torch.arange(beams, device=device)).flatten()
-        for own in cache if isinstance(cache, list) else [cache]:
-            own.self_attention_cache.reorder_cache(going.repeat_interleave(beams) * beams + origin[going].flatten())
-            if len(going) < len(active):
-                own.cross_attention_cache.reorder_cache(rows)
+        cache.self_attention_cache.reorder_cache(going.repeat_interleave(beams) * beams + origin[going].flatten())
         if len(going) < len(active):
+            cache.cross_attention_cache.reorder_cache(rows)
             encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs[0][rows])
             attention_mask = None if attention_mask is None else attention_mask[rows]
             active, running, scores = active[going], running[going], scores[going]
@@ -115,5 +115,5 @@ def beam_search(
         tokens = running[:, :, length].flatten()[:, None]
 
     result = result[:, : generation_config.num_return_sequences].flatten(0, 1)
-    is_padding = result == (0 if pad is None else pad)
+    is_padding = result == pad
     return result[:, : prompt + int((~is_padding[:, prompt:]).any(0).nonzero().max()) + 1]

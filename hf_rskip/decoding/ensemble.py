@@ -2,13 +2,17 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
+from ..models.checks import ENCODER_KEYWORDS, check_keywords
 from ..models.generation_rskip import TranslationGenerationMixin
 
 
@@ -22,8 +26,12 @@ class EnsembleEncoder(nn.Module):
         self.encoders = nn.ModuleList(model.get_encoder() for model in models)
 
     def forward(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
+        check_keywords(self, kwargs, ENCODER_KEYWORDS)
         states = [encoder(input_ids, attention_mask).last_hidden_state for encoder in self.encoders]
         return BaseModelOutput(last_hidden_state=torch.cat(states, dim=-1))
 
@@ -42,16 +50,15 @@ class Ensemble(TranslationGenerationMixin, PreTrainedModel):
     def __init__(self, models: Sequence[PreTrainedModel]):
         config = copy.deepcopy(models[0].config)
         config.max_position_embeddings = min(model.config.max_position_embeddings for model in models)
+        layers = [model.config.decoder_layers for model in models]
+        config.decoder_layers = sum(layers)  # those of the cache that `generate` prepares
         super().__init__(config)
         self.models = nn.ModuleList(models)
         self.encoder = EnsembleEncoder(models)
+        self.first_layers = [0, *accumulate(layers)]
         self.widths = [model.config.hidden_size for model in models]
         self.generation_config = copy.deepcopy(models[0].generation_config)
         self.eval()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first step makes a cache for each model
 
     def get_encoder(self, *args, **kwargs) -> EnsembleEncoder:
         return self.encoder
@@ -59,40 +66,45 @@ class Ensemble(TranslationGenerationMixin, PreTrainedModel):
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         return self.models[0].prepare_decoder_input_ids_from_labels(labels)
 
-    def _reorder_cache(self, past_key_values, beam_idx):
-        for cache in past_key_values:
-            cache.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
+    def _own_cache(self, cache: EncoderDecoderCache, index: int) -> EncoderDecoderCache:
+        """The layers of model `index` in the cache of all."""
+        own = [copy.copy(cache.self_attention_cache), copy.copy(cache.cross_attention_cache)]
+        for part in own:
+            part.layers = part.layers[self.first_layers[index] : self.first_layers[index + 1]]
+        return EncoderDecoderCache(*own)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
-        past_key_values: list[EncoderDecoderCache] | None = None,
+        cache: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
-        """`logits` are the logarithms of the mean probabilities, and `past_key_values` a list of a cache a model."""
+        """`logits` are the logarithms of the mean probabilities; `cache` has the layers of all models, one by one.
+
+        Other arguments are as in [`RSkipForConditionalGeneration`].
+        """
+        check_keywords(self, kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)
-        if use_cache and past_key_values is None:
-            past_key_values = [
-                EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-                for model in self.models
-            ]
-        caches = past_key_values or [None] * len(self.models)
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         states = encoder_outputs[0].split(self.widths, dim=-1)
         log_probs = [
             model(
                 attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
                 encoder_outputs=BaseModelOutput(last_hidden_state=own_states),
-                past_key_values=cache,
+                cache=None if cache is None else self._own_cache(cache, index),
                 use_cache=use_cache,
             ).logits.log_softmax(-1, dtype=torch.float32)
-            for model, own_states, cache in zip(self.models, states, caches, strict=True)
+            for index, (model, own_states) in enumerate(zip(self.models, states, strict=True))
         ]
         logits = torch.stack(log_probs).logsumexp(0) - torch.tensor(len(log_probs)).log()
-        return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
+        return Seq2SeqLMOutput(logits=logits, cache=cache)

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from .configuration_checks import check, check_activation, check_counts, check_rates, check_skip_fields, is_count
+from .checks import check, check_activation, check_counts, check_rates, check_skip_fields, is_count
 
 
 class RSkipConfig(PreTrainedConfig):
@@ -72,7 +72,7 @@ class RSkipConfig(PreTrainedConfig):
     """
 
     model_type = "rskip"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",

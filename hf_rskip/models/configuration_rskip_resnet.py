@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .configuration_checks import (
+from .checks import (
     check,
     check_activation,
     check_counts,

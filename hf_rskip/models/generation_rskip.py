@@ -4,7 +4,6 @@ import copy
 
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 
@@ -115,8 +114,3 @@ class TranslationGenerationMixin(GenerationMixin):
             return (tokens != self.config.pad_token_id).sum(-1)
         states = kwargs["encoder_outputs"][0] if "encoder_outputs" in kwargs else kwargs.get("inputs_embeds", tokens)
         return torch.full(states.shape[:1], states.shape[1], device=states.device)
-
-    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
-        # All beams of a sentence attend to the same source: there is nothing to reorder in the cross-attention.
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values

@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checks import ENCODER_KEYWORDS, check_keywords
 from .configuration_rskip import RSkipConfig
 from .generation_rskip import TranslationGenerationMixin
 from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
@@ -111,13 +112,13 @@ class RSkipAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[FlashAttentionKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         is_cross_attention = key_value_states is not None
         query = self._split_heads(self.q_proj(hidden_states))
         keys, values = self._keys_and_values(
-            key_value_states if is_cross_attention else hidden_states, past_key_values, is_cross_attention
+            key_value_states if is_cross_attention else hidden_states, cache, is_cross_attention
         )
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -211,14 +212,14 @@ class RSkipDecoderLayer(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None,
         token_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         layer_input = hidden_states
         branch, _ = self.self_attn(
             self.self_attn_skip.before(hidden_states, token_mask),
             attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
@@ -228,7 +229,7 @@ class RSkipDecoderLayer(GradientCheckpointingLayer):
             self.encoder_attn_skip.before(hidden_states, token_mask),
             encoder_attention_mask,
             key_value_states=encoder_hidden_states,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
@@ -246,7 +247,7 @@ class RSkipPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RSkipEncoderLayer", "RSkipDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -351,7 +352,6 @@ class RSkipEncoder(RSkipStack):
         self.layers = nn.ModuleList(RSkipEncoderLayer(config, index) for index in range(config.encoder_layers))
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -360,6 +360,7 @@ class RSkipEncoder(RSkipStack):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
+        check_keywords(self, kwargs, ENCODER_KEYWORDS)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         token_mask = attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
         attention_mask = create_bidirectional_mask(
@@ -415,26 +416,23 @@ class RSkipDecoder(RSkipStack):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        check_keywords(self, kwargs)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        self_attention_cache = (
-            past_key_values.self_attention_cache
-            if isinstance(past_key_values, EncoderDecoderCache)
-            else past_key_values
-        )
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        self_attention_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        past_length = cache.get_seq_length() if cache is not None else 0
         token_mask = self._token_mask(input_ids, attention_mask, inputs_embeds.shape[1])
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=self_attention_cache,
+            cache=self_attention_cache,
         )
         encoder_attention_mask = create_bidirectional_mask(
             config=self.config,
@@ -450,11 +448,11 @@ class RSkipDecoder(RSkipStack):
                 encoder_hidden_states,
                 encoder_attention_mask,
                 token_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.final_norm(hidden_states, token_mask), past_key_values=past_key_values
+            last_hidden_state=self.final_norm(hidden_states, token_mask), cache=cache
         )
 
 
@@ -485,12 +483,13 @@ class RSkipModel(RSkipPreTrainedModel):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: tuple[torch.Tensor] | BaseModelOutput | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
+        check_keywords(self, kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -502,14 +501,14 @@ class RSkipModel(RSkipPreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            cache=decoder_outputs.cache,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -550,7 +549,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: tuple[torch.Tensor] | BaseModelOutput | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -566,7 +565,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
                 Target tokens, shifted right; made from `labels` unless given.
             encoder_outputs (*optional*):
                 What an earlier call of the encoder returned, in place of the source.
-            past_key_values (*optional*):
+            cache (*optional*):
                 Keys and values of past target tokens, of which `decoder_input_ids` is then the continuation.
             inputs_embeds, decoder_inputs_embeds (`(batch, length, d_model)`, *optional*):
                 Token embeddings, before scaling, in place of tokens.
@@ -574,13 +573,14 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
                 Tokens to predict, not shifted; -100 is ignored. Gives a mean cross-entropy, in nats a token, or with
                 `num_items_in_batch` the sum divided by that number.
             use_cache (`bool`, *optional*):
-                Whether to return `past_key_values`; never with `labels`.
+                Whether to return `cache`; never with `labels`.
             logits_to_keep (`int` or 1-D tensor, defaults to 0):
                 Only the last so many positions, or the positions of the tensor, get logits; 0 means all.
 
         Returns:
             A `Seq2SeqLMOutput` with `logits` of shape `(batch, target_length, decoder_vocab_size)`.
         """
+        check_keywords(self, kwargs)
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -591,7 +591,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -605,7 +605,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .checks import check_keywords
 from .configuration_rskip_resnet import RSkipResNetConfig
 from .skip_connections import SKIP_CONNECTIONS, SublayerPosition
 
@@ -285,6 +286,7 @@ class RSkipResNetModel(RSkipResNetPreTrainedModel):
             strides (32 with an `"imagenet"` stem and four stages), and its mean over positions, `pooler_output`
             `(batch, hidden_sizes[-1], 1, 1)`.
         """
+        check_keywords(self, kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.encoder(self.embedder(pixel_values), output_hidden_states)
@@ -361,6 +363,7 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
             `logits` `(batch, num_labels)` and, with `labels`, the cross-entropy `loss` in nats: the mean over the
             batch, or with `num_items_in_batch` the sum divided by it.
         """
+        check_keywords(self, kwargs)
         outputs = self.resnet(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None

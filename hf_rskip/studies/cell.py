@@ -28,6 +28,7 @@ from ..evaluation.predictions import PREDICTIONS_NAME
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import Recipe, parse_recipe
 from ..training.train import train_recipe
+from .probe_callback import TABLE_NAME
 from .study import METRICS, Cell, write_recipe, write_whole
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -139,7 +140,9 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
         recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
         metrics = train_recipe(recipe)
         outcome = {"state": FINISHED, **_describe_run(recipe, metrics)}
-        shutil.copy(cell.run_folder / PREDICTIONS_NAME, cell.folder)
+        for name in (PREDICTIONS_NAME, TABLE_NAME):
+            if (cell.run_folder / name).exists():
+                shutil.copy(cell.run_folder / name, cell.folder)
     except Preempted as stop:
         print(f"hf-rskip: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.exit_code)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from ..errors import Preempted, UserError
 from .averaging import average_weights, choose_checkpoints, is_out_of_turn
@@ -92,7 +92,7 @@ class SafeCheckpointMixin:
         return choose_checkpoints(run, self.args.average_checkpoints, self.args.average_checkpoints_by, self.state)
 
     def use_average_of_checkpoints(self) -> None:
-        """Ends with the mean of the checkpoints that the arguments ask for, if they do."""
+        """Ends with the mean of the checkpoints that the arguments ask for, if they do, and its validation scores."""
         if self.args.average_checkpoints is None:
             return
         checkpoints = self._checkpoints_to_average(Path(self.args.output_dir))
@@ -100,6 +100,8 @@ class SafeCheckpointMixin:
         set_model_state_dict(self.model, average_weights(checkpoints), options=options)
         if self.is_world_process_zero():
             print(f"the model is the mean of {', '.join(path.name for path in checkpoints)}", flush=True)
+        if self.args.eval_strategy != IntervalStrategy.NO:
+            self.evaluate()
 
     # Pre-emption
 

@@ -29,7 +29,7 @@ OF_SKIP_CONNECTIONS = {
     "skip_norms.py",
 }
 CODE = OF_SKIP_CONNECTIONS | {
-    "configuration_checks.py",
+    "checks.py",
     "configuration_rskip.py",
     "generation_rskip.py",
     "modeling_rskip.py",
@@ -228,7 +228,7 @@ def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
     auto_map, code = find_code(config)
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
     assert {path.name for path in code} == OF_SKIP_CONNECTIONS | {
-        "configuration_checks.py",
+        "checks.py",
         "configuration_rskip_resnet.py",
         "modeling_rskip_resnet.py",
     }

@@ -81,4 +81,4 @@ def test_a_checkpoint_trained_without_a_cache_decodes_with_one(build, batch, tmp
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(generate(loaded, batch), generate(model, batch))
-    assert generate(loaded, batch, return_dict_in_generate=True, use_cache=True).past_key_values is not None
+    assert generate(loaded, batch, return_dict_in_generate=True, use_cache=True).cache is not None

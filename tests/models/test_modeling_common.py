@@ -258,12 +258,12 @@ def test_a_continuation_from_the_cache(build, batch):
         max_new_tokens=5,
         decoder_input_ids=half.sequences,
         decoder_attention_mask=torch.ones_like(half.sequences),
-        past_key_values=half.past_key_values,
+        cache=half.cache,
     )
     assert torch.equal(rest.sequences, whole.sequences)
     assert_close(
-        rest.past_key_values.self_attention_cache.layers[1].keys,
-        whole.past_key_values.self_attention_cache.layers[1].keys,
+        rest.cache.self_attention_cache.layers[1].keys,
+        whole.cache.self_attention_cache.layers[1].keys,
     )
 
 

@@ -1,11 +1,43 @@
-"""What the configurations of all models check: a wrong value raises one sentence that names the field."""
+"""Checks of configurations and of keyword arguments: a wrong one raises one sentence that names it."""
 
 from collections.abc import Callable, Collection, Iterable
 
+import transformers
 from transformers.activations import ACT2FN
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils import TransformersKwargs
 
 from .skip_connections import AFFINES, SKIP_CONNECTIONS
 from .skip_norms import NORM_AXES, NORMS
+
+LOWEST_TRANSFORMERS = "5.24"
+"""The release that calls a cache of keys and values `cache`, which was `past_key_values` before."""
+ENCODER_KEYWORDS = ("logits_to_keep", "return_dict")
+"""What `generate` passes on to an encoder that takes any keyword."""
+_KNOWN_KEYWORDS = TransformersKwargs.__optional_keys__ | FlashAttentionKwargs.__optional_keys__
+_IS_TOO_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, LOWEST_TRANSFORMERS.split(".")))
+
+
+def check_keywords(module, keywords: Collection[str], also: Collection[str] = ()) -> None:
+    """Checks what a `forward` was given beyond its own arguments: only what Transformers hands to every model.
+
+    Args:
+        module: the module whose `forward` it is.
+        keywords: the names of those arguments.
+        also: further ones that it may be given.
+
+    Raises:
+        `TypeError`: at a keyword that Transformers does not know, and on a Transformers that is too old for the models.
+    """
+    unknown = [keyword for keyword in keywords if keyword not in _KNOWN_KEYWORDS and keyword not in also]
+    if not unknown and not _IS_TOO_OLD:
+        return
+    name = type(module).__name__
+    needs = f"{name} needs transformers>={LOWEST_TRANSFORMERS}"
+    if _IS_TOO_OLD:
+        raise TypeError(f"{needs}; {transformers.__version__} is installed")
+    hint = f": {needs}, where it is called `cache`" if unknown[0] == "past_key_values" else ""
+    raise TypeError(f"{name}.forward() got an unexpected keyword argument {unknown[0]!r}{hint}")
 
 
 def check(config, field: str, allowed: Callable[[object], bool], what: str) -> None:
