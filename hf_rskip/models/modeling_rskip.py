@@ -163,6 +163,12 @@ def _skip_connections(
     return skips, kind.around_layer(config, config.d_model)
 
 
+def _set_init_gains(branch: nn.Module, skip: SkipConnection) -> None:
+    for name, gain in skip.branch_gains.items():
+        if hasattr(branch, name):
+            getattr(branch, name).init_gain = gain
+
+
 class RSkipEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RSkipConfig, layer_idx: int):
         super().__init__()
@@ -170,8 +176,10 @@ class RSkipEncoderLayer(GradientCheckpointingLayer):
         skips, around = _skip_connections(config, "encoder", layer_idx)
         self.self_attn = RSkipAttention(config, config.encoder_attention_heads, layer_idx)
         self.self_attn_skip = skips[0]
+        _set_init_gains(self.self_attn, skips[0])
         self.mlp = RSkipMLP(config, config.encoder_ffn_dim)
         self.mlp_skip = skips[1]
+        _set_init_gains(self.mlp, skips[1])
         self.layer_skip = around
 
     def forward(
@@ -199,10 +207,13 @@ class RSkipDecoderLayer(GradientCheckpointingLayer):
         skips, around = _skip_connections(config, "decoder", layer_idx)
         self.self_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx, is_causal=True)
         self.self_attn_skip = skips[0]
+        _set_init_gains(self.self_attn, skips[0])
         self.encoder_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx)
         self.encoder_attn_skip = skips[1]
+        _set_init_gains(self.encoder_attn, skips[1])
         self.mlp = RSkipMLP(config, config.decoder_ffn_dim)
         self.mlp_skip = skips[2]
+        _set_init_gains(self.mlp, skips[2])
         self.layer_skip = around
 
     def forward(
@@ -253,30 +264,22 @@ class RSkipPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
 
-    def _initialize_weights(self, module: nn.Module, *args, **kwargs) -> None:
-        # Transformers passes over modules of custom code that have no parameters of their own, and with them over the
-        # layers, lest custom code overwrites loaded weights. `transformers.initialization` leaves those alone anyway.
-        super()._initialize_weights(module)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Xavier-uniform projections, zero biases, embeddings of variance 1 / d_model, then each skip connection's."""
         if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+            init.xavier_uniform_(module.weight, gain=getattr(module, "init_gain", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.d_model**-0.5)
-            # The flag of a loaded weight does not survive the slicing, so it is asked for here.
-            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[module.padding_idx])
+            table = torch.empty_like(module.weight).normal_(std=self.config.d_model**-0.5)
+            if module.padding_idx is not None:
+                table[module.padding_idx] = 0
+            init.copy_(module.weight, table)
         elif isinstance(module, RSkipSinusoidalPositionalEmbedding):
             init.copy_(module.weight, module.create_weight())
-        elif isinstance(module, (RSkipEncoderLayer, RSkipDecoderLayer)):
-            for name, child in module.named_children():
-                if isinstance(child, SkipConnection):
-                    is_around = name == "layer_skip"
-                    child.init_weights(branch=module if is_around else getattr(module, name.removesuffix("_skip")))
+        elif isinstance(module, SkipConnection):
+            module.init_weights()
         else:
             super()._init_weights(module)
 

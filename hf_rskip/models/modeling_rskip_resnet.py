@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .checks import check_keywords
 from .configuration_rskip_resnet import RSkipResNetConfig
-from .skip_connections import SKIP_CONNECTIONS, SublayerPosition
+from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
 
 
 class RSkipResNetNormActivation(nn.Module):
@@ -148,6 +148,9 @@ class RSkipResNetLayer(nn.Module):
             self.layer.append(RSkipResNetConvLayer(channels, width, kernel_size, stride, activation=activation))
             channels = width
         self.layer.append(RSkipResNetConvLayer(channels, *convolutions[-1], normalize=not preactivation))
+        if config.zero_init_last_gain:
+            last = self.layer[-1]
+            (last.convolution if preactivation else last.normalization).init_gain = 0.0
         self.drop_path = RSkipResNetDropPath(drop_path_rate)
         position = SublayerPosition("encoder", layer_idx, 0, sum(config.depths), 1, branch_size=in_channels)
         self.skip = SKIP_CONNECTIONS[config.skip_type].from_config(config, out_channels, position)
@@ -236,27 +239,21 @@ class RSkipResNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RSkipResNetLayer"]
     _can_compile_fullgraph = True
 
-    def _initialize_weights(self, module: nn.Module, *args, **kwargs) -> None:
-        # Transformers passes over modules of custom code that have no parameters of their own, and with them over the
-        # blocks, lest custom code overwrites loaded weights. `transformers.initialization` leaves those alone anyway.
-        super()._initialize_weights(module)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal convolutions with the variance of He et al. (2015), fan-out; then what the blocks ask for."""
+        """Normal convolutions with the variance of He et al. (2015), fan-out; then each skip connection's."""
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)  # that of torch, and of Transformers' ResNet
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, RSkipResNetLayer):
-            if self.config.zero_init_last_gain:
-                last = module.layer[-1]
-                init.zeros_(last.convolution.weight if self.config.preactivation else last.normalization.weight)
-            module.skip.init_weights(branch=module.layer)
+        elif isinstance(module, SkipConnection):
+            module.init_weights()
         else:
             super()._init_weights(module)
+        if getattr(module, "init_gain", 1.0) == 0:
+            init.zeros_(module.weight)
 
 
 class RSkipResNetModel(RSkipResNetPreTrainedModel):

@@ -86,6 +86,9 @@ class SkipConnection(nn.Module):
     """Whether a ResNet can have it."""
     options: tuple[str, ...] = ()
     """The fields of the configuration that this kind reads beside `skip_norm`."""
+    branch_gains: dict[str, float] = {}
+    """Xavier gains, other than 1, of linear layers of the branch by their names: `q_proj`, `k_proj`, `v_proj` and
+    `out_proj` of an attention, `fc1` and `fc2` of an MLP."""
 
     @classmethod
     def from_config(cls, config, size: int, position: SublayerPosition) -> "SkipConnection":
@@ -108,13 +111,10 @@ class SkipConnection(nn.Module):
         """The norm that ends a stack of blocks of this kind, called as `norm(hidden, mask)`: none by default."""
         return NoNorm(size)
 
-    def init_weights(self, branch: nn.Module) -> None:
-        """This kind's part of the initialisation, after the model's own; `branch` is the module that computes F: an
-        attention with `q_proj`, `k_proj`, `v_proj` and `out_proj`, an MLP with `fc1` and `fc2`, a whole layer (see
-        `around_layer`), or the sequence of convolutional layers of a ResNet block.
+    def init_weights(self) -> None:
+        """Initialises this module's own parameters, not those of its norms.
 
-        Parameters are to be filled with the functions of `transformers.initialization`, which leave loaded weights
-        alone.
+        They are filled with the functions of `transformers.initialization`, which leave loaded weights alone.
         """
 
     def before(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -314,7 +314,7 @@ class DeepNorm(XSkip):
         self, size: int, scale: float, beta: float, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5
     ):
         super().__init__(size, scale, norm, eps)
-        self.beta = beta
+        self.branch_gains = dict.fromkeys(("fc1", "fc2", "v_proj", "out_proj"), beta)
 
     @classmethod
     def from_config(cls, config, size, position):
@@ -324,11 +324,6 @@ class DeepNorm(XSkip):
         else:
             alpha, beta = (3 * config.decoder_layers) ** (1 / 4), (12 * config.decoder_layers) ** (-1 / 4)
         return cls(size, alpha, beta, norm_of(config), config.layer_norm_eps)
-
-    def init_weights(self, branch):
-        for name, module in branch.named_children():
-            if name in ("fc1", "fc2", "v_proj", "out_proj"):
-                init.xavier_uniform_(module.weight, gain=self.beta)
 
 
 def admin_scale(depth: int) -> float:
@@ -355,7 +350,7 @@ class Admin(SkipConnection):
     def from_config(cls, config, size, position):
         return cls(size, admin_scale(position.depth), norm_of(config), config.layer_norm_eps)
 
-    def init_weights(self, branch):
+    def init_weights(self):
         init.constant_(self.scale, self.first_scale)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -385,7 +380,7 @@ class ReZero(SkipConnection):
         self.branch_scale = nn.Parameter(torch.zeros(()))
         self.norm = make_norm(norm, size, eps)
 
-    def init_weights(self, branch):
+    def init_weights(self):
         init.zeros_(self.branch_scale)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -405,7 +400,7 @@ class B2T(XSkip):
 
     def __init__(self, size: int, num_layers: int = 1, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
         super().__init__(size, 1.0, norm, eps)
-        self.num_layers = num_layers
+        self.branch_gains = dict.fromkeys(("out_proj", "fc2"), num_layers**-0.5)
 
     @classmethod
     def from_config(cls, config, size, position):
@@ -416,11 +411,6 @@ class B2T(XSkip):
     @classmethod
     def around_layer(cls, config, size):
         return XSkip(size, 1.0, norm_of(config), config.layer_norm_eps)
-
-    def init_weights(self, branch):
-        for name, module in branch.named_children():
-            if name in ("out_proj", "fc2"):
-                init.xavier_uniform_(module.weight, gain=self.num_layers**-0.5)
 
 
 class PreNorm(SkipConnection):

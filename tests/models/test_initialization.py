@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_rskip import RSkipForConditionalGeneration
-from hf_rskip.models.skip_connections import DeepNorm, ReZero
+from hf_rskip.models.skip_connections import ReZero
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +56,9 @@ def test_sinusoids(build):
 
 def test_each_kind_initializes_each_sublayer_once(tiny_config, monkeypatch):
     calls = []
-    monkeypatch.setattr(DeepNorm, "init_weights", lambda skip, branch: calls.append((skip, branch)))
-    model = RSkipForConditionalGeneration(tiny_config(skip_type="deep_norm"))
-    layers = [*model.model.encoder.layers, *model.model.decoder.layers]
-    expected = [
-        (getattr(layer, f"{name}_skip"), getattr(layer, name))
-        for layer in layers
-        for name in ("self_attn", "encoder_attn", "mlp")
-        if hasattr(layer, name)
-    ]
+    monkeypatch.setattr(ReZero, "init_weights", lambda skip: calls.append(skip))
+    model = RSkipForConditionalGeneration(tiny_config(skip_type="rezero"))
+    expected = [module for module in model.modules() if isinstance(module, ReZero)]
     assert len(calls) == len(expected) == 2 * 2 + 2 * 3
     assert set(calls) == set(expected)
 
