@@ -1,11 +1,10 @@
 """MarianMT checkpoints as post-LN models of this package, which compute the same."""
 
-import copy
 import os
 import re
 
 import torch
-from transformers import AutoConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.tokenizer import load_tokenizer
@@ -99,8 +98,7 @@ def convert_marian_model(marian: MarianMTModel) -> RSkipForConditionalGeneration
     if unmatched:
         raise UserError(f"Weights of one model have no counterpart in the other: {', '.join(sorted(unmatched))}")
     model.load_state_dict(renamed)
-    model.generation_config = copy.deepcopy(marian.generation_config)
-    model.generation_config._from_model_config = False  # a configuration of its own, wherever it once came from
+    model.generation_config = GenerationConfig(**marian.generation_config.to_diff_dict())
     return model.eval()
 
 

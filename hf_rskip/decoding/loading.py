@@ -5,18 +5,31 @@ from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from .ensemble import Ensemble
+
+_MODELS = {
+    AutoModelForSeq2SeqLM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForImageClassification: MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+}
 
 
 def load_complete(auto_class: type, name: str) -> PreTrainedModel:
     """The model of a folder or Hub id, in evaluation mode, on the GPU if there is one.
 
     Args:
-        auto_class: an Auto class of Transformers, for what the model is to do.
+        auto_class: `AutoModelForSeq2SeqLM` or `AutoModelForImageClassification`.
         name: the folder or id.
 
     Raises:
@@ -24,7 +37,7 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.from_pretrained(name)
-        if type(config) not in auto_class._model_mapping:
+        if type(config) not in _MODELS[auto_class]:
             raise UserError(
                 f"No model could be loaded from {name!r}: it is one of type {config.model_type!r}, which "
                 f"{auto_class.__name__} does not take"

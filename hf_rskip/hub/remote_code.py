@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 from transformers import (
-    AutoBackbone,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
+    MODEL_FOR_BACKBONE_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     PreTrainedConfig,
 )
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -15,7 +15,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..errors import UserError
 from ..models import SKIP_CONNECTIONS
 
-_AUTO_MODELS = (AutoModel, AutoModelForSeq2SeqLM, AutoModelForImageClassification, AutoBackbone)
+_AUTO_MODELS = {
+    "AutoModel": MODEL_MAPPING,
+    "AutoModelForSeq2SeqLM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "AutoModelForImageClassification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    "AutoBackbone": MODEL_FOR_BACKBONE_MAPPING,
+}
 
 
 def find_code(config: PreTrainedConfig) -> tuple[dict[str, str], list[Path]]:
@@ -28,9 +33,7 @@ def find_code(config: PreTrainedConfig) -> tuple[dict[str, str], list[Path]]:
         [`UserError`]: if the model uses a skip connection that is not defined in these files.
     """
     classes = {"AutoConfig": type(config)}
-    classes |= {
-        auto.__name__: auto._model_mapping[type(config)] for auto in _AUTO_MODELS if type(config) in auto._model_mapping
-    }
+    classes |= {name: models[type(config)] for name, models in _AUTO_MODELS.items() if type(config) in models}
     auto_map = {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
     modules = {Path(sys.modules[cls.__module__].__file__) for cls in classes.values()}
     needed = {Path(file) for module in modules for file in get_relative_import_files(module)}

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ..errors import UserError
 from ..models import SkipConnection
 
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BATCH_NORM)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)
 _INFINITE = 1e6
 
 
@@ -128,7 +128,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for module in modes:
-                module.training = isinstance(module, _BATCH_NORM)
+                module.training = isinstance(module, _BATCH_NORMS)
             for parameter in frozen:
                 parameter.requires_grad_(True)
             yield
@@ -363,7 +363,7 @@ def _fit_skip_weight(
     if end is not None:
         gain = gain if end.weight is None else end.weight.to(y).expand_as(gain)
         y = y if end.bias is None else y - end.bias.to(y)
-        if isinstance(end.module, _BATCH_NORM):  # each feature has a scale of its own
+        if isinstance(end.module, _BATCH_NORMS):  # each feature has a scale of its own
             x, branch, y, gain = x.T, branch.T, y.T, gain.T
     weight = gain.square().expand_as(y)
     total = weight.sum(1, keepdim=True)

@@ -104,8 +104,10 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         return [name for name, _ in model.named_parameters()]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        if self.args.lr_milestones is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
+        is_new = self.lr_scheduler is None
+        super().create_scheduler(num_training_steps, optimizer)
+        if self.args.lr_milestones is None or not is_new:
+            return self.lr_scheduler
         steps_per_epoch = num_training_steps / self.args.num_train_epochs
         milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
         warmup = self.args.get_warmup_steps(num_training_steps)
@@ -114,7 +116,6 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             return min(1, (step + 1) / max(1, warmup)) * self.args.lr_gamma ** bisect_right(milestones, step)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
-        self._created_lr_scheduler = True
         return self.lr_scheduler
 
     # Running statistics
@@ -128,7 +129,7 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             models.append(self.moving_average.average)
         for model in models:
             for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
                     for statistic in (module.running_mean, module.running_var):
                         statistic.copy_(reduce(statistic, "mean"))
 

@@ -67,10 +67,11 @@ class _Parser(HfArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
     def keys(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest != "help"]
+        return [part.name for arguments in self.dataclass_types for part in fields(arguments) if part.init]
 
     def list_keys(self) -> list[str]:
-        return [action.dest for action in self._actions if action.nargs in ("+", "*")]
+        parts = [part for arguments in self.dataclass_types for part in fields(arguments)]
+        return [part.name for part in parts if "list[" in str(part.type).lower()]
 
 
 class _YamlLoader(yaml.SafeLoader):
