@@ -397,6 +397,7 @@ class RSkipResNetBackbone(BackboneMixin, RSkipResNetPreTrainedModel):
         Returns:
             `feature_maps`, a tensor `(batch, channels, height, width)` for each stage of `config.out_features`.
         """
+        check_keywords(self, kwargs)
         hidden_states = self.encoder(self.embedder(pixel_values), output_hidden_states=True).hidden_states
         return BackboneOutput(
             feature_maps=tuple(

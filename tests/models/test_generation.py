@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from hf_rskip import SKIP_CONNECTIONS
+from hf_rskip.decoding.ensemble import Ensemble
+
 KINDS = [
     pytest.param({"skip_type": skip_type, "skip_norm": skip_norm}, id=f"{skip_type}-{skip_norm}")
     for skip_type in ("rskip", "xskip", "pre_norm")
@@ -18,19 +21,50 @@ def generate(model, batch, **options):
     return model.generate(**source, **(OPTIONS | options))
 
 
-@pytest.mark.parametrize("num_beams", [1, 4])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_cache_changes_nothing(build, batch, kind, num_beams):
-    model = build(**kind)
-    tokens = generate(model, batch, num_beams=num_beams)
+SEARCHES = {
+    "greedy": {},
+    "beam": {"num_beams": 4},
+    "sampling": {"do_sample": True, "top_k": 0, "temperature": 2.0},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+}
+EVERY_KIND = [
+    *KINDS,
+    *(
+        pytest.param({"skip_type": kind}, id=kind)
+        for kind in SKIP_CONNECTIONS
+        if kind not in ("rskip", "xskip", "pre_norm")
+    ),
+]
+
+
+def generate_from(seed, *args, **options):
+    torch.manual_seed(seed)
+    return generate(*args, **options)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_the_cache_changes_nothing(build, batch, kind, search):
+    model, options = build(**kind), SEARCHES[search] | {"min_new_tokens": 4}
+    tokens = generate_from(0, model, batch, **options)
     assert tokens.shape[0] == 3 and tokens.shape[1] > 3 and len(tokens.unique()) > 4
     assert torch.all(tokens[:, 0] == 1)
-    assert torch.equal(generate(model, batch, num_beams=num_beams, use_cache=False), tokens)
+    assert torch.equal(generate_from(0, model, batch, use_cache=False, **options), tokens)
 
 
-@pytest.mark.parametrize(
-    "kind", [*KINDS, *(pytest.param({"skip_type": kind}, id=kind) for kind in ("b2t", "peri_norm", "keel", "admin"))]
-)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_cache_of_an_ensemble_changes_nothing(build, batch, search):
+    """The models differ in their layers and their kind."""
+    model = Ensemble([build(), build(decoder_layers=1, skip_type="pre_norm", decoder_attention_heads=2)])
+    options = SEARCHES[search]
+    tokens = generate_from(0, model, batch, use_cache=False, **options)
+    assert tokens.shape[0] == 3 and tokens.shape[1] > 3 and len(tokens.unique()) > 4
+    assert torch.equal(generate_from(0, model, batch, **options), tokens)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(generate_from(0, model, batch, **options, **static), tokens)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(build, batch, kind):
     model = build(**kind)
     tokens = generate(model, batch, no_repeat_ngram_size=0, eos_token_id=None)
@@ -39,7 +73,7 @@ def test_greedy_tokens_are_the_argmax_of_the_whole_sequence(build, batch, kind):
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-@pytest.mark.parametrize("skip_type", ["rskip", "xskip", "pre_norm"])
+@pytest.mark.parametrize("skip_type", SKIP_CONNECTIONS)
 def test_static_cache(build, batch, skip_type, num_beams):
     model = build(skip_type=skip_type)
     tokens = generate(model, batch, num_beams=num_beams)

@@ -1,0 +1,71 @@
+"""Keywords: those of Transformers are taken, all others are refused by name."""
+
+import pytest
+import torch
+from transformers.utils import TransformersKwargs
+
+from hf_rskip import (
+    RSkipForConditionalGeneration,
+    RSkipModel,
+    RSkipResNetBackbone,
+    RSkipResNetConfig,
+    RSkipResNetForImageClassification,
+    RSkipResNetModel,
+)
+from hf_rskip.decoding.ensemble import Ensemble
+from hf_rskip.models import checks
+
+
+@pytest.fixture
+def calls(build):
+    """Each model that has a `forward` of its own, with its arguments."""
+    model = build()
+    tokens = torch.tensor([[5, 6, 2]])
+    pair = {"input_ids": tokens, "decoder_input_ids": tokens}
+    states = torch.zeros(1, 3, model.config.d_model)
+    config = RSkipResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    images = {"pixel_values": torch.zeros(2, 3, 32, 32)}
+    return {
+        RSkipForConditionalGeneration: (model, pair),
+        RSkipModel: (model.model, pair),
+        "RSkipEncoder": (model.model.encoder, {"input_ids": tokens}),
+        "RSkipDecoder": (model.model.decoder, {"input_ids": tokens, "encoder_hidden_states": states}),
+        Ensemble: (Ensemble([model, model]), pair),
+        "EnsembleEncoder": (Ensemble([model, model]).encoder, {"input_ids": tokens}),
+        RSkipResNetModel: (RSkipResNetModel(config), images),
+        RSkipResNetForImageClassification: (RSkipResNetForImageClassification(config), images),
+        RSkipResNetBackbone: (RSkipResNetBackbone(config), images),
+    }
+
+
+def test_unknown_keywords_are_refused_by_name(calls):
+    for model, inputs in calls.values():
+        model(**inputs)
+        for keyword in ("cash", "past_key_values", "cache_position"):
+            with pytest.raises(TypeError, match=f"{type(model).__name__}.forward.* unexpected keyword .*'{keyword}'"):
+                model(**inputs, **{keyword: None})
+
+
+def test_the_former_name_of_the_cache_says_since_when(calls):
+    model, inputs = calls[RSkipForConditionalGeneration]
+    cache = model(**inputs, use_cache=True).cache
+    with pytest.raises(
+        TypeError, match=r"'past_key_values': RSkip\w+ needs transformers>=5.24, where it is .*`cache`$"
+    ):
+        model(**inputs, past_key_values=cache)
+
+
+def test_keywords_of_transformers_are_taken(calls):
+    model, inputs = calls[RSkipForConditionalGeneration]
+    expected = model(**inputs).logits
+    # Those that pack several sequences into a row are for flash attention.
+    for keyword in sorted(TransformersKwargs.__optional_keys__ - {"is_causal"}):
+        torch.testing.assert_close(model(**inputs, **{keyword: None}).logits, expected)
+
+
+def test_an_old_transformers_is_named(calls, monkeypatch):
+    monkeypatch.setattr(checks, "_IS_TOO_OLD", True)
+    monkeypatch.setattr(checks.transformers, "__version__", "5.23.0")
+    model, inputs = calls[RSkipForConditionalGeneration]
+    with pytest.raises(TypeError, match=r"^RSkip\w+ needs transformers>=5.24; 5.23.0 is installed$"):
+        model(**inputs)
