@@ -1,6 +1,6 @@
 """Recursive skip connections with layer normalisation, as an extension of Hugging Face Transformers.
 
-Importing the package registers its models with the Auto classes.
+Importing the package registers its models with the Auto classes, and lets them use its kernels.
 """
 
 import sys
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .kernels import rskip_layer_norm, rskip_rms_norm
     from .models import (
         NORMS,
         SKIP_CONNECTIONS,
@@ -50,16 +51,14 @@ if TYPE_CHECKING:
         SublayerPosition,
         XSkip,
         make_norm,
-        rskip_layer_norm,
-        rskip_rms_norm,
     )
 
 
 def __getattr__(name: str):
     if name in __all__:
-        from . import models
+        from . import kernels, models
 
-        return getattr(models, name)
+        return getattr(kernels if name in kernels.__all__ else models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -69,4 +68,4 @@ def __dir__():
 
 # The console script imports this package before anything else, and `hf-rskip --help` is not to wait for torch.
 if PurePath(sys.argv[0]).stem != "hf-rskip":
-    from . import models  # noqa: F401
+    from . import kernels  # noqa: F401

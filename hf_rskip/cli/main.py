@@ -396,7 +396,7 @@ def _start(modules: list[str]) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
-    from .. import models  # noqa: F401  registers the Auto classes, which the package leaves to the console script
+    from .. import kernels  # noqa: F401  also registers the Auto classes; the package leaves it to the console script
 
     logging.disable_progress_bar()
     sys.path.insert(0, "")  # as `python -m` does, which a console script does not

@@ -16,7 +16,6 @@ from .configuration_rskip_resnet import RSkipResNetConfig
 from .modeling_rskip import RSkipForConditionalGeneration, RSkipModel
 from .modeling_rskip_resnet import RSkipResNetBackbone, RSkipResNetForImageClassification, RSkipResNetModel
 from .skip_connections import SKIP_CONNECTIONS, PreNorm, RSkip, SkipConnection, SublayerPosition, XSkip
-from .skip_kernels import rskip_layer_norm, rskip_rms_norm
 from .skip_norms import NORMS, SampleLayerNorm, SampleRMSNorm, make_norm
 
 AutoConfig.register(RSkipConfig.model_type, RSkipConfig)
@@ -46,6 +45,4 @@ __all__ = [
     "SublayerPosition",
     "XSkip",
     "make_norm",
-    "rskip_layer_norm",
-    "rskip_rms_norm",
 ]

@@ -32,16 +32,17 @@ COLING 2020 (https://arxiv.org/abs/2105.07205); of the other forms, each class n
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
-from transformers.integrations import use_kernel_forward_from_hub
 
-from .skip_kernels import AFFINES, choose_backend, rskip_layer_norm, rskip_rms_norm
-from .skip_norms import NORMS, LayerNorm, NoNorm, RMSNorm, SampleLayerNorm, SampleRMSNorm, make_norm, norm_of
+from .skip_norms import NORMS, LayerNorm, NoNorm, make_norm, norm_of
+
+AFFINES = ("per_step", "shared", "last")
+"""Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
 
 _REAL_NORMS = tuple(name for name in NORMS if name != "none")
 
@@ -122,39 +123,15 @@ class SkipConnection(nn.Module):
         return x
 
 
-_FUSED = {
-    LayerNorm: (rskip_layer_norm, "channels"),
-    RMSNorm: (rskip_rms_norm, "channels"),
-    SampleLayerNorm: (rskip_layer_norm, "sample"),
-    SampleRMSNorm: (rskip_rms_norm, "sample"),
-}
-"""What stands for the K steps with a norm of this class, and its `axes`."""
+fused: Callable[["RSkip", torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None
+"""Hook for a faster implementation: called with an [`RSkip`], x and F, it returns the output, or `None` to leave it to
+the formula. `hf_rskip.kernels` sets it; code from the Hub runs without."""
 
 
-def _is_plain(norm: nn.Module) -> bool:
-    """Whether nobody would notice that `norm` is not called: no hook watches it, or brings its weights."""
-    watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return type(norm) in _FUSED and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
-
-
-def _are_of_one_kind(norms: nn.ModuleList, affine: str) -> bool:
-    """Whether they are as an [`RSkip`] makes them, and have not been changed one by one."""
-    first, own = norms[0], {"per_step": norms, "shared": norms[:1], "last": norms[-1:]}[affine]
-    with_weight = [norm for norm in norms if norm.weight is not None]
-    same = all(type(norm) is type(first) and norm.eps == first.eps for norm in norms)
-    return same and with_weight == list(own) and len({norm.bias is None for norm in own}) == 1
-
-
-@use_kernel_forward_from_hub("RSkip")
 class RSkip(SkipConnection):
     """Recursive skip connection with layer normalisation, rSkip+LN.
 
     y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K. With K = 1 it is post-LN. Without a norm it is K * x + F.
-
-    Where x and F are large enough and nothing watches the norms, [`rskip_layer_norm`] or [`rskip_rms_norm`] takes the
-    K steps at once and keeps F and a few numbers for the backward pass; which of their implementations, and from which
-    size on, `choose_backend` says in `skip_kernels.py`. To Transformers' kernels it is the layer `"RSkip"`: a mapping
-    of that name (`kernels.use_kernel_mapping`) puts another one in its place.
 
     Args:
         size: number of features, the last dimension of x. Feature maps are given as `maps.movedim(1, -1)`.
@@ -211,23 +188,13 @@ class RSkip(SkipConnection):
         return cls(size, config.skip_recursions, norm_of(config), config.skip_norm_affine, config.layer_norm_eps)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        recursions = len(self.norm)
-        if all(map(_is_plain, self.norm)) and not _has_any_global_hook() and _are_of_one_kind(self.norm, self.affine):
-            function, axes = _FUSED[type(self.norm[0])]
-            backend = choose_backend(x, branch, recursions, self.affine, axes)
-            if backend != "reference":
-                arguments = recursions, self.affine, self.norm[0].eps
-                return function(x, branch, *self._gains_and_biases(), *arguments, backend=backend, axes=axes)
+        y = None if fused is None else fused(self, x, branch)
+        if y is not None:
+            return y
         y = branch
         for norm in self.norm:
             y = self.norm[0](x + y, mask, norm) if self.affine == "shared" else norm(x + y, mask)
         return y
-
-    def _gains_and_biases(self) -> list[torch.Tensor]:
-        """Without biases where the norm has none."""
-        norms = self.norm if self.affine == "per_step" else [self.norm[0 if self.affine == "shared" else -1]]
-        stacked = [torch.stack([norm.weight for norm in norms])]
-        return stacked if norms[0].bias is None else [*stacked, torch.stack([norm.bias for norm in norms])]
 
     def extra_repr(self) -> str:
         return f"recursions={len(self.norm)}, affine={self.affine}"

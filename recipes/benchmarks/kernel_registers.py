@@ -26,8 +26,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_rskip.models import skip_kernels_maps_triton as maps  # noqa: E402
-from hf_rskip.models import skip_kernels_triton as kernels  # noqa: E402
+from hf_rskip.kernels import maps_triton as maps  # noqa: E402
+from hf_rskip.kernels import triton as kernels  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel}

@@ -25,8 +25,7 @@ import training_step
 from report import append_csv, describe_run, print_table
 from torch import nn
 
-from hf_rskip import RSkip, SampleLayerNorm
-from hf_rskip.models.skip_connections import rskip_layer_norm
+from hf_rskip import RSkip, SampleLayerNorm, rskip_layer_norm
 
 RECURSIONS = (1, 2, 3, 4, 8)
 SHAPES = {

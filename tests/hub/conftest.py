@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -456,27 +456,28 @@ def hub_environment(server, tmp_path_factory) -> dict[str, str]:
     }
 
 
-WITHOUT_PACKAGE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_rskip":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-"""
+@pytest.fixture(scope="session")
+def plain_site(tmp_path_factory):
+    """A folder of installed packages in which this one and triton are missing, for a machine without a compiler."""
+    folder = tmp_path_factory.mktemp("site")
+    for path in map(Path, sys.path):
+        for entry in path.iterdir() if path.name == "site-packages" else ():
+            is_left_out = entry.name.lower().startswith(("hf_rskip", "__editable__", "triton"))
+            if not is_left_out and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    return folder
 
 
 @pytest.fixture
-def run_without_package(hub_environment, tmp_path):
-    """Runs Python code in a process that cannot import the package; returns `code`, `out` and `err`."""
+def run_without_package(hub_environment, plain_site, tmp_path):
+    """Runs Python code where neither this package nor triton is installed, and no compiler is on the path; returns
+    `code`, `out` and `err`."""
 
     def run(code: str) -> SimpleNamespace:
         result = subprocess.run(
-            [sys.executable, "-c", WITHOUT_PACKAGE + code],
+            [sys.executable, "-S", "-c", code],
             cwd=tmp_path,
-            env=hub_environment,
+            env=hub_environment | {"PYTHONPATH": str(plain_site), "PATH": ""},
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,

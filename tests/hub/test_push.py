@@ -1,5 +1,6 @@
 """What `hf-rskip push` sends, and what others can do with it: the real client, a Hub on loopback, real processes."""
 
+import ast
 import json
 import pickle
 import shutil
@@ -8,7 +9,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from hf_rskip import RSkipResNetConfig, RSkipResNetForImageClassification
+from hf_rskip import RSkipConfig, RSkipResNetConfig, RSkipResNetForImageClassification
 from hf_rskip.errors import UserError
 from hf_rskip.hub.push import collect_files
 from hf_rskip.hub.remote_code import find_code
@@ -16,16 +17,6 @@ from hf_rskip.hub.remote_code import find_code
 SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
 OF_SKIP_CONNECTIONS = {
     "skip_connections.py",
-    "skip_dropout.py",
-    "skip_kernels.py",
-    "skip_kernels_autograd.py",
-    "skip_kernels_cpu.py",
-    "skip_kernels_cpu_source.py",
-    "skip_kernels_maps.py",
-    "skip_kernels_maps_cpu.py",
-    "skip_kernels_maps_cpu_source.py",
-    "skip_kernels_maps_triton.py",
-    "skip_kernels_triton.py",
     "skip_norms.py",
 }
 CODE = OF_SKIP_CONNECTIONS | {
@@ -69,13 +60,10 @@ for auto in (AutoConfig, AutoModel, AutoModelForSeq2SeqLM):
     else:
         raise AssertionError(f"{auto} trusts")
 """
-KERNELS = """
-from importlib import import_module
-
-kernels = import_module(model.__module__.replace("modeling_rskip", "skip_kernels"))
-x, branch = torch.randn(2, 16384, 64)
-assert kernels.choose_backend(x, branch, 3, "per_step") == ("cpp" if kernels.has_cpp(x.dtype, x.dtype) else "reference")
-torch.testing.assert_close(*(kernels.rskip_layer_norm(x, branch, backend=name) for name in ("auto", "reference")))
+BARE = """
+import shutil
+from importlib.util import find_spec
+print(find_spec("hf_rskip"), find_spec("triton"), shutil.which("c++") or shutil.which("cc"))
 """
 SHOW = "import json\nmodel, tokenizer, result = answer({name!r}, **{kwargs!r})\n"
 SHOW += "print(json.dumps(result | {{'module': type(model).__module__}}))"
@@ -118,7 +106,9 @@ def test_with_code_it_loads_without_the_package(
     assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
     assert files["model.safetensors"] == (trained.folder / "model.safetensors").read_bytes()
 
-    show = ANSWER + REFUSAL + SHOW.format(name="user/tiny", kwargs={"trust_remote_code": True}) + KERNELS
+    missing = run_without_package(BARE)
+    assert missing.out == "None None None\n", missing.err
+    show = ANSWER + REFUSAL + SHOW.format(name="user/tiny", kwargs={"trust_remote_code": True})
     loaded = run_without_package(show)
     assert loaded.code == 0, loaded.err
     assert without(loaded, "module") == expected
@@ -220,6 +210,26 @@ assert torch.equal(states, maps) and torch.equal(model.classifier(states.mean((2
 assert AutoConfig.from_pretrained("user/resnet", trust_remote_code=True).skip_recursions == 3
 print(json.dumps({"logits": logits.tolist(), "modules": [type(m).__module__ for m in (model, base, backbone)]}))
 """
+
+
+def test_what_travels_is_plain_torch():
+    """At most seven files a model, which import nothing but torch, Transformers and each other, nor in functions."""
+    for config in (RSkipConfig(), RSkipResNetConfig()):
+        _, files = find_code(config)
+        assert len(files) <= 7
+        for path in files:
+            text = path.read_text()
+            found = [
+                word for word in ("subprocess", "ctypes", "triton", "importlib", "open(", " eval(") if word in text
+            ]
+            assert found == [], path.name
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Import):
+                    roots = {alias.name.split(".")[0] for alias in node.names}
+                    assert roots <= {"math", "copy", "torch", "transformers"}, path.name
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    standard = {"collections.abc", "dataclasses", "typing"}
+                    assert node.module in standard or node.module.split(".")[0] in ("torch", "transformers"), path.name
 
 
 def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):

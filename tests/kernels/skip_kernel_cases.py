@@ -4,9 +4,9 @@ import os
 
 import torch
 
-from hf_rskip.models.skip_connections import rskip_layer_norm, rskip_rms_norm
-from hf_rskip.models.skip_dropout import keep_factors
-from hf_rskip.models.skip_kernels import AFFINES  # noqa: F401  with the other inputs
+from hf_rskip import rskip_layer_norm, rskip_rms_norm
+from hf_rskip.kernels.dropout import keep_factors
+from hf_rskip.models.skip_connections import AFFINES  # noqa: F401  with the other inputs
 
 PRECISIONS = [
     (torch.bfloat16, torch.bfloat16),

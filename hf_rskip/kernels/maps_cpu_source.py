@@ -1,6 +1,6 @@
 """The C++ of recursive skip connections over whole maps, which `skip_kernels_maps_cpu.py` compiles."""
 
-from .skip_kernels_cpu_source import PRELUDE
+from .cpu_source import PRELUDE
 
 SOURCE = (
     PRELUDE

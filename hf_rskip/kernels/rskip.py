@@ -13,7 +13,7 @@ y_k = LN(s x + y_{k-1}), output y_K.
 
 All but the reference keep one activation whatever K is, and take the closed form where gain and bias come only at the
 last step; their numbers are those of float32 throughout, rounded once at the end. Dropout of F is part of them, from a
-seed (see `skip_dropout.py`) rather than a mask that is kept. Derivatives of any order are those of reverse mode: under
+seed (see `dropout.py`) rather than a mask that is kept. Derivatives of any order are those of reverse mode: under
 forward mode and `torch.func` there is only the reference.
 
 Statistics are float32 sums. Where a step cancels almost all of a row, the closed form and the norms over samples lose
@@ -21,7 +21,7 @@ more digits than the reference: with F = -2 x + noise of .01 x and K = 2, the er
 value, and 1e-5 in the reference. `recompute` with `affine="per_step"` over channels is as good as that.
 
 LN goes over the features of each position (`axes="channels"`) or, for feature maps, over whole samples
-(`axes="sample"`, see `skip_kernels_maps.py`). Not here: batch norm, and norms of another's making. In [`RSkip`] they
+(`axes="sample"`, see `maps.py`). Not here: batch norm, and norms of another's making. In [`RSkip`] they
 take the formula step by step.
 """
 
@@ -32,13 +32,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from .skip_dropout import draw_seed, keep_factors
-from .skip_kernels_autograd import RecomputedRSkip
-from .skip_kernels_maps import OPERATORS, rskip_over_maps
-from .skip_norms import sample_layer_norm, sample_rms_norm
+from ..models.skip_connections import AFFINES
+from ..models.skip_norms import sample_layer_norm, sample_rms_norm
+from .autograd import RecomputedRSkip
+from .dropout import draw_seed, keep_factors
+from .maps import OPERATORS, rskip_over_maps
 
-AFFINES = ("per_step", "shared", "last")
-"""Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
 AXES = ("channels", "sample")
 """What the norms go over: the last dimension, or all but the first (`skip_norm_axes`)."""
 BACKENDS = ("auto", "reference", "recompute", "cpp", "triton")
@@ -79,7 +78,7 @@ def rskip_layer_norm(
         seed: of the mask, int64 `()` on the device of x: the same mask in all implementations. Without one it is drawn
             from torch's default generator, by the reference as torch's dropout draws it.
         backend: `"auto"`, `"reference"`, `"recompute"`, `"cpp"` or `"triton"`, see the table of
-            `hf_rskip.models.skip_kernels`.
+            `hf_rskip.kernels.rskip`.
         axes: `"channels"`, or `"sample"` for layer normalisation over all dimensions but the first, still with gains
             and biases of the size of the last. Maps `(batch, channels, height, width)` are given as the view
             `movedim(1, -1)`; over samples they are not rearranged, and y lies in memory as x does.
@@ -91,7 +90,7 @@ def rskip_layer_norm(
 
     ```python
     >>> import torch
-    >>> from hf_rskip.models.skip_connections import rskip_layer_norm
+    >>> from hf_rskip import rskip_layer_norm
 
     >>> x, branch = torch.randn(2, 4, 10, 16)
     >>> y = rskip_layer_norm(x, branch, torch.ones(3, 16), torch.zeros(3, 16), recursions=3)
@@ -255,8 +254,8 @@ def has_triton() -> bool:
 @torch.compiler.assume_constant_result
 def has_cpp(x: torch.dtype, branch: torch.dtype, axes: str = "channels") -> bool:
     """Whether the operator for CPUs is or can be built; here is where that happens."""
-    from .skip_kernels_cpu import SOURCE, load
-    from .skip_kernels_maps_cpu_source import SOURCE as OF_MAPS
+    from .cpu import SOURCE, load
+    from .maps_cpu_source import SOURCE as OF_MAPS
 
     return load((x, branch, torch.promote_types(x, branch)), OF_MAPS if axes == "sample" else SOURCE) is not None
 
@@ -276,13 +275,13 @@ def _operator(backend, x, branch, axes):
     if backend == "cpp":
         if not has_cpp(x.dtype, branch.dtype, axes):
             raise ValueError("backend='cpp' could not be built; the log says why")
-        from .skip_kernels_cpu import rskip_layer_norm
-        from .skip_kernels_maps_cpu import OPERATORS as of_maps
+        from .cpu import rskip_layer_norm
+        from .maps_cpu import OPERATORS as of_maps
     else:
         if not has_triton():
             raise ValueError("backend='triton' needs the package triton")
-        from .skip_kernels_maps_triton import OPERATORS as of_maps
-        from .skip_kernels_triton import rskip_layer_norm
+        from .maps_triton import OPERATORS as of_maps
+        from .triton import rskip_layer_norm
     return of_maps if axes == "sample" else rskip_layer_norm
 
 

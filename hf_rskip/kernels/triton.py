@@ -10,7 +10,7 @@ import re
 import torch
 from torch.library import triton_op, wrap_triton
 
-from .skip_kernels_autograd import register_recomputation
+from .autograd import register_recomputation
 
 try:
     import triton

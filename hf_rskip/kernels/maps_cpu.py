@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from .skip_kernels_cpu import load
-from .skip_kernels_maps_cpu_source import SOURCE
+from .cpu import load
+from .maps_cpu_source import SOURCE
 
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # a copy of this file that came with a checkpoint has operators of its own
 

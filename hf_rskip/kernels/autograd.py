@@ -10,7 +10,7 @@ What is kept of a call is x, F and a few float32 numbers for each group of value
 
 import torch
 
-from .skip_dropout import keep_factors
+from .dropout import keep_factors
 
 
 def closed_form(

@@ -1,7 +1,7 @@
 """The Triton kernels of recursive skip connections against the formula in float64: values and all gradients.
 
 On a GPU they run there. Elsewhere Triton's interpreter runs them, which it does in a process that was started for it:
-`TRITON_INTERPRET=1 pytest tests/models/test_skip_kernels_triton.py`, as the first test does.
+`TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py`, as the first test does.
 """
 
 import os
@@ -25,15 +25,14 @@ from skip_kernel_cases import (
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
 
-from hf_rskip import RSkip
-from hf_rskip.models import skip_kernels
-from hf_rskip.models.skip_connections import rskip_layer_norm
+from hf_rskip import RSkip, rskip_layer_norm
+from hf_rskip.kernels import rskip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 COMPILES = pytest.mark.skipif(
-    not skip_kernels.has_triton() or INTERPRETED, reason="needs the package triton, and not its interpreter"
+    not rskip.has_triton() or INTERPRETED, reason="needs the package triton, and not its interpreter"
 )
 
 
@@ -142,7 +141,7 @@ def test_any_strides():
 @pytest.mark.parametrize("affine", ["per_step", "last"])
 def test_tracing_sees_the_kernels(affine, monkeypatch):
     """Without a graph break, and with the kernels themselves in the graph, beside which a compiler puts its own."""
-    monkeypatch.setattr(skip_kernels, "_device_of", torch.compiler.assume_constant_result(lambda backend: "cpu"))
+    monkeypatch.setattr(rskip, "_device_of", torch.compiler.assume_constant_result(lambda backend: "cpu"))
     leaves, _ = random_leaves((9, 32), 2, affine)
 
     def call(*tensors):
@@ -192,13 +191,13 @@ def test_inductor_compiles_it_whole(affine):
 @GPU
 @pytest.mark.parametrize("closed", [False, True])
 def test_the_operator_is_one_of_torch(closed):
-    from hf_rskip.models import skip_kernels_triton
+    from hf_rskip.kernels import triton as triton_kernels
 
     leaves, _ = random_leaves((9, 32), 2, "last" if closed else "per_step")
     leaves = [leaf.to(DEVICE) for leaf in leaves]
     leaves = [leaf.requires_grad_() for leaf in (*leaves[:2], *(leaf.reshape(-1, 32) for leaf in leaves[2:]))]
     arguments = (*leaves, torch.tensor(7, device=DEVICE), 2, closed, True, 1e-5, 1.0, 0.1, torch.float32)
-    assert set(torch.library.opcheck(skip_kernels_triton.rskip_layer_norm, arguments).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(triton_kernels.rskip_layer_norm, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.gpu
@@ -256,7 +255,7 @@ def test_sizes_of_the_benchmark(shape, affine, dtype):
 def test_rskip_takes_it_in_a_model():
     skip = RSkip(512, 4).to(DEVICE)
     x, branch = torch.randn(2, 2048, 512, device=DEVICE)
-    assert skip_kernels.choose_backend(x, branch, 4, "per_step") == "triton"
+    assert rskip.choose_backend(x, branch, 4, "per_step") == "triton"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         skip(x, branch).sum().backward()
     launched = {event.key for event in profile.key_averages()}

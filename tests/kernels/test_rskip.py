@@ -23,13 +23,12 @@ from skip_kernel_cases import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import is_kernels_available
 
-from hf_rskip import NORMS, RSkip
-from hf_rskip.models import skip_connections, skip_dropout, skip_kernels, skip_kernels_cpu
-from hf_rskip.models.skip_connections import rskip_layer_norm
+from hf_rskip import NORMS, RSkip, rskip_layer_norm
+from hf_rskip.kernels import cpu, hook, rskip
+from hf_rskip.kernels import dropout as random_numbers
 
-CPP_BUILDS = skip_kernels.has_cpp(torch.float32, torch.float32)
+CPP_BUILDS = rskip.has_cpp(torch.float32, torch.float32)
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not CPP_BUILDS, reason="no C++ compiler builds the operator"))
 BACKENDS = pytest.mark.parametrize("backend", ["recompute", CPP])
 
@@ -191,7 +190,7 @@ def test_the_operator_is_one_of_torch(closed):
     rows = 1 if closed else 3
     arguments = (x, branch, weight.reshape(rows, 32), bias.reshape(rows, 32), None, 3, closed, True, 1e-5, 1.0, 0.0)
     arguments += (torch.float32,)
-    assert set(torch.library.opcheck(skip_kernels_cpu.rskip_layer_norm, arguments).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(cpu.rskip_layer_norm, arguments).values()) == {"SUCCESS"}
 
 
 @CPP.marks[0]
@@ -239,16 +238,16 @@ def test_rms_norm(backend, recursions, affine):
 )
 def test_philox_gives_the_known_answers(counter, key, words):
     """Of `kat_vectors` in Random123, the authors' own code."""
-    found = skip_dropout.philox4x32([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
+    found = random_numbers.philox4x32([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
     assert [word.item() for word in found] == [int(word, 16) for word in words.split()]
 
 
 def test_uniform_numbers():
     seed = torch.tensor(-(2**62) + 12345)
-    uniform = skip_dropout.philox_uniform(seed, 100_000).double()
+    uniform = random_numbers.philox_uniform(seed, 100_000).double()
     assert 0 <= uniform.min() < 1e-4 and 1 - 1e-4 < uniform.max() < 1
     assert (uniform.mean() - 0.5).abs() < 0.005 and (uniform.var() - 1 / 12).abs() < 0.002
-    other = skip_dropout.philox_uniform(seed + 2**32, 100_000).double()  # the upper half of the seed counts
+    other = random_numbers.philox_uniform(seed + 2**32, 100_000).double()  # the upper half of the seed counts
     assert torch.corrcoef(torch.stack([uniform, other]))[0, 1].abs() < 0.02
 
 
@@ -265,7 +264,7 @@ def test_dropout_is_the_formula_with_its_mask(backend, affine, dtypes):
     ):
         leaves, upstream = random_leaves(shape, recursions, affine, dtypes)
         found = assert_equals_formula(backend, leaves, upstream, recursions, affine, 2.414, dropout=dropout, seed=seed)
-        uniform = skip_dropout.philox_uniform(seed, leaves[0].numel()).view(shape)
+        uniform = random_numbers.philox_uniform(seed, leaves[0].numel()).view(shape)
         assert (found[2][uniform < dropout] == 0).all()
 
 
@@ -295,7 +294,7 @@ def test_auto_spares_the_mask_of_a_seed():
     """Which tensor operations draw slowly; without one the reference takes torch's dropout."""
     for size in (33, 64):
         x = torch.randn(16, size)
-        assert skip_kernels.choose_backend(x, x, 1, "per_step", seeded=True) == ("cpp" if CPP_BUILDS else "reference")
+        assert rskip.choose_backend(x, x, 1, "per_step", seeded=True) == ("cpp" if CPP_BUILDS else "reference")
     torch.manual_seed(0)
     found = rskip_layer_norm(x, x, recursions=1, dropout=0.3)
     torch.manual_seed(0)
@@ -341,7 +340,7 @@ def run(program, *arguments, **environment):
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("affine", AFFINES)
 def test_rskip_is_the_same_function_watched_or_not(monkeypatch, affine, norm, backend):
-    monkeypatch.setattr(skip_connections, "choose_backend", lambda *_: backend)
+    monkeypatch.setattr(hook, "choose_backend", lambda *_: backend)
     leaves, upstream = random_leaves((3, 20, 24), 3, affine)
     leaves = leaves if norm == "layer_norm" else leaves[:3]
     skip = RSkip(24, 3, norm, affine, eps=1e-3)
@@ -375,7 +374,7 @@ def test_rskip_is_the_same_function_watched_or_not(monkeypatch, affine, norm, ba
 @pytest.mark.parametrize("affine", AFFINES)
 def test_norms_that_were_changed_one_by_one_are_called(monkeypatch, affine):
     """As they are: with the eps, gains and classes that each of them has."""
-    monkeypatch.setattr(skip_connections, "choose_backend", lambda *_: pytest.fail("goes by the first norm alone"))
+    monkeypatch.setattr(hook, "choose_backend", lambda *_: pytest.fail("goes by the first norm alone"))
     x, branch = torch.randn(2, 5, 8)
 
     def other_eps(norms):
@@ -408,7 +407,7 @@ def test_norms_that_were_changed_one_by_one_are_called(monkeypatch, affine):
 def test_nan_stays_nan():
     x, branch = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
     branch[1, 5] = float("nan")
-    for name, function in (("layer_norm", rskip_layer_norm), ("rms_norm", skip_kernels.rskip_rms_norm)):
+    for name, function in (("layer_norm", rskip_layer_norm), ("rms_norm", rskip.rskip_rms_norm)):
         for affine in AFFINES:
             for backend in ("reference", "recompute", *["cpp"] * CPP_BUILDS):
                 y = function(x, branch, recursions=2, affine=affine, backend=backend)
@@ -432,7 +431,7 @@ def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
     x = torch.randn(16384, 64)
 
     def chosen(x, branch=None, recursions=2):
-        return skip_kernels.choose_backend(x, x if branch is None else branch, recursions, "per_step")
+        return rskip.choose_backend(x, x if branch is None else branch, recursions, "per_step")
 
     odd = torch.randn(32768, 65)
     for other in (x.double(), x.half(), x[:8192], x[:, :16].repeat(8, 1), odd, x[:0], torch.randn(64, 16384)):
@@ -447,12 +446,12 @@ def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
 
 
 def test_auto_takes_triton_for_rows_that_fit_registers(monkeypatch):
-    monkeypatch.setattr(skip_kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(rskip, "has_triton", lambda: True)
     with FakeTensorMode():
 
         def chosen(shape, recursions, affine="per_step", dtype=torch.bfloat16):
             x = torch.empty(shape, device="cuda", dtype=dtype)
-            return skip_kernels.choose_backend(x, x, recursions, affine)
+            return rskip.choose_backend(x, x, recursions, affine)
 
         for size, recursions in ((16, 8), (512, 8), (1024, 8), (2048, 4), (4096, 2)):
             assert chosen((2**20 // size, size), recursions) == "triton"
@@ -460,27 +459,6 @@ def test_auto_takes_triton_for_rows_that_fit_registers(monkeypatch):
             assert chosen((2**20 // size, size), recursions + 1, "shared") == "reference"
         assert chosen((128, 8192), 64, "last") == "triton"
         assert chosen((1024, 1024), 2, dtype=torch.float64) == "reference"
-
-
-def test_transformers_can_put_a_kernel_in_its_place():
-    if not is_kernels_available():
-        pytest.skip("needs the package kernels in the versions that Transformers takes")
-    import kernels
-
-    class Kernel(torch.nn.Module):
-        def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-            return x - branch
-
-    class Repository:
-        def load(self):
-            return Kernel
-
-    assert RSkip.kernel_layer_name == "RSkip"
-    x, branch = torch.randn(2, 4, 16)
-    model = torch.nn.Sequential(RSkip(16))
-    with kernels.use_kernel_mapping({"RSkip": {"cpu": Repository()}}):
-        kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
-    assert torch.equal(model[0](x, branch), x - branch)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "recompute", "cpp"])
@@ -509,7 +487,7 @@ def test_wrong_arguments_are_one_sentence(backend, branch, weight, arguments, me
 def test_precisions_that_no_operator_takes():
     x, branch = torch.randn(1024, 512), torch.randn(1024, 512, dtype=torch.float64)
     for pair in ((x, branch), (branch, x), (branch, branch)):
-        assert skip_kernels.choose_backend(*pair, 2, "per_step") == "reference"
+        assert rskip.choose_backend(*pair, 2, "per_step") == "reference"
 
 
 def test_wrong_backends_are_one_sentence():
@@ -546,6 +524,6 @@ def test_without_a_compiler_there_is_one_line(tmp_path):
 def test_builds_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     with ThreadPoolExecutor() as pool:
-        libraries = pool.map(skip_kernels_cpu.load.__wrapped__, [(torch.float32,) * 3] * 2)
+        libraries = pool.map(cpu.load.__wrapped__, [(torch.float32,) * 3] * 2)
     assert None not in libraries
     assert [path.suffix for path in (tmp_path / "hf_rskip").iterdir()] == [".so"]

@@ -29,14 +29,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
 from torch.utils.checkpoint import checkpoint
 
-from hf_rskip import RSkip, RSkipResNetConfig, RSkipResNetForImageClassification
-from hf_rskip.models import skip_connections, skip_kernels, skip_kernels_maps_cpu, skip_norms
-from hf_rskip.models.skip_connections import rskip_layer_norm
+from hf_rskip import RSkip, RSkipResNetConfig, RSkipResNetForImageClassification, rskip_layer_norm
+from hf_rskip.kernels import hook, maps_cpu, rskip
+from hf_rskip.models import skip_norms
 
 CPP = pytest.param(
     "cpp",
     marks=pytest.mark.skipif(
-        not skip_kernels.has_cpp(torch.float32, torch.float32, "sample"), reason="no C++ compiler builds the operator"
+        not rskip.has_cpp(torch.float32, torch.float32, "sample"), reason="no C++ compiler builds the operator"
     ),
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ TRITON = pytest.param(
 ON_CPU = pytest.mark.parametrize("backend", ["recompute", CPP])
 BACKENDS = pytest.mark.parametrize("backend", ["recompute", CPP, TRITON])
 COMPILES = pytest.mark.skipif(
-    not skip_kernels.has_triton() or INTERPRETED, reason="needs the package triton, and not its interpreter"
+    not rskip.has_triton() or INTERPRETED, reason="needs the package triton, and not its interpreter"
 )
 
 
@@ -262,10 +262,10 @@ def test_the_operators_are_ones_of_torch(dim):
     size = x.shape[3 - dim]
     weight, bias = torch.rand(2, 3, size)
     arguments = True, 1e-5, 1.0, dim
-    moments = skip_kernels_maps_cpu.forward(x, branch, weight, bias, *arguments, torch.float32)[1]
+    moments = maps_cpu.forward(x, branch, weight, bias, *arguments, torch.float32)[1]
     for operator, inputs in (
-        (skip_kernels_maps_cpu.forward, (x, branch, weight, bias, *arguments, torch.float32)),
-        (skip_kernels_maps_cpu.backward, (gradient, x, branch, weight, bias, moments, *arguments)),
+        (maps_cpu.forward, (x, branch, weight, bias, *arguments, torch.float32)),
+        (maps_cpu.backward, (gradient, x, branch, weight, bias, moments, *arguments)),
     ):
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         assert set(torch.library.opcheck(operator, inputs, test_utils=checks).values()) == {"SUCCESS"}
@@ -276,12 +276,12 @@ def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
 
     def chosen(shape, recursions=2, **options):
         x = torch.empty(shape, **options)
-        return skip_kernels.choose_backend(x, x, recursions, "per_step", "sample")
+        return rskip.choose_backend(x, x, recursions, "per_step", "sample")
 
     assert chosen((128, 15, 16, 16)) == chosen((64, 32, 32, 7)) == chosen((128, 8, 8, 64)) == "reference"
     assert chosen((128, 16, 16, 32), dtype=torch.float64) == chosen((128, 16, 16, 32), 1) == "reference"
     assert chosen((8, 56, 56, 64)) == chosen((2**20, 64)) == chosen((128, 16, 16, 32), device="meta") == "reference"
-    if skip_kernels.has_cpp(torch.float32, torch.float32, "sample"):
+    if rskip.has_cpp(torch.float32, torch.float32, "sample"):
         assert chosen((128, 16, 16, 32)) == chosen((128, 8, 8, 64), 8) == chosen((8, 56, 56, 64), 3) == "cpp"
 
 
@@ -297,7 +297,7 @@ def test_tracing_sees_the_kernels(layout, monkeypatch):
 
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))  # which says what kernels write
     monkeypatch.setattr(driver, "_active", target)
-    monkeypatch.setattr(skip_kernels, "_device_of", torch.compiler.assume_constant_result(lambda backend: "cpu"))
+    monkeypatch.setattr(rskip, "_device_of", torch.compiler.assume_constant_result(lambda backend: "cpu"))
     leaves, _ = random_maps(layout, (3, 5, 4, 6), 2, "per_step")
     joint = []
 
@@ -337,7 +337,7 @@ def test_kernels_compile_for_gpus_without_spills():
 @pytest.mark.parametrize("norm", [skip_norms.SampleLayerNorm, skip_norms.SampleRMSNorm])
 @pytest.mark.parametrize("affine", AFFINES)
 def test_rskip_is_the_same_function_watched_or_not(monkeypatch, affine, norm, backend):
-    monkeypatch.setattr(skip_connections, "choose_backend", lambda *_: backend)
+    monkeypatch.setattr(hook, "choose_backend", lambda *_: backend)
     leaves, upstream = random_maps(planes, (3, 5, 4, 6), 3, affine)
     leaves = leaves if norm is skip_norms.SampleLayerNorm else leaves[:3]
     skip = RSkip(6, 3, norm, affine, eps=1e-3)
@@ -378,7 +378,7 @@ def test_a_resnet_is_the_same(monkeypatch, backend, norm, memory_format):
     images, labels = torch.randn(4, 3, 16, 16).contiguous(memory_format=memory_format), torch.arange(4)
 
     def loss_and_gradients(name):
-        monkeypatch.setattr(skip_connections, "choose_backend", lambda *_: name)
+        monkeypatch.setattr(hook, "choose_backend", lambda *_: name)
         model.zero_grad()
         loss = model(images, labels=labels).loss
         loss.backward()

@@ -9,7 +9,7 @@ backward pass one gives three sums, a second one the gradients. Kept are x, F an
 
 import torch
 
-from .skip_kernels_autograd import gradient_with_graph
+from .autograd import gradient_with_graph
 
 
 def rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, operators):

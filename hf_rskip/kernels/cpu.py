@@ -22,8 +22,8 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 from transformers.utils import logging
 
-from .skip_kernels_autograd import register_recomputation
-from .skip_kernels_cpu_source import SOURCE
+from .autograd import register_recomputation
+from .cpu_source import SOURCE
 
 logger = logging.get_logger(__name__)
 

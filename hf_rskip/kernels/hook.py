@@ -1,0 +1,47 @@
+"""Decides whether an [`RSkip`] takes a fused function, and calls it."""
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..models.skip_connections import RSkip
+from ..models.skip_norms import LayerNorm, RMSNorm, SampleLayerNorm, SampleRMSNorm
+from .rskip import choose_backend, rskip_layer_norm, rskip_rms_norm
+
+_FUSED = {
+    LayerNorm: (rskip_layer_norm, "channels"),
+    RMSNorm: (rskip_rms_norm, "channels"),
+    SampleLayerNorm: (rskip_layer_norm, "sample"),
+    SampleRMSNorm: (rskip_rms_norm, "sample"),
+}
+"""Fused function and `axes` for each class of norm."""
+
+
+def fused_rskip(skip: RSkip, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor | None:
+    """The output of `skip` for x and branch of shape `(..., size)`, or `None` where its own formula is to be used."""
+    norms = list(skip.norm)
+    if not all(map(_is_plain, norms)) or _has_any_global_hook() or not _are_of_one_kind(norms, skip.affine):
+        return None
+    function, axes = _FUSED[type(norms[0])]
+    backend = choose_backend(x, branch, len(norms), skip.affine, axes)
+    if backend == "reference":
+        return None
+    own = norms if skip.affine == "per_step" else [norms[0 if skip.affine == "shared" else -1]]
+    gains = torch.stack([norm.weight for norm in own])
+    biases = None if own[0].bias is None else torch.stack([norm.bias for norm in own])
+    parameters = [gains] if biases is None else [gains, biases]
+    return function(x, branch, *parameters, len(norms), skip.affine, norms[0].eps, backend=backend, axes=axes)
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether no hook observes `norm.forward` or loads its weights, and nothing replaces it."""
+    watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return type(norm) in _FUSED and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
+
+
+def _are_of_one_kind(norms: list[nn.Module], affine: str) -> bool:
+    """Whether the norms are as an [`RSkip`] makes them, not changed one by one."""
+    first, own = norms[0], {"per_step": norms, "shared": norms[:1], "last": norms[-1:]}[affine]
+    with_weight = [norm for norm in norms if norm.weight is not None]
+    same = all(type(norm) is type(first) and norm.eps == first.eps for norm in norms)
+    return same and with_weight == own and len({norm.bias is None for norm in own}) == 1
