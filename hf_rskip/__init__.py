@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "B2T",
     "NORMS",
     "SKIP_CONNECTIONS",
+    "Admin",
+    "DeepNorm",
+    "DetachedRSkip",
+    "FixedAdmin",
+    "Keel",
+    "PeriNorm",
     "PreNorm",
     "RSkip",
     "RSkipConfig",
@@ -21,6 +28,7 @@ __all__ = [
     "RSkipResNetConfig",
     "RSkipResNetForImageClassification",
     "RSkipResNetModel",
+    "ReZero",
     "SampleLayerNorm",
     "SampleRMSNorm",
     "SkipConnection",
@@ -34,9 +42,17 @@ __all__ = [
 if TYPE_CHECKING:
     from .kernels import rskip_layer_norm, rskip_rms_norm
     from .models import (
+        B2T,
         NORMS,
         SKIP_CONNECTIONS,
+        Admin,
+        DeepNorm,
+        DetachedRSkip,
+        FixedAdmin,
+        Keel,
+        PeriNorm,
         PreNorm,
+        ReZero,
         RSkip,
         RSkipConfig,
         RSkipForConditionalGeneration,

@@ -15,7 +15,22 @@ from .configuration_rskip import RSkipConfig
 from .configuration_rskip_resnet import RSkipResNetConfig
 from .modeling_rskip import RSkipForConditionalGeneration, RSkipModel
 from .modeling_rskip_resnet import RSkipResNetBackbone, RSkipResNetForImageClassification, RSkipResNetModel
-from .skip_connections import SKIP_CONNECTIONS, PreNorm, RSkip, SkipConnection, SublayerPosition, XSkip
+from .skip_connections import (
+    B2T,
+    SKIP_CONNECTIONS,
+    Admin,
+    DeepNorm,
+    DetachedRSkip,
+    FixedAdmin,
+    Keel,
+    PeriNorm,
+    PreNorm,
+    ReZero,
+    RSkip,
+    SkipConnection,
+    SublayerPosition,
+    XSkip,
+)
 from .skip_norms import NORMS, SampleLayerNorm, SampleRMSNorm, make_norm
 
 AutoConfig.register(RSkipConfig.model_type, RSkipConfig)
@@ -28,8 +43,15 @@ AutoModelForImageClassification.register(RSkipResNetConfig, RSkipResNetForImageC
 AutoBackbone.register(RSkipResNetConfig, RSkipResNetBackbone)
 
 __all__ = [
+    "B2T",
     "NORMS",
     "SKIP_CONNECTIONS",
+    "Admin",
+    "DeepNorm",
+    "DetachedRSkip",
+    "FixedAdmin",
+    "Keel",
+    "PeriNorm",
     "PreNorm",
     "RSkip",
     "RSkipConfig",
@@ -39,6 +61,7 @@ __all__ = [
     "RSkipResNetConfig",
     "RSkipResNetForImageClassification",
     "RSkipResNetModel",
+    "ReZero",
     "SampleLayerNorm",
     "SampleRMSNorm",
     "SkipConnection",

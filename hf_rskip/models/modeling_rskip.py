@@ -27,6 +27,7 @@ from .checks import ENCODER_KEYWORDS, check_keywords
 from .configuration_rskip import RSkipConfig
 from .generation_rskip import TranslationGenerationMixin
 from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
+from .skip_norms import norm_of
 
 
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
@@ -157,10 +158,16 @@ def _skip_connections(
 ) -> tuple[list[SkipConnection], SkipConnection | None]:
     """The skip connections of a layer's sublayers, and the one around the layer."""
     kind = SKIP_CONNECTIONS[config.skip_type]
-    layers, sublayers = {"encoder": (config.encoder_layers, 2), "decoder": (config.decoder_layers, 3)}[stack]
-    positions = [SublayerPosition(stack, layer, sublayer, layers, sublayers) for sublayer in range(sublayers)]
+    layers, other_layers, sublayers = {
+        "encoder": (config.encoder_layers, config.decoder_layers, 2),
+        "decoder": (config.decoder_layers, config.encoder_layers, 3),
+    }[stack]
+    positions = [
+        SublayerPosition(stack, layer, sublayer, layers, sublayers, other_layers=other_layers)
+        for sublayer in range(sublayers)
+    ]
     skips = [kind.from_config(config, config.d_model, position) for position in positions]
-    return skips, kind.around_layer(config, config.d_model)
+    return skips, kind.around_layer(config.d_model, norm_of(config), config.layer_norm_eps)
 
 
 def _set_init_gains(branch: nn.Module, skip: SkipConnection) -> None:
@@ -318,7 +325,9 @@ class RSkipStack(RSkipPreTrainedModel):
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.embed_tokens = nn.Embedding(vocab_size, config.d_model, config.pad_token_id)
         self.embed_positions = RSkipSinusoidalPositionalEmbedding(config.max_position_embeddings, config.d_model)
-        self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(config, config.d_model)
+        self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(
+            config.d_model, norm_of(config), config.layer_norm_eps
+        )
         self.gradient_checkpointing = False
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:

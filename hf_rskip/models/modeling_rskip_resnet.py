@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .checks import check_keywords
 from .configuration_rskip_resnet import RSkipResNetConfig
 from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
+from .skip_norms import norm_of
 
 
 class RSkipResNetNormActivation(nn.Module):
@@ -210,7 +211,9 @@ class RSkipResNetEncoder(nn.Module):
             stage_rates = rates[first : first + depth]
             self.stages.append(RSkipResNetStage(config, sizes[index], sizes[index + 1], stride, first, stage_rates))
             first += depth
-        self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(config, sizes[-1])
+        self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(
+            sizes[-1], norm_of(config), config.layer_norm_eps
+        )
         self.final_activation = (
             RSkipResNetNormActivation(sizes[-1], config.hidden_act) if config.preactivation else nn.Identity()
         )

@@ -52,7 +52,7 @@ class SublayerPosition:
     """Where a skip connection stands, for kinds whose constants depend on the depth."""
 
     stack: str
-    """`"encoder"` (the only one of a ResNet) or `"decoder"`."""
+    """`"encoder"` or `"decoder"`; of a model with one stack, either."""
     layer: int
     """Index of the layer in its stack, from 0."""
     sublayer: int
@@ -63,11 +63,24 @@ class SublayerPosition:
     """Number of sublayers of each of its layers."""
     branch_size: int | None = None
     """Number of features that the branch takes, where a shortcut changes that of x; `None` where both are the same."""
+    other_layers: int | None = None
+    """Number of layers of the other stack of an encoder-decoder; `None` where there is one stack."""
+
+    def __post_init__(self):
+        if self.stack not in ("encoder", "decoder"):
+            raise ValueError(f"`stack` must be 'encoder' or 'decoder', not {self.stack!r}")
+        for name, count in (("layer", self.num_layers), ("sublayer", self.num_sublayers)):
+            if not 0 <= getattr(self, name) < count:
+                raise ValueError(f"`{name}` must be from 0 to below `num_{name}s` {count}, not {getattr(self, name)}")
 
     @property
     def depth(self) -> int:
         """Number of sublayers of the stack."""
         return self.num_layers * self.num_sublayers
+
+
+_ARGUMENTS = {"skip_recursions": "recursions", "skip_norm_affine": "affine", "skip_scale": "scale"}
+"""The arguments of a skip connection by the fields of a configuration."""
 
 
 class SkipConnection(nn.Module):
@@ -92,9 +105,28 @@ class SkipConnection(nn.Module):
     `out_proj` of an attention, `fc1` and `fc2` of an MLP."""
 
     @classmethod
+    def for_position(cls, size: int, position: SublayerPosition, **options) -> "SkipConnection":
+        """The skip connection of the sublayer at `position`, for tensors of shape `(..., size)`, with the constants
+        that this kind has there; `options` are the other arguments of the class, such as `norm` and `eps`.
+
+        Example:
+
+        ```python
+        >>> from hf_rskip import DeepNorm, SublayerPosition
+
+        >>> position = SublayerPosition("encoder", layer=0, sublayer=1, num_layers=12, num_sublayers=2)
+        >>> round(DeepNorm.for_position(64, position, norm="rms_norm").scale, 3)
+        2.213
+
+        ```
+        """
+        return cls(size, **options)
+
+    @classmethod
     def from_config(cls, config, size: int, position: SublayerPosition) -> "SkipConnection":
-        """Builds the skip connection of the sublayer at `position`, for tensors of shape `(..., size)`."""
-        return cls(size, norm=norm_of(config), eps=config.layer_norm_eps)
+        """As `for_position`, with the options that a configuration says."""
+        options = {_ARGUMENTS[field]: getattr(config, field) for field in cls.options}
+        return cls.for_position(size, position, norm=norm_of(config), eps=config.layer_norm_eps, **options)
 
     @classmethod
     def describe(cls, config) -> str:
@@ -103,12 +135,14 @@ class SkipConnection(nn.Module):
         return ", ".join(f"{field}: {getattr(config, field)}" for field in fields if hasattr(config, field))
 
     @classmethod
-    def around_layer(cls, config, size: int) -> "SkipConnection | None":
+    def around_layer(
+        cls, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5
+    ) -> "SkipConnection | None":
         """A skip connection around each layer of a Transformer, with the sublayers for its branch: none by default."""
         return None
 
     @classmethod
-    def final_norm(cls, config, size: int) -> nn.Module:
+    def final_norm(cls, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5) -> nn.Module:
         """The norm that ends a stack of blocks of this kind, called as `norm(hidden, mask)`: none by default."""
         return NoNorm(size)
 
@@ -183,10 +217,6 @@ class RSkip(SkipConnection):
         self.norm = nn.ModuleList(make_norm(norm, size, eps, elementwise_affine=flag) for flag in has_affine)
         self.affine = affine
 
-    @classmethod
-    def from_config(cls, config, size, position):
-        return cls(size, config.skip_recursions, norm_of(config), config.skip_norm_affine, config.layer_norm_eps)
-
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         y = None if fused is None else fused(self, x, branch)
         if y is not None:
@@ -215,10 +245,6 @@ class XSkip(SkipConnection):
         self.scale = scale
         self.norm = make_norm(norm, size, eps)
 
-    @classmethod
-    def from_config(cls, config, size, position):
-        return cls(size, config.skip_scale, norm_of(config), config.layer_norm_eps)
-
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.norm(torch.add(branch, x, alpha=self.scale), mask)
 
@@ -244,10 +270,6 @@ class DetachedRSkip(SkipConnection):
         self.recursions = recursions
         self.norm = make_norm(norm, size, eps)
 
-    @classmethod
-    def from_config(cls, config, size, position):
-        return cls(size, config.skip_recursions, config.skip_norm, config.layer_norm_eps)
-
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.norm(self.weight_of_x(x, branch) * x + branch, mask)
 
@@ -268,9 +290,10 @@ class DeepNorm(XSkip):
     """LN(alpha x + F), alpha growing with the depth, and branches that start smaller by beta.
 
     For N encoder and M decoder layers: alpha = .81 (N^4 M)^(1/16) and beta = .87 (N^4 M)^(-1/16) in the encoder,
-    alpha = (3 M)^(1/4) and beta = (12 M)^(-1/4) in the decoder; beta is the Xavier gain of `fc1`, `fc2`, `v_proj` and
-    `out_proj`. Source: Wang et al., 2022 (https://arxiv.org/abs/2203.00555). Not for a ResNet, whose branches normalise
-    away how large their weights are.
+    alpha = (3 M)^(1/4) and beta = (12 M)^(-1/4) in the decoder; for N layers of a model with one stack,
+    alpha = (2 N)^(1/4) and beta = (8 N)^(-1/4). beta is the Xavier gain of `fc1`, `fc2`, `v_proj` and `out_proj`.
+    Source: Wang et al., 2022 (https://arxiv.org/abs/2203.00555). Not for a ResNet, whose branches normalise away how
+    large their weights are.
     """
 
     norms = _REAL_NORMS
@@ -284,13 +307,16 @@ class DeepNorm(XSkip):
         self.branch_gains = dict.fromkeys(("fc1", "fc2", "v_proj", "out_proj"), beta)
 
     @classmethod
-    def from_config(cls, config, size, position):
-        if position.stack == "encoder":
-            depth = config.encoder_layers**4 * config.decoder_layers
+    def for_position(cls, size, position, **options):
+        layers = position.num_layers
+        if position.other_layers is None:
+            alpha, beta = (2 * layers) ** (1 / 4), (8 * layers) ** (-1 / 4)
+        elif position.stack == "encoder":
+            depth = layers**4 * position.other_layers
             alpha, beta = 0.81 * depth ** (1 / 16), 0.87 * depth ** (-1 / 16)
         else:
-            alpha, beta = (3 * config.decoder_layers) ** (1 / 4), (12 * config.decoder_layers) ** (-1 / 4)
-        return cls(size, alpha, beta, norm_of(config), config.layer_norm_eps)
+            alpha, beta = (3 * layers) ** (1 / 4), (12 * layers) ** (-1 / 4)
+        return cls(size, alpha, beta, **options)
 
 
 def admin_scale(depth: int) -> float:
@@ -314,8 +340,8 @@ class Admin(SkipConnection):
         self.norm = make_norm(norm, size, eps)
 
     @classmethod
-    def from_config(cls, config, size, position):
-        return cls(size, admin_scale(position.depth), norm_of(config), config.layer_norm_eps)
+    def for_position(cls, size, position, **options):
+        return cls(size, admin_scale(position.depth), **options)
 
     def init_weights(self):
         init.constant_(self.scale, self.first_scale)
@@ -332,8 +358,8 @@ class FixedAdmin(XSkip):
     options = ()
 
     @classmethod
-    def from_config(cls, config, size, position):
-        return cls(size, admin_scale(position.depth), norm_of(config), config.layer_norm_eps)
+    def for_position(cls, size, position, **options):
+        return cls(size, admin_scale(position.depth), **options)
 
 
 class ReZero(SkipConnection):
@@ -370,14 +396,14 @@ class B2T(XSkip):
         self.branch_gains = dict.fromkeys(("out_proj", "fc2"), num_layers**-0.5)
 
     @classmethod
-    def from_config(cls, config, size, position):
+    def for_position(cls, size, position, **options):
         # The norm behind the last sublayer stands around the layer.
         is_last = position.sublayer == position.num_sublayers - 1
-        return cls(size, position.num_layers, NoNorm if is_last else norm_of(config), config.layer_norm_eps)
+        return cls(size, position.num_layers, **options | ({"norm": NoNorm} if is_last else {}))
 
     @classmethod
-    def around_layer(cls, config, size):
-        return XSkip(size, 1.0, norm_of(config), config.layer_norm_eps)
+    def around_layer(cls, size, norm="layer_norm", eps=1e-5):
+        return XSkip(size, 1.0, norm, eps)
 
 
 class PreNorm(SkipConnection):
@@ -395,12 +421,12 @@ class PreNorm(SkipConnection):
         self.norm = make_norm(norm, size, eps)
 
     @classmethod
-    def from_config(cls, config, size, position):
-        return super().from_config(config, position.branch_size or size, position)
+    def for_position(cls, size, position, **options):
+        return cls(position.branch_size or size, **options)
 
     @classmethod
-    def final_norm(cls, config, size):
-        return make_norm(norm_of(config), size, config.layer_norm_eps)
+    def final_norm(cls, size, norm="layer_norm", eps=1e-5):
+        return make_norm(norm, size, eps)
 
     def before(self, x, mask=None):
         return self.norm(x, mask)
@@ -427,8 +453,8 @@ class PeriNorm(PreNorm):
         self.branch_norm = make_norm(norm, size, eps)
 
     @classmethod
-    def from_config(cls, config, size, position):
-        return cls(size, position.branch_size, norm_of(config), config.layer_norm_eps)
+    def for_position(cls, size, position, **options):
+        return cls(size, position.branch_size, **options)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return x + self.branch_norm(branch, mask)
@@ -455,8 +481,8 @@ class Keel(XSkip):
         self.branch_norm = make_norm(norm, branch_size or size, eps)
 
     @classmethod
-    def from_config(cls, config, size, position):
-        return cls(size, float(position.depth), position.branch_size, norm_of(config), config.layer_norm_eps)
+    def for_position(cls, size, position, **options):
+        return cls(size, float(position.depth), position.branch_size, **options)
 
     def before(self, x, mask=None):
         return self.branch_norm(x, mask)

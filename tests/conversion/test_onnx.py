@@ -130,12 +130,12 @@ def mixed(monkeypatch):
             return kinds[position.stack].pop(0)(size)
 
         @classmethod
-        def around_layer(cls, config, size):
-            return B2T.around_layer(config, size)
+        def around_layer(cls, size, norm, eps):
+            return B2T.around_layer(size, norm, eps)
 
         @classmethod
-        def final_norm(cls, config, size):
-            return PreNorm.final_norm(config, size)
+        def final_norm(cls, size, norm, eps):
+            return PreNorm.final_norm(size, norm, eps)
 
     monkeypatch.setitem(SKIP_CONNECTIONS, "mixed", Mixed)
     yield

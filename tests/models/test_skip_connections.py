@@ -9,9 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_rskip import NORMS, SKIP_CONNECTIONS, PreNorm, RSkip, SublayerPosition, XSkip
-from hf_rskip.models.skip_connections import B2T, Admin, DeepNorm, DetachedRSkip, FixedAdmin, Keel, PeriNorm, ReZero
-from hf_rskip.models.skip_norms import NORM_AXES
+from hf_rskip import (
+    B2T,
+    NORMS,
+    SKIP_CONNECTIONS,
+    Admin,
+    DeepNorm,
+    DetachedRSkip,
+    FixedAdmin,
+    Keel,
+    PeriNorm,
+    PreNorm,
+    ReZero,
+    RSkip,
+    SublayerPosition,
+    XSkip,
+)
+from hf_rskip.models.skip_norms import NORM_AXES, NoNorm, norm_of
 
 EPS = 1e-5
 SIZE = 6
@@ -138,9 +152,8 @@ def test_xskip_is_its_formula(scale, norm):
 @pytest.mark.parametrize("norm", FORMULAS)
 def test_pre_norm_is_its_formula(norm):
     x, _ = random_inputs(3, 5, SIZE)
-    config = SimpleNamespace(skip_norm=norm, layer_norm_eps=EPS)
     blocks = [randomized(PreNorm(SIZE, norm, EPS)) for _ in range(2)]
-    final_norm = randomized(PreNorm.final_norm(config, SIZE))
+    final_norm = randomized(PreNorm.final_norm(SIZE, norm, EPS))
     branch = nn.Linear(SIZE, SIZE).double()
 
     def reference_norm(module, x):
@@ -409,7 +422,6 @@ def test_from_config_is_the_constructor(kind):
     )
     if kind == "rskip_detached":
         config.skip_norm = "layer_norm"
-    config.encoder_layers, config.decoder_layers = 4, 2
     common = {"norm": config.skip_norm, "eps": 1e-3}
     admin = math.sqrt(9 / math.log(9) - 1)  # L = 8
     direct = {
@@ -425,11 +437,61 @@ def test_from_config_is_the_constructor(kind):
         "peri_norm": lambda: PeriNorm(8, **common),
         "keel": lambda: Keel(8, 8.0, **common),
     }[kind]()
-    found = SKIP_CONNECTIONS[kind].from_config(config, 8, SublayerPosition("encoder", 0, 0, 4, 2))
+    found = SKIP_CONNECTIONS[kind].from_config(config, 8, SublayerPosition("encoder", 0, 0, 4, 2, other_layers=2))
     assert str(found) == str(direct)
-    for name in ("beta", "num_layers"):
-        assert getattr(found, name, None) == getattr(direct, name, None)
+    assert found.branch_gains == direct.branch_gains
     assert all(map(torch.equal, found.parameters(), direct.parameters()))
+
+
+@pytest.mark.parametrize("kind", SKIP_CONNECTIONS)
+def test_every_kind_is_built_from_a_position_alone(kind):
+    kind, x = SKIP_CONNECTIONS[kind], torch.randn(2, 3, SIZE)
+    skips = [kind.for_position(SIZE, SublayerPosition("encoder", 2, place, 12, 2), eps=1e-3) for place in (0, 1)]
+    norms = [module for skip in skips for module in skip.modules() if hasattr(module, "eps")]
+    assert norms and {norm.eps for norm in norms} == {1e-3}
+    hidden = x
+    for skip in skips:
+        hidden = skip(hidden, 0.5 * skip.before(hidden))
+    around = kind.around_layer(SIZE)
+    hidden = hidden if around is None else around(x, hidden)
+    assert kind.final_norm(SIZE)(hidden).isfinite().all()
+
+
+def test_constants_of_a_position():
+    """The published ones: DeepNorm's table by architecture, Admin's and Keel's by the sublayers of a stack."""
+
+    def position(sublayer=0, **other):
+        return SublayerPosition("encoder", layer=0, sublayer=sublayer, num_layers=18, num_sublayers=2, **other)
+
+    alone = DeepNorm.for_position(8, position())
+    both = DeepNorm.for_position(8, position(other_layers=6))
+    decoder = DeepNorm.for_position(8, SublayerPosition("decoder", 0, 0, 6, 3, other_layers=18))
+    assert [skip.scale for skip in (alone, both, decoder)] == pytest.approx(
+        [36**0.25, 0.81 * (18**4 * 6) ** 0.0625, 18**0.25]
+    )
+    assert [skip.branch_gains["fc1"] for skip in (alone, both, decoder)] == pytest.approx(
+        [144**-0.25, 0.87 * (18**4 * 6) ** -0.0625, 72**-0.25]
+    )
+    assert Admin.for_position(8, position()).first_scale == pytest.approx(math.sqrt(37 / math.log(37) - 1))
+    assert FixedAdmin.for_position(8, position()).scale == pytest.approx(math.sqrt(37 / math.log(37) - 1))
+    assert Keel.for_position(8, position()).scale == 36
+    first, last = (B2T.for_position(8, position(sublayer), norm="rms_norm") for sublayer in (0, 1))
+    assert type(first.norm) is NORMS["rms_norm"] and type(last.norm) is NoNorm
+    assert last.branch_gains == pytest.approx({"out_proj": 18**-0.5, "fc2": 18**-0.5})
+    assert RSkip.for_position(8, position(), recursions=3, affine="last").extra_repr() == "recursions=3, affine=last"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("middle", 0, 0, 12, 2), "`stack` must be 'encoder' or 'decoder', not 'middle'"),
+        (("encoder", 12, 0, 12, 2), "`layer` must be from 0 to below `num_layers` 12, not 12"),
+        (("decoder", 0, -1, 12, 3), "`sublayer` must be from 0 to below `num_sublayers` 3, not -1"),
+    ],
+)
+def test_positions_that_there_are_not(values, message):
+    with pytest.raises(ValueError, match=message):
+        SublayerPosition(*values)
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -588,7 +650,7 @@ def test_pre_norm_of_maps_is_its_formula(name, axes, memory_format):
         leaves = [before, *skip.parameters()]
         assert_same_function(on_maps(skip.before)(before), map_norm(name, axes)(before) * gain + bias, leaves)
         torch.testing.assert_close(on_maps(skip)(x, branch), x + branch, rtol=0, atol=0)
-    final_norm = randomized(PreNorm.final_norm(config, MAP[1]))
+    final_norm = randomized(PreNorm.final_norm(MAP[1], norm_of(config), EPS))
     gain, bias = affine_of(final_norm)
     expected = map_norm(name, axes)(x) * gain + bias
     assert_same_function(on_maps(final_norm)(x), expected, [x, *final_norm.parameters()])
