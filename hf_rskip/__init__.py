@@ -4,6 +4,7 @@ Importing the package registers its models with the Auto classes, and lets them 
 """
 
 import sys
+from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ __all__ = [
     "RSkipResNetConfig",
     "RSkipResNetForImageClassification",
     "RSkipResNetModel",
+    "RSkipTrainer",
+    "RSkipTrainingArguments",
     "ReZero",
     "SampleLayerNorm",
     "SampleRMSNorm",
@@ -35,9 +38,21 @@ __all__ = [
     "SublayerPosition",
     "XSkip",
     "make_norm",
+    "parse_recipe",
     "rskip_layer_norm",
     "rskip_rms_norm",
+    "train",
 ]
+
+_MODULES = {
+    "RSkipTrainer": ".training.trainer",
+    "RSkipTrainingArguments": ".training.translation_arguments",
+    "parse_recipe": ".training.recipe",
+    "rskip_layer_norm": ".kernels",
+    "rskip_rms_norm": ".kernels",
+    "train": ".training.train",
+}
+"""Where the names are that `models` does not have."""
 
 if TYPE_CHECKING:
     from .kernels import rskip_layer_norm, rskip_rms_norm
@@ -68,13 +83,17 @@ if TYPE_CHECKING:
         XSkip,
         make_norm,
     )
+    from .training.recipe import parse_recipe
+    from .training.train import train
+    from .training.trainer import RSkipTrainer
+    from .training.translation_arguments import RSkipTrainingArguments
 
 
 def __getattr__(name: str):
     if name in __all__:
-        from . import kernels, models
+        from . import kernels  # noqa: F401  which the models use from then on
 
-        return getattr(kernels if name in kernels.__all__ else models, name)
+        return getattr(import_module(_MODULES.get(name, ".models"), __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

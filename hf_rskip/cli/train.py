@@ -15,7 +15,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} needs --accelerate_config.")
     recipe = parse_recipe(args.config, rest)
-    from ..training.train import train_recipe  # what trains takes longer to import than a recipe to check
+    from ..training.train import train as train_recipe  # what trains takes longer to import than a recipe to check
 
     train_recipe(recipe)
     PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter abort the process

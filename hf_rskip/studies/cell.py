@@ -27,7 +27,7 @@ from ..errors import Diverged, Preempted, UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import Recipe, parse_recipe
-from ..training.train import train_recipe
+from ..training.train import train
 from .probe_callback import TABLE_NAME
 from .study import METRICS, Cell, write_recipe, write_whole
 
@@ -138,7 +138,7 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
         for module in surroundings.modules:
             importlib.import_module(module)
         recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
-        metrics = train_recipe(recipe)
+        metrics = train(recipe)
         outcome = {"state": FINISHED, **_describe_run(recipe, metrics)}
         for name in (PREDICTIONS_NAME, TABLE_NAME):
             if (cell.run_folder / name).exists():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UserError
 from ..models import SkipConnection
@@ -30,7 +31,8 @@ class SublayerProbe:
     stack: str
     """`"encoder"` (the only one of a ResNet) or `"decoder"`."""
     layer: int
-    """Index of the layer in its stack, from 0."""
+    """Index of the layer in its stack, from 0. The layer is the closest `GradientCheckpointingLayer` of Transformers
+    around the skip connection, else the closest numbered module, such as `h.3`, else the module that has it."""
     sublayer: int
     """Index of the sublayer in its layer, from 0."""
     depth: int
@@ -115,7 +117,8 @@ def probe(
             raise UserError(f"{type(model).__name__} has called no skip connection of hf_rskip for this batch.")
         gradients = _differentiate(loss, calls)
         with torch.no_grad():
-            return _measure(calls, gradients, float(loss))
+            layers = [_layer_of(call.name, model) for call in calls]
+            return _measure(calls, layers, gradients, float(loss))
 
 
 @contextmanager
@@ -275,7 +278,9 @@ def _differentiate(loss: torch.Tensor, calls: list[_Call]) -> dict[int, torch.Te
     return dict(zip(wanted, found, strict=True))
 
 
-def _measure(calls: list[_Call], gradients: dict[int, torch.Tensor], loss: float) -> list[SublayerProbe]:
+def _measure(
+    calls: list[_Call], layer_names: list[str], gradients: dict[int, torch.Tensor], loss: float
+) -> list[SublayerProbe]:
     def norm(*tensors: torch.Tensor) -> float:
         norms = [torch.linalg.vector_norm(gradients[id(t)], dtype=_float64(t)) for t in tensors if id(t) in gradients]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else float("nan")
@@ -284,9 +289,8 @@ def _measure(calls: list[_Call], gradients: dict[int, torch.Tensor], loss: float
     top = {stack: norm(call.y) for stack, call in zip(stacks, calls, strict=True)}
     layers: dict[str, dict[str, int]] = {stack: {} for stack in top}
     rows: list[SublayerProbe] = []
-    for stack, call in zip(stacks, calls, strict=True):
-        parent = call.name.rpartition(".")[0]
-        layer = layers[stack].setdefault(parent, len(layers[stack]))
+    for stack, call, layer_name in zip(stacks, calls, layer_names, strict=True):
+        layer = layers[stack].setdefault(layer_name, len(layers[stack]))
         earlier = [row for row in rows if row.stack == stack]
         at_x, at_y = norm(call.source), norm(call.y)
         gains = [torch.ones(1) if use.weight is None else use.weight.to(_float64(use.weight)) for use in call.norms]
@@ -313,6 +317,14 @@ def _measure(calls: list[_Call], gradients: dict[int, torch.Tensor], loss: float
 
 def _stack_of(name: str) -> str:
     return "decoder" if "decoder" in name.split(".") else "encoder"
+
+
+def _layer_of(name: str, model: nn.Module) -> str:
+    parts = name.split(".")[:-1]
+    around = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+    layers = [name for name in around if isinstance(model.get_submodule(name), GradientCheckpointingLayer)]
+    numbered = [name for name in around if name.rpartition(".")[2].isdigit()]
+    return [*layers, *numbered, *around][0]
 
 
 def _float64(tensor: torch.Tensor) -> torch.dtype:

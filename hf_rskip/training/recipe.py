@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -97,8 +98,18 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
+def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a flat YAML of training keys; `overrides` (`["--key", "value", ...]`) win over it, `null` unsets a key.
+
+    Example:
+
+    ```python
+    >>> from hf_rskip import parse_recipe, train
+
+    >>> recipe = parse_recipe("recipes/quickstart.yaml", ["--max_steps", "100"])
+    >>> scores = train(recipe)  # doctest: +SKIP
+
+    ```
 
     Raises:
         [`UserError`]: if the file is not a flat YAML mapping, or a key is unknown or its value of the wrong type.
@@ -106,7 +117,7 @@ def parse_recipe(path: str | Path, overrides: list[str]) -> Recipe:
     return parse_values(read_yaml(Path(path)), overrides, str(path))
 
 
-def parse_values(values: dict[str, Any], overrides: list[str], where: str) -> Recipe:
+def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     """As [`parse_recipe`], of what has been read; `where` names its place in errors."""
     values, overrides = _unset(values, overrides)
     task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
@@ -156,7 +167,7 @@ def _check_values(values: dict[str, Any], parser: _Parser, where: str, task: str
             raise UserError(f"{key} takes one value, not a list, in {where}")
 
 
-def _unset(values: dict, overrides: list[str]) -> tuple[dict, list[str]]:
+def _unset(values: dict, overrides: Sequence[str]) -> tuple[dict, list[str]]:
     """Takes out the keys that the command line sets to `null`, as YAML does."""
     words = iter(overrides)
     kept = []

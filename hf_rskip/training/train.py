@@ -9,7 +9,7 @@ from .recipe import Recipe
 _TRAIN = {"translation": translation.train, "image-classification": image_classification.train}
 
 
-def train_recipe(recipe: Recipe) -> dict[str, float | str]:
+def train(recipe: Recipe) -> dict[str, float | str]:
     """Trains by the recipe's task: see `train` of [`translation`] and [`image_classification`].
 
     Raises:

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_shard
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..data.batching import TokenBatchSampler
@@ -29,8 +29,13 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
     gain `target_tokens_per_second`, over all processes and without the time of evaluations.
 
     Args:
-        compute_translation_metrics: scores of the model in evaluation mode, by name; called on every process.
-        kwargs: of `Seq2SeqTrainer`.
+        compute_translation_metrics: scores of the model in evaluation mode, by name; called on every process. Needed
+            for evaluations with `predict_with_generate`.
+        kwargs: of `Seq2SeqTrainer`; `args` are [`RSkipTrainingArguments`].
+
+    Raises:
+        [`UserError`]: if `train_dataset` has no such columns, if the scores of an evaluation are missing or given as
+            `compute_metrics`, or if the arguments do not go with FSDP.
     """
 
     throughput_name = "target_tokens_per_second"
@@ -39,6 +44,9 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         self, *, compute_translation_metrics: Callable[[PreTrainedModel], dict[str, float]] | None = None, **kwargs
     ):
         super().__init__(**kwargs)
+        self._check_arguments(compute_translation_metrics)
+        # So that loading the best checkpoint does not report the tied weights as missing.
+        self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
         # The Trainer turns the cache off in the configuration, with which checkpoints are then saved.
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
@@ -48,6 +56,19 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             self.compute_loss_func = self._chunked_loss
             # The loss asks for hidden states; done in the first step this would break the graph of a compiled model.
             maybe_install_capturing_hooks(self.model)
+
+    def _check_arguments(self, compute_translation_metrics: Callable | None) -> None:
+        columns = () if self.train_dataset is None else self.train_dataset.column_names
+        for name in ("source_length", "target_length"):
+            if columns and name not in columns:
+                raise UserError(f"train_dataset has no column {name}, by which sentences are put into batches.")
+        if self.compute_metrics is not None:
+            raise UserError(
+                "compute_metrics is not called: give compute_translation_metrics, which scores translations."
+            )
+        evaluates = self.args.eval_strategy != IntervalStrategy.NO
+        if evaluates and self.args.predict_with_generate and compute_translation_metrics is None:
+            raise UserError("predict_with_generate needs compute_translation_metrics, which translates and scores.")
 
     def _check_fsdp(self) -> None:
         if self.args.probe_steps:

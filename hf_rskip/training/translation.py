@@ -178,7 +178,5 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
             f"max_position_embeddings must be at least {longest}, as max_source_length, max_target_length and "
             f"max_new_tokens allow, not {config.max_position_embeddings}"
         )
-    # So that the Trainer, loading the best checkpoint, does not report the tied weights as missing.
-    model._keys_to_ignore_on_save = list(model.all_tied_weights_keys)
     model.generation_config = GenerationConfig(**generation, **special_tokens)
     return model

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
 
 from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.errors import UserError
 from hf_rskip.models import RSkipConfig, RSkipForConditionalGeneration
 from hf_rskip.training.trainer import RSkipTrainer
 from hf_rskip.training.translation_arguments import RSkipTrainingArguments
@@ -239,6 +240,18 @@ def test_a_resumed_run_can_be_given_more_epochs(tmp_path):
     longer = create_trainer(tmp_path, COVERAGE_LENGTHS[:20], **arguments, num_train_epochs=2)
     longer.train(resume_from_checkpoint=str(checkpoint))
     assert list(longer.drawn) == [1]
+
+
+def test_what_the_trainer_cannot_use_is_refused(tmp_path):
+    arguments = {"eval_strategy": "epoch", "per_device_train_batch_tokens": 40}
+    with pytest.raises(UserError, match="predict_with_generate needs compute_translation_metrics"):
+        create_trainer(tmp_path, COVERAGE_LENGTHS, **arguments)
+    trainer = create_trainer(tmp_path, COVERAGE_LENGTHS)
+    given = {"model": trainer.model, "args": trainer.args, "data_collator": trainer.data_collator}
+    with pytest.raises(UserError, match="compute_metrics is not called: give compute_translation_metrics"):
+        RSkipTrainer(**given, compute_metrics=lambda prediction: {})
+    with pytest.raises(UserError, match="train_dataset has no column target_length"):
+        RSkipTrainer(**given, train_dataset=trainer.train_dataset.remove_columns("target_length"))
 
 
 def test_logs_count_target_tokens(tmp_path):
