@@ -115,12 +115,12 @@ def push_folder(
     except (OSError, ValueError) as error:
         raise UserError(f"{str(folder)!r} is not a complete model: {str(error).splitlines()[0]}") from error
     config_dict = _read_json(files[CONFIG_NAME])
-    auto_map, code = find_code(config) if with_code else (None, [])
+    auto_map, code = find_code(config) if with_code else (None, {})
     if config_dict.get("auto_map") != auto_map:
         config_dict.pop("auto_map", None)
         config_dict |= {"auto_map": auto_map} if auto_map else {}
         files[CONFIG_NAME] = (json.dumps(config_dict, indent=2, sort_keys=True) + "\n").encode()
-    files |= {path.name: path for path in code}
+    files |= code
     return upload(
         files,
         repo_id,

@@ -1,15 +1,23 @@
 """What `hf-rskip push` sends, and what others can do with it: the real client, a Hub on loopback, real processes."""
 
 import ast
+import importlib
 import json
 import pickle
 import shutil
+import sys
 from fnmatch import fnmatch
 
 import pytest
 import torch
 
-from hf_rskip import RSkipConfig, RSkipResNetConfig, RSkipResNetForImageClassification
+from hf_rskip import (
+    SKIP_CONNECTIONS,
+    RSkipConfig,
+    RSkipForConditionalGeneration,
+    RSkipResNetConfig,
+    RSkipResNetForImageClassification,
+)
 from hf_rskip.errors import UserError
 from hf_rskip.hub.push import collect_files
 from hf_rskip.hub.remote_code import find_code
@@ -237,7 +245,7 @@ def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
     config = RSkipResNetConfig(hidden_sizes=[16, 32], depths=[1, 1], skip_recursions=3, num_labels=5)
     auto_map, code = find_code(config)
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
-    assert {path.name for path in code} == OF_SKIP_CONNECTIONS | {
+    assert code.keys() == OF_SKIP_CONNECTIONS | {
         "checks.py",
         "configuration_rskip_resnet.py",
         "modeling_rskip_resnet.py",
@@ -248,8 +256,8 @@ def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
     model.eval().save_pretrained(tmp_path / "resnet")
     saved = json.loads((tmp_path / "resnet" / "config.json").read_text())
     (tmp_path / "resnet" / "config.json").write_text(json.dumps(saved | {"auto_map": auto_map}))
-    for path in code:
-        shutil.copy(path, tmp_path / "resnet")
+    for name, source in code.items():
+        (tmp_path / "resnet" / name).write_bytes(source)
     images = torch.randn(2, 3, 32, 32)
     torch.save(images, tmp_path / "images.pt")
     result = run_without_package(RESNET)
@@ -258,6 +266,111 @@ def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(answer["logits"]), model(images).logits, rtol=0, atol=1e-6)
     assert all(module.startswith("transformers_modules.") for module in answer["modules"])
+
+
+# A residual kind of one's own
+
+KINDS = """
+import math
+
+import torch
+from hf_rskip import (
+    SKIP_CONNECTIONS,  # a comment
+    SkipConnection as Base,
+)
+from hf_rskip.models.skip_norms import LayerNorm
+
+from .gains import first_gain
+
+
+class LayerScale(Base):
+    def __init__(self, size, norm="layer_norm", eps=1e-5):
+        super().__init__()
+        from hf_rskip import SampleLayerNorm, make_norm
+
+        self.norm, self.scale = make_norm(norm, size, eps), torch.nn.Parameter(torch.full((size,), first_gain()))
+
+    def forward(self, x, branch, mask=None):
+        return self.norm(x + self.scale * branch, mask)
+"""
+LOAD_OWN = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+assert AutoConfig.from_pretrained("own", trust_remote_code=True).skip_type == "layer_scale"
+model, info = AutoModelForSeq2SeqLM.from_pretrained("own", trust_remote_code=True, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"]
+tokens = torch.tensor([[5, 6, 7, 2]])
+with torch.no_grad():
+    logits = model.eval()(tokens, decoder_input_ids=tokens).logits
+assert not any(name.partition(".")[0] == "hf_rskip" for name in sys.modules)
+print(json.dumps(logits.tolist()))
+"""
+
+
+@pytest.fixture
+def own_kind(tmp_path, monkeypatch):
+    """Enters the class of a source as a kind; returns a configuration of it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "gains.py").write_text("def first_gain():\n    return 0.5\n")
+
+    def enter(source, name="kinds"):
+        (tmp_path / "own_package" / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        module = importlib.import_module(f"own_package.{name}")
+        monkeypatch.setitem(SKIP_CONNECTIONS, "layer_scale", module.LayerScale)
+        return RSkipConfig(vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, skip_type="layer_scale")
+
+    yield enter
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own_package"]:
+        del sys.modules[name]
+
+
+def test_a_kind_of_ones_own_travels(own_kind, run_without_package, tmp_path):
+    config = own_kind(KINDS)
+    auto_map, code = find_code(config)
+    assert code.keys() == CODE | {"kinds.py", "gains.py"}
+    torch.manual_seed(0)
+    model = RSkipForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "own")
+    saved = json.loads((tmp_path / "own" / "config.json").read_text())
+    (tmp_path / "own" / "config.json").write_text(json.dumps(saved | {"auto_map": auto_map}))
+    for name, source in code.items():
+        (tmp_path / "own" / name).write_bytes(source)
+    result = run_without_package(LOAD_OWN)
+    assert result.code == 0, result.err
+    tokens = torch.tensor([[5, 6, 7, 2]])
+    with torch.no_grad():
+        expected = model(tokens, decoder_input_ids=tokens).logits
+    torch.testing.assert_close(torch.tensor(json.loads(result.out)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "message"),
+    [
+        ("import numpy as np", "numbers", "because of `import numpy as np`: it may import torch, transformers"),
+        ("import hf_rskip", "whole", "because of `import hf_rskip`"),
+        ("from hf_rskip import *", "star", r"because of `from hf_rskip import \*`"),
+        ("from hf_rskip.errors import UserError", "errors", "because of `from hf_rskip.errors import UserError`"),
+        ("from . import gains", "beside", r"because of `from \. import gains`"),
+        ("", "skip_norms", r"skip_norms.py does not travel, as a file of the model has its name"),
+    ],
+)
+def test_a_kind_of_ones_own_that_does_not_travel(own_kind, line, name, message):
+    config = own_kind(f"{line}\nfrom hf_rskip import RSkip\nclass LayerScale(RSkip): pass\n", name)
+    with pytest.raises(UserError, match=message):
+        find_code(config)
+
+
+def test_a_kind_of_the_program_itself_does_not_travel(own_kind, monkeypatch):
+    config = own_kind(KINDS)
+    monkeypatch.setattr(SKIP_CONNECTIONS["layer_scale"], "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "LayerScale", SKIP_CONNECTIONS["layer_scale"], raising=False)
+    with pytest.raises(UserError, match="The code of __main__ does not travel: move it to a file that is imported"):
+        find_code(config)
 
 
 # Pushing again

@@ -1,0 +1,78 @@
+"""Modules of one's own that travel with a checkpoint: made siblings of the model's files, or refused."""
+
+import ast
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from .. import models
+from ..errors import UserError
+from ..models import skip_connections, skip_norms
+
+_PACKAGE = models.__name__.partition(".")[0]
+_HOMES = (skip_connections, skip_norms)
+"""Where a copy finds the names that it imports from the package or from `models`."""
+
+
+def own_modules(module: ModuleType, taken: set[str]) -> dict[str, str]:
+    """The source of a module and of the siblings that it needs, by file name, with imports that a checkpoint has.
+
+    Allowed are imports of torch, transformers, the standard library, siblings (`from .x import y`), and of names of
+    `hf_rskip` that are in the files that travel: those are rewritten to imports of siblings.
+
+    Args:
+        module: of a kind of one's own.
+        taken: names of the files that travel anyway.
+
+    Raises:
+        [`UserError`]: if it imports anything else, has the name of one of those files, or is the program itself, which
+            would run where it is loaded.
+    """
+    if module.__name__ == "__main__" or hasattr(module, "__path__"):
+        raise UserError(f"The code of {module.__name__} does not travel: move it to a file that is imported.")
+    files, waiting = {}, [Path(module.__file__)]
+    while waiting:
+        path = waiting.pop()
+        if not path.is_file():
+            raise UserError(f"The module {path} does not travel: it is not a file.")
+        if path.name in taken:
+            raise UserError(f"The module {path} does not travel, as a file of the model has its name: rename it.")
+        files[path.name], siblings = _rewrite(path)
+        waiting += [path.with_name(name) for name in sorted(siblings - files.keys())]
+    return files
+
+
+def _rewrite(path: Path) -> tuple[str, set[str]]:
+    """The source with imports of siblings, and the file names of those that are beside it."""
+    lines, siblings = path.read_text(encoding="utf-8").splitlines(keepends=True), set()
+    tree = ast.parse("".join(lines))
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in sorted(imports, key=lambda node: (node.lineno, node.col_offset), reverse=True):  # as places change
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and "." not in node.module:
+            siblings.add(f"{node.module}.py")
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.partition(".")[0] == _PACKAGE:
+            statement = "; ".join(_sibling_import(path, node, alias) for alias in node.names)
+            first, last = node.lineno - 1, node.end_lineno
+            before, after = lines[first].encode()[: node.col_offset], lines[last - 1].encode()[node.end_col_offset :]
+            lines[first:last] = [before.decode() + statement + after.decode()]
+        else:
+            roots = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            known = {"torch", "transformers", *sys.stdlib_module_names}
+            if getattr(node, "level", 0) or not {root.partition(".")[0] for root in roots} <= known:
+                raise _refusal(path, node)
+    return "".join(lines), siblings
+
+
+def _sibling_import(path: Path, node: ast.ImportFrom, alias: ast.alias) -> str:
+    for home in _HOMES:
+        if node.module in (_PACKAGE, models.__name__, home.__name__) and hasattr(home, alias.name):
+            return ast.unparse(ast.ImportFrom(home.__name__.rpartition(".")[2], [alias], level=1))
+    raise _refusal(path, node)
+
+
+def _refusal(path: Path, node: ast.stmt) -> UserError:
+    homes = " or ".join(home.__name__ for home in _HOMES)
+    return UserError(
+        f"The code in {path} does not travel because of `{ast.unparse(node)}`: it may import torch, transformers, "
+        f"`from .sibling import name`, and of {_PACKAGE} what {homes} has, with `from {_PACKAGE} import name`"
+    )
