@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_callback import TrainerState
 
+import hf_rskip
 from hf_rskip.studies.probe import probe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -24,6 +25,11 @@ def run_guide(name, folder, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", (RECIPES / name).read_text(encoding="utf-8"), flags=re.DOTALL):
         exec(block, values)
     return values
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(hf_rskip, name) is not None for name in hf_rskip.__all__)
+    assert set(hf_rskip.models.__all__) < set(hf_rskip.__all__)
 
 
 def test_training_from_python(tmp_path, monkeypatch):
