@@ -49,6 +49,7 @@ def load_test_set(
 
 def _evaluate_translation(args: argparse.Namespace) -> None:
     """With the signatures and what decoding used."""
+    generation = generation_kwargs(args)
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     source_lang = args.source_lang or getattr(model.config, "source_lang", None)
     target_lang = args.target_lang or getattr(model.config, "target_lang", None)
@@ -62,7 +63,7 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         args.bleu_tokenize,
         target_lang,
         max_batch_tokens=args.max_batch_tokens,
-        **generation_kwargs(args),
+        **generation,
     )
     with output as file:
         if file:

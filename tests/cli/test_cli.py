@@ -138,6 +138,31 @@ def test_translate_mistakes(fail, trained, tmp_path):
     assert source.read_text() == "the cat .\n"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("length_penalty", "-1"),
+        ("length_penalty", "inf"),
+        ("gnmt_length_penalty", "nan"),
+        ("max_len_a", "-0.5"),
+        ("max_len_a", "nan"),
+        ("max_len_b", "-3"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["translate", "/no/model"],
+        ["evaluate", "{model}", "--dataset_name", "/no/data"],
+        ["compare", "/no/a", "/no/b", "--dataset_name", "/no/data"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_generation_options_are_checked_before_anything_is_read(fail, trained, words, key, value):
+    words = [word.format(model=trained.folder) for word in words]
+    assert f"{key} must be a finite number of at least 0, not" in fail(*words, f"--{key}={value}")
+
+
 # Work
 
 
