@@ -1,7 +1,6 @@
 """The parser of `hf-rskip`, and what a user sees of errors."""
 
 import argparse
-import importlib
 import os
 import sys
 import traceback
@@ -350,7 +349,10 @@ def _create_parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         subparser.add_argument(
-            "--import_module", action="append", default=[], help="import this first, for residual kinds of your own"
+            "--import_module",
+            action="append",
+            default=[],
+            help="import this first (the current folder is searched last)",
         )
         command.add_arguments(subparser)
     return parser
@@ -396,12 +398,11 @@ def _start(modules: list[str]) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
-    from .. import kernels  # noqa: F401  also registers the Auto classes; the package leaves it to the console script
+    from .. import kernels  # noqa: F401  also registers the Auto classes; the package leaves it to the command line
+    from ..own_modules import import_modules
 
     logging.disable_progress_bar()
-    sys.path.insert(0, "")  # as `python -m` does, which a console script does not
-    for module in modules:
-        importlib.import_module(module)
+    import_modules(modules)
 
 
 def _is_first_to_fail() -> bool:
