@@ -112,9 +112,15 @@ def _add_split_arguments(parser: argparse.ArgumentParser, corpus) -> None:
     parser.add_argument("--split", default="test", help="default: test")
 
 
+def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image_column", help="of images (default: as in the model's training)")
+    parser.add_argument("--label_column", help="of their classes (default: as in the model's training)")
+
+
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_argument(parser)
     _add_test_set_arguments(parser)
+    _add_image_arguments(parser)
     parser.add_argument("--batch_size", type=_count, default=256, help="images at once (default: 256)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
     _add_generation_arguments(parser)
@@ -217,6 +223,7 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="random tokens, SIZE a sentence, or images of SIZE x SIZE (default: 32); no data is read",
     )
+    _add_image_arguments(parser)
     parser.add_argument("--samples", type=_count, default=32, help="sentence pairs or images (default: 32)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of recipes (default: their own)")
     parser.add_argument(

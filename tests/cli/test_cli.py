@@ -122,6 +122,9 @@ def test_evaluate_mistakes(fail, trained, corpus_folder):
     assert "/no/such" in fail("evaluate", "/no/such", "--dataset_name", corpus_folder)
     assert "/no/such" in fail("evaluate", trained.folder, "--dataset_name", "/no/such")
     assert "'fr'" in fail("evaluate", trained.folder, "--dataset_name", corpus_folder, "--target_lang", "fr")
+    assert "--label_column is for models that classify" in fail(
+        "evaluate", trained.folder, "--dataset_name", corpus_folder, "--label_column", "label"
+    )
     assert "'dev'" in fail("evaluate", trained.folder, "--dataset_name", corpus_folder, "--split", "dev")
 
 
