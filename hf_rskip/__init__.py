@@ -101,6 +101,6 @@ def __dir__():
     return sorted({*globals(), *__all__})
 
 
-# The console script imports this package before anything else, and `hf-rskip --help` is not to wait for torch.
-if PurePath(sys.argv[0]).stem != "hf-rskip":
+# The command line imports this package before anything else, and `hf-rskip --help` is not to wait for torch.
+if PurePath(sys.argv[0]).stem != "hf-rskip" and "hf_rskip.cli" not in sys.orig_argv:
     from . import kernels  # noqa: F401

@@ -170,6 +170,18 @@ def start_cli():
 
 
 @pytest.fixture(scope="session")
+def shadow_libraries():
+    """Puts files with the names of libraries into a folder; a process that imports one ends at once, with code 66."""
+
+    def shadow(folder: Path) -> Path:
+        for name in ("datasets", "evaluate", "matplotlib", "sacrebleu", "yaml"):
+            (folder / f"{name}.py").write_text("import os\n\nos._exit(66)\n")
+        return folder
+
+    return shadow
+
+
+@pytest.fixture(scope="session")
 def run_cli(start_cli):
     """Runs the console script to its end; returns `code`, `out` and `err` (decoded), and `raw`, the output's bytes."""
 

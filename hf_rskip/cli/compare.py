@@ -15,7 +15,7 @@ from .translate import generation_kwargs, open_file, read_lines
 
 def compare(args: argparse.Namespace) -> None:
     """Prints how systems differ from the first one, and writes the details to `--output_dir`."""
-    names = _name_systems(args.systems)
+    names, generation = _name_systems(args.systems), generation_kwargs(args)
     files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
     models = [system for system in args.systems if system not in files]
     sources, references = load_test_set(args, *(_language(args, key, models) for key in ("source_lang", "target_lang")))
@@ -29,7 +29,7 @@ def compare(args: argparse.Namespace) -> None:
             translations[names[system]] = files[system]
         else:
             model = load_model(system)
-            translations[names[system]] = translate(*model, sources, args.max_batch_tokens, **generation_kwargs(args))
+            translations[names[system]] = translate(*model, sources, args.max_batch_tokens, **generation)
     comparison = compare_systems(sources, references, translations, args.n_samples, args.bleu_tokenize)
     print(format_table(comparison), *format_signatures(comparison), sep="\n")
     if folder:

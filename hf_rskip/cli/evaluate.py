@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
 from ..decoding.loading import load_ensemble, not_loaded
+from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
 from . import evaluate_images
@@ -49,6 +50,10 @@ def load_test_set(
 
 def _evaluate_translation(args: argparse.Namespace) -> None:
     """With the signatures and what decoding used."""
+    for option in ("image_column", "label_column"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is for models that classify images, and {args.model!r} translates.")
+    generation = generation_kwargs(args)
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     source_lang = args.source_lang or getattr(model.config, "source_lang", None)
     target_lang = args.target_lang or getattr(model.config, "target_lang", None)
@@ -62,7 +67,7 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         args.bleu_tokenize,
         target_lang,
         max_batch_tokens=args.max_batch_tokens,
-        **generation_kwargs(args),
+        **generation,
     )
     with output as file:
         if file:

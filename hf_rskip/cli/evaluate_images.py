@@ -4,35 +4,31 @@ import argparse
 import json
 from functools import partial
 
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.image_arguments import ImageDataArguments
-from ..data.images import load_image_dataset, name_row
+from ..data.images import ImageDatasets, load_image_dataset, name_row
 from ..decoding.loading import load_complete
 from ..errors import UserError
 from ..evaluation.evaluate_images import evaluate_images
+
+_OF_TRANSLATION = (
+    *("output_file", "num_beams", "length_penalty", "gnmt_length_penalty", "max_new_tokens", "max_len_a", "max_len_b"),
+    *("ensemble", "source_lang", "target_lang"),
+)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Prints the accuracies of a model on one split as JSON."""
     if args.dataset_name is None:
         raise UserError("An image classifier is evaluated on a --dataset_name.")
-    for option in ("output_file", "num_beams", "length_penalty", "max_new_tokens", "source_lang", "target_lang"):
-        if getattr(args, option) is not None:
+    for option in _OF_TRANSLATION:
+        if getattr(args, option) not in (None, []):
             raise UserError(f"--{option} is for models that translate, and {args.model!r} classifies images.")
     model = load_complete(AutoModelForImageClassification, args.model)
-    try:
-        processor = AutoImageProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.model!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
-    data = ImageDataArguments(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        test_split=args.split,
-        max_predict_samples=args.max_samples,
-    )
-    images = load_image_dataset(data, splits=("test",))
+    processor = load_image_processor(args.model)
+    data, images = load_test_images(args, model.config, args.max_samples)
     class_names = [name for _, name in sorted(model.config.id2label.items())]
     if images.class_names != class_names:
         raise UserError(
@@ -42,6 +38,29 @@ def evaluate(args: argparse.Namespace) -> None:
     test_set = images.splits["test"]
     scores = evaluate_images(model, processor, test_set, partial(name_row, data, "test"), args.batch_size)
     print(json.dumps({**scores, "images": len(test_set)}, indent=2))
+
+
+def load_image_processor(model: str) -> BaseImageProcessor:
+    """That of a folder or Hub id; raises a [`UserError`] where there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_test_images(
+    args: argparse.Namespace, config: PreTrainedConfig, max_samples: int | None = None
+) -> tuple[ImageDataArguments, ImageDatasets]:
+    """The split that the command line names, with the columns of the model's training unless it names others."""
+    data = ImageDataArguments(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        image_column=args.image_column or config.image_column,
+        label_column=args.label_column or config.label_column,
+        test_split=args.split,
+        max_predict_samples=max_samples,
+    )
+    return data, load_image_dataset(data, splits=("test",))
 
 
 def _shorten(names: list[str]) -> str:

@@ -1,7 +1,6 @@
 """The parser of `hf-rskip`, and what a user sees of errors."""
 
 import argparse
-import importlib
 import os
 import sys
 import traceback
@@ -113,9 +112,15 @@ def _add_split_arguments(parser: argparse.ArgumentParser, corpus) -> None:
     parser.add_argument("--split", default="test", help="default: test")
 
 
+def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image_column", help="of images (default: as in the model's training)")
+    parser.add_argument("--label_column", help="of their classes (default: as in the model's training)")
+
+
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_argument(parser)
     _add_test_set_arguments(parser)
+    _add_image_arguments(parser)
     parser.add_argument("--batch_size", type=_count, default=256, help="images at once (default: 256)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
     _add_generation_arguments(parser)
@@ -218,6 +223,7 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="random tokens, SIZE a sentence, or images of SIZE x SIZE (default: 32); no data is read",
     )
+    _add_image_arguments(parser)
     parser.add_argument("--samples", type=_count, default=32, help="sentence pairs or images (default: 32)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of recipes (default: their own)")
     parser.add_argument(
@@ -350,7 +356,10 @@ def _create_parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         subparser.add_argument(
-            "--import_module", action="append", default=[], help="import this first, for residual kinds of your own"
+            "--import_module",
+            action="append",
+            default=[],
+            help="import this first (the current folder is searched last)",
         )
         command.add_arguments(subparser)
     return parser
@@ -396,12 +405,11 @@ def _start(modules: list[str]) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
-    from .. import kernels  # noqa: F401  also registers the Auto classes; the package leaves it to the console script
+    from .. import kernels  # noqa: F401  also registers the Auto classes; the package leaves it to the command line
+    from ..own_modules import import_modules
 
     logging.disable_progress_bar()
-    sys.path.insert(0, "")  # as `python -m` does, which a console script does not
-    for module in modules:
-        importlib.import_module(module)
+    import_modules(modules)
 
 
 def _is_first_to_fail() -> bool:

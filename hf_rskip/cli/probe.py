@@ -7,10 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..data.image_arguments import ImageDataArguments
-from ..data.images import load_image_dataset
 from ..data.tokenizer import load_tokenizer
 from ..decoding.loading import load_complete
 from ..errors import UserError
@@ -25,8 +22,12 @@ from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import parse_recipe
 from .compare import create_folder
 from .evaluate import load_config, load_test_set
+from .evaluate_images import load_image_processor, load_test_images
 
-_RECIPE_KEYS = ("dataset_name", "dataset_config_name", "source_lang", "target_lang", "label_smoothing_factor")
+_RECIPE_KEYS = (
+    *("dataset_name", "dataset_config_name", "source_lang", "target_lang", "image_column", "label_column"),
+    "label_smoothing_factor",
+)
 _RANDOM_SEED = 0
 
 
@@ -122,7 +123,7 @@ def _probe_model(path: str, name: str, step: int | None, args: argparse.Namespac
     if args.random_data:
         batch = random_batch(model.config, args.samples, args.random_data, _RANDOM_SEED)
     elif is_image_model:
-        batch = _load_images(path, args)
+        batch = _load_images(path, model, args)
     else:
         batch = _load_sentences(path, model, args)
     return ProbedModel(name, None, step, probe(model, batch, args.label_smoothing_factor or None))
@@ -138,18 +139,12 @@ def _load_sentences(path: str, model, args: argparse.Namespace) -> dict:
     return sentence_batch(model, load_tokenizer(path), [sources[row] for row in rows], [targets[row] for row in rows])
 
 
-def _load_images(path: str, args: argparse.Namespace) -> dict:
+def _load_images(path: str, model, args: argparse.Namespace) -> dict:
     if args.dataset_name is None:
         raise UserError("An image classifier is probed on a --dataset_name or on --random_data.")
-    data = ImageDataArguments(
-        dataset_name=args.dataset_name, dataset_config_name=args.dataset_config_name, test_split=args.split
-    )
-    dataset = load_image_dataset(data, splits=("test",)).splits["test"]
-    try:
-        processor = AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
-    return image_batch(processor, dataset.select(spread(dataset, args.samples)), data, "test")
+    data, images = load_test_images(args, model.config)
+    dataset = images.splits["test"]
+    return image_batch(load_image_processor(path), dataset.select(spread(dataset, args.samples)), data, "test")
 
 
 def _say_loss(name: str, smoothing: float | None) -> None:

@@ -10,15 +10,18 @@ from typing import BinaryIO
 from ..decoding.loading import load_ensemble
 from ..decoding.translate import Hypothesis, translate, translate_n_best
 from ..errors import UserError
+from ..training.translation_arguments import GenerationArguments
 
 _LINES_AT_ONCE = 10_000
 
 
 def generation_kwargs(args: argparse.Namespace) -> dict:
-    """What the command line says of generation, for `model.generate`."""
+    """What the command line says of generation, for `model.generate`; refuses what a recipe refuses."""
     names = ("num_beams", "length_penalty", "gnmt_length_penalty", "max_new_tokens", "max_len_a", "max_len_b")
     given = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    GenerationArguments(**given)
+    return given
 
 
 def translate_lines(args: argparse.Namespace) -> None:
@@ -28,12 +31,12 @@ def translate_lines(args: argparse.Namespace) -> None:
     """
     if args.input_file and args.output_file and Path(args.input_file).resolve() == Path(args.output_file).resolve():
         raise UserError(f"{args.input_file!r} cannot be both input and output")
+    options, number = generation_kwargs(args), 0
     with contextlib.ExitStack() as files:
         # Only \n ends a line, so that the numbers of lines agree whatever else a sentence contains.
         source = files.enter_context(open_file(args.input_file, "rb")) if args.input_file else sys.stdin.buffer
         model, tokenizer = load_ensemble([args.model, *args.ensemble])
         target = files.enter_context(open_file(args.output_file, "wb")) if args.output_file else sys.stdout.buffer
-        options, number = generation_kwargs(args), 0
         for lines in read_lines(source, args.input_file or "standard input"):
             if args.n_best:
                 n_best = translate_n_best(model, tokenizer, lines, args.n_best, args.max_batch_tokens, **options)

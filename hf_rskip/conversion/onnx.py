@@ -1,14 +1,17 @@
 """To ONNX, by Transformers' exporter, and greedy translation with onnxruntime.
 
-An exported folder holds the tokenizer, both configurations and two graphs. One decoder graph serves the first step and
-all others, because the keys and values of the cross-attention, which only depend on the source, come from the encoder:
+An exported folder holds the configurations, the tokenizer or image processor, and the graphs: one of a model that
+classifies images, two of one that translates. One decoder graph serves the first step and all others, because the keys
+and values of the cross-attention, which only depend on the source, come from the encoder:
 
 | graph | inputs | outputs |
 |---|---|---|
+| `model.onnx` | `pixel_values` | `logits` |
 | `encoder.onnx` | `input_ids`, `attention_mask` | `last_hidden_state`, `present.{layer}.encoder.{key,value}` |
 | `decoder.onnx` | `decoder_input_ids`, `encoder_attention_mask`, `past_key_values.{layer}.{decoder,encoder}.{key,value}` | `logits`, `present.{layer}.decoder.{key,value}` |
 
-Tokens and masks have shape `(batch, length)` (int64), keys and values `(batch, heads, length, head_dim)` (float32). The
+Images have shape `(batch, channels, height, width)` (float32), the size that the image processor makes, and their logits
+`(batch, classes)`; the batch is free. Tokens and masks have shape `(batch, length)` (int64), keys and values `(batch, heads, length, head_dim)` (float32). The
 decoder takes any number of new tokens after any number of past ones, 0 at the start; batch and lengths are free.
 """  # noqa: E501
 
@@ -21,10 +24,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.export import Dim
 from transformers import (
     AutoConfig,
+    BaseImageProcessor,
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
@@ -34,10 +39,22 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
+from .output import new_folder
 
 _INSTALL = "`pip install 'hf_rskip[onnx]'`"
 _BATCH_LENGTH = {0: Dim.AUTO, 1: Dim.AUTO}  # of tokens and masks
 _KEY_VALUE = {name: {0: Dim.AUTO, 2: Dim.AUTO} for name in ("key", "value")}
+
+
+class _Classifier(nn.Module):
+    """From images to the logits of their classes."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return {"logits": self.model(pixel_values).logits}
 
 
 class _Encoder(nn.Module):
@@ -89,18 +106,53 @@ def _keys_and_values(stack: str, cache: DynamicCache) -> dict:
 
 
 @torch.no_grad()
-def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
-    """Writes the graphs, the tokenizer and the configurations to `folder`; see this module for what they are.
+def export_onnx(
+    model: PreTrainedModel, processor: PreTrainedTokenizerBase | BaseImageProcessor, folder: str | os.PathLike
+) -> None:
+    """Writes the graphs, the processor and the configurations to `folder`; see this module for what they are.
 
-    The model is put into evaluation mode.
+    The model is put into evaluation mode. Each graph is named on standard output before it is traced, which takes some
+    seconds.
+
+    Args:
+        model: one that translates or classifies images.
+        processor: its tokenizer or image processor.
+        folder: a new or empty one.
 
     Raises:
         [`UserError`]: if packages are missing or too old, or if the folder is not empty.
     """
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise UserError(f"The output folder {os.fspath(folder)!r} is not empty")
+    folder = new_folder(folder)
     model.eval()
     exporter = _create_exporter()
+    translates = model.config.is_encoder_decoder
+    graphs = _translation_graphs(model) if translates else _image_graphs(model, processor)
+    programs = {}
+    for number, (name, graph) in enumerate(graphs.items(), start=1):
+        print(f"[{number} of {len(graphs)}] {name}", flush=True)
+        programs[name] = _export(exporter, *graph)
+
+    import onnx_ir
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in programs.items():
+        onnx_ir.save(program, folder / name)
+    model.config.save_pretrained(folder)
+    if translates:
+        model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    print(f"graphs, configurations and preprocessing: {folder}", flush=True)
+
+
+def _image_graphs(model: PreTrainedModel, processor: BaseImageProcessor) -> dict[str, tuple]:
+    """Module, inputs and dynamic shapes of each graph, for 3 images of the size that the processor makes."""
+    size = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
+    pixel_values = torch.zeros(3, model.config.num_channels, *size, device=model.device)
+    return {"model.onnx": (_Classifier(model), {"pixel_values": pixel_values}, {"pixel_values": {0: Dim.AUTO}})}
+
+
+def _translation_graphs(model: PreTrainedModel) -> dict[str, tuple]:
+    """As [`_image_graphs`]."""
     # Sizes that the trace cannot take for constants or for one another: 3 sentences of 7 tokens, 5 new tokens after 4.
     tokens = torch.full((3, 7), model.config.decoder_start_token_id, device=model.device)
     source = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -108,7 +160,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     past = _keys_and_values("decoder", cache.self_attention_cache)
     for layer, states in _keys_and_values("encoder", cache.cross_attention_cache).items():
         past[layer] |= states
-    graphs = {
+    return {
         "encoder.onnx": (_Encoder(model), source, dict.fromkeys(source, _BATCH_LENGTH)),
         "decoder.onnx": (
             _Decoder(model),
@@ -124,16 +176,6 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
             },
         ),
     }
-    programs = {name: _export(exporter, *graph) for name, graph in graphs.items()}
-
-    import onnx_ir
-
-    os.makedirs(folder, exist_ok=True)
-    for name, program in programs.items():
-        onnx_ir.save(program, os.path.join(folder, name))
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _create_exporter():

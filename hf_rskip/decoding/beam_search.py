@@ -1,11 +1,54 @@
 """The beam search of Transformers without the sentences that have ended."""
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.generation import EosTokenCriteria
 
 from ..models.generation_rskip import SourceLengthCriteria
 
 _NEVER = -1e9
+_ROW_BY_ROW = {
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    SourceLengthCriteria,
+    StopStringCriteria,
+}
+"""Processors and criteria that judge each row by its own tokens, or can be told which sentences are left."""
 
 
 def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
@@ -26,12 +69,12 @@ def beam_search(
 
     The search of Transformers runs every sentence of a batch until the last one ends. Here a sentence leaves the batch
     when its search is over, and only the best words of each beam are sorted. Its rules are the same: which hypotheses
-    end, when no better one is expected (`early_stopping`), and how `length_penalty` scores them.
+    end, when no better one is expected (`early_stopping`), and how `length_penalty` scores them. Where a processor or
+    criterion may know a sentence by its row, as that of `prefix_allowed_tokens_fn` does, all sentences stay to the end.
 
     Args:
         model: an encoder-decoder whose cache is a dynamic `EncoderDecoderCache`.
         input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` prepares them.
-            Criteria must judge each row by itself.
 
     Returns:
         `(sentences * num_return_sequences, length)`: the decoder's tokens, padded at the end.
@@ -54,6 +97,8 @@ def beam_search(
     ended, ended_scores = running.clone(), torch.full_like(scores, _NEVER)
     is_ended = torch.zeros_like(scores, dtype=torch.bool)
     active = torch.arange(sentences, device=device)
+    unfinished = torch.ones_like(active, dtype=torch.bool)
+    all_stay = any(type(rule) not in _ROW_BY_ROW for rule in [*logits_processor, *stopping_criteria])
     encoder_outputs, attention_mask = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
     cache, tokens = model_kwargs.get("cache"), input_ids
 
@@ -97,10 +142,12 @@ def beam_search(
         over = (scores[:, 0] / hoped**penalty <= worst) | stops.all(1)
         if early is True:
             over |= is_ended.all(1)
+        over &= unfinished
         result[active[over]] = ended[over]
-        going = (~over).nonzero().squeeze(1)
-        if not len(going):
+        unfinished &= ~over
+        if not unfinished.any():
             break
+        going = (unfinished | all_stay).nonzero().squeeze(1)
         rows = (going[:, None] * beams + torch.arange(beams, device=device)).flatten()
         cache.self_attention_cache.reorder_cache(going.repeat_interleave(beams) * beams + origin[going].flatten())
         if len(going) < len(active):
@@ -109,6 +156,7 @@ def beam_search(
             attention_mask = None if attention_mask is None else attention_mask[rows]
             active, running, scores = active[going], running[going], scores[going]
             ended, ended_scores, is_ended = ended[going], ended_scores[going], is_ended[going]
+            unfinished = unfinished[going]
             for criterion in stopping_criteria:
                 if isinstance(criterion, SourceLengthCriteria):
                     criterion.keep(going)

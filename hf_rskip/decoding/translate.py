@@ -36,7 +36,8 @@ def translate(
         model, tokenizer: as the Auto classes load them.
         sentences: one source sentence each. What goes beyond the model's positions is cut off, with a warning.
         max_batch_tokens: budget of a batch, in padded source tokens times beams.
-        generate_kwargs: of `model.generate`, over the model's own generation configuration.
+        generate_kwargs: of `model.generate`, over the model's own generation configuration. `max_new_tokens` is lowered
+            to the model's positions, with a warning.
     """
     translations = [""] * len(sentences)
     for batch, _, output in search(model, tokenizer, sentences, max_batch_tokens, **generate_kwargs):
@@ -112,6 +113,10 @@ def search(
         logger.warning(f"{too_long} of {len(sources)} sentences were cut off at {limit} tokens")
         sources = [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
     option = partial(find_option, kwargs=generate_kwargs, configs=[model.generation_config])
+    longest = option("max_new_tokens") or 0
+    if longest > limit:
+        logger.warning_once(f"max_new_tokens {longest} is lowered to {limit}, the positions of the model")
+        generate_kwargs = {**generate_kwargs, "max_new_tokens": limit}
     beams = option("num_beams") or 1
     if beams > 1 and option("use_cache") is not False and not (option("do_sample") or option("cache_implementation")):
         generate_kwargs = {"custom_generate": beam_search, **generate_kwargs}

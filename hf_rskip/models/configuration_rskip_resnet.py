@@ -121,6 +121,8 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
             Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
         layer_norm_eps (`float`, defaults to 1e-5):
             Added to the variance in every norm of a skip connection.
+        image_column, label_column (`str`, *optional*):
+            Columns of the dataset that a classifier was trained on, where its training named them.
         out_features, out_indices (`list`, *optional*):
             The stages of which a backbone returns the feature maps, by name (`"stem"`, `"stage1"`, ...) or index; the
             last one unless given.
@@ -161,6 +163,8 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
     skip_norm_axes: str = "sample"
     skip_norm_affine: str = "per_step"
     layer_norm_eps: float = 1e-5
+    image_column: str | None = None
+    label_column: str | None = None
 
     def __post_init__(self, **kwargs):
         self._check_values()

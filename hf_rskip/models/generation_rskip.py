@@ -92,9 +92,10 @@ class TranslationGenerationMixin(GenerationMixin):
         if (find_option("num_beams", kwargs, configs) or 1) > 1:
             changes["length_penalty"] = find_length_penalty(kwargs, configs)
         if a is not None or b is not None:
-            limits = ((a or 0) * self._source_lengths(inputs, **kwargs) + (b or 0)).long().clamp(min=1)
-            most = [find_option("max_new_tokens", kwargs, configs), self.config.max_position_embeddings]
-            changes["max_new_tokens"] = min(limits.max().item(), *(value for value in most if value is not None))
+            limits = (a or 0) * self._source_lengths(inputs, **kwargs) + (b or 0)
+            limits = limits.clamp(1, self.config.max_position_embeddings).long()
+            longest, most = limits.max().item(), find_option("max_new_tokens", kwargs, configs)
+            changes["max_new_tokens"] = longest if most is None else min(longest, most)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])
         for name in ("gnmt_length_penalty", "max_len_a", "max_len_b"):
             kwargs.pop(name, None)

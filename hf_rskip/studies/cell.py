@@ -1,7 +1,6 @@
 """One cell: the training in a process of its own, and the result that it leaves."""
 
 import datetime
-import importlib
 import json
 import os
 import shlex
@@ -25,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import models
 from ..errors import Diverged, Preempted, UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
+from ..own_modules import import_modules
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import Recipe, parse_recipe
 from ..training.train import train
@@ -134,9 +134,7 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
     if not resumed:
         shutil.rmtree(cell.run_folder, ignore_errors=True)
     try:
-        sys.path.insert(0, "")  # as the command line does
-        for module in surroundings.modules:
-            importlib.import_module(module)
+        import_modules(surroundings.modules)
         recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
         metrics = train(recipe)
         outcome = {"state": FINISHED, **_describe_run(recipe, metrics)}

@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 
 from ..errors import Preempted, UserError
 from ..training.checkpoints import list_checkpoints
@@ -121,7 +121,18 @@ def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // jobs)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_rskip.studies.cell", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    _start_with_safe_path()
     return context
+
+
+def _start_with_safe_path() -> None:
+    """The server is a `python -c`, which would look for its imports in the current folder first."""
+    given = os.environ.pop("PYTHONSAFEPATH", None)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    forkserver.ensure_running()
+    del os.environ["PYTHONSAFEPATH"]
+    if given is not None:
+        os.environ["PYTHONSAFEPATH"] = given
 
 
 @contextmanager

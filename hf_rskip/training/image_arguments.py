@@ -11,9 +11,12 @@ from ..models import RSkipResNetConfig
 from ..models.configuration_rskip_resnet import ARCHITECTURES
 from .arguments import CommonTrainingArguments, check_at_least, make_model_arguments
 
+# What the data decide.
+_NOT_IN_RECIPES = {"num_channels", "image_column", "label_column"}
+
 
 @dataclass
-class ImageModelArguments(make_model_arguments("ImageModelArguments", RSkipResNetConfig, {"num_channels"})):
+class ImageModelArguments(make_model_arguments("ImageModelArguments", RSkipResNetConfig, _NOT_IN_RECIPES)):
     """The fields of [`RSkipResNetConfig`] under their own names, or an architecture of the literature."""
 
     architecture: str | None = field(

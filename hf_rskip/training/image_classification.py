@@ -131,6 +131,7 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
         if value is not None and key != "architecture" and (key in recipe.keys or not (start or architecture))
     }
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+    labels |= {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
     try:
         if start:
             model_type = AutoConfig.from_pretrained(start).model_type

@@ -54,10 +54,11 @@ class GenerationArguments:
     def __post_init__(self):
         check_at_least("num_beams", self.num_beams, 1)
         check_at_least("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
-        check_at_least("length_penalty", self.length_penalty, -math.inf)
-        for key, least in {"max_new_tokens": 1, "gnmt_length_penalty": 0, "max_len_a": 0, "max_len_b": 0}.items():
-            if getattr(self, key) is not None:
-                check_at_least(key, getattr(self, key), least)
+        check_at_least("max_new_tokens", 1 if self.max_new_tokens is None else self.max_new_tokens, 1)
+        for key in ("length_penalty", "gnmt_length_penalty", "max_len_a", "max_len_b"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{key} must be a finite number of at least 0, not {value}.")
         if self.gnmt_length_penalty is not None and self.length_penalty != 1.0:
             raise UserError("length_penalty and gnmt_length_penalty are two forms of one thing: give one of them.")
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -10,6 +12,7 @@ import sacrebleu
 from hf_rskip import SKIP_CONNECTIONS
 from hf_rskip.cli.main import COMMANDS, main
 from hf_rskip.decoding.translate import translate
+from hf_rskip.own_modules import import_modules
 
 
 @pytest.fixture
@@ -119,6 +122,9 @@ def test_evaluate_mistakes(fail, trained, corpus_folder):
     assert "/no/such" in fail("evaluate", "/no/such", "--dataset_name", corpus_folder)
     assert "/no/such" in fail("evaluate", trained.folder, "--dataset_name", "/no/such")
     assert "'fr'" in fail("evaluate", trained.folder, "--dataset_name", corpus_folder, "--target_lang", "fr")
+    assert "--label_column is for models that classify" in fail(
+        "evaluate", trained.folder, "--dataset_name", corpus_folder, "--label_column", "label"
+    )
     assert "'dev'" in fail("evaluate", trained.folder, "--dataset_name", corpus_folder, "--split", "dev")
 
 
@@ -136,6 +142,31 @@ def test_translate_mistakes(fail, trained, tmp_path):
     same = ("--input_file", source, "--output_file", source)
     assert "cannot be both input and output" in fail("translate", trained.folder, *same)
     assert source.read_text() == "the cat .\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("length_penalty", "-1"),
+        ("length_penalty", "inf"),
+        ("gnmt_length_penalty", "nan"),
+        ("max_len_a", "-0.5"),
+        ("max_len_a", "nan"),
+        ("max_len_b", "-3"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["translate", "/no/model"],
+        ["evaluate", "{model}", "--dataset_name", "/no/data"],
+        ["compare", "/no/a", "/no/b", "--dataset_name", "/no/data"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_generation_options_are_checked_before_anything_is_read(fail, trained, words, key, value):
+    words = [word.format(model=trained.folder) for word in words]
+    assert f"{key} must be a finite number of at least 0, not" in fail(*words, f"--{key}={value}")
 
 
 # Work
@@ -253,7 +284,33 @@ def test_translate_options(trained, model_and_tokenizer, tmp_path):
     assert target.read_text().splitlines() == translate(*model_and_tokenizer, LINES[:1], num_beams=4, max_new_tokens=3)
 
 
-def test_a_residual_kind_of_ones_own(run_cli, fail, write_recipe, tmp_path, monkeypatch):
+def test_libraries_are_not_looked_for_in_the_current_folder(
+    run_cli, shadow_libraries, trained, corpus_folder, tmp_path
+):
+    words = [trained.folder, "--dataset_name", corpus_folder, "--max_samples", "1", "--max_new_tokens", "1"]
+    result = run_cli("evaluate", *words, cwd=shadow_libraries(tmp_path))
+    assert result.code == 0 and "bleu_signature" in result.out, result.err
+
+
+def test_python_m_is_the_console_script(shadow_libraries, tmp_path):
+    command = [sys.executable, "-m", "hf_rskip.cli", "convert", "resnet", "missing.pth", "new"]
+    result = subprocess.run(command, cwd=shadow_libraries(tmp_path), capture_output=True, text=True)
+    assert result.returncode == 2 and "'missing.pth'" in result.stderr, result.stderr
+
+
+def test_the_current_folder_is_searched_last_for_modules_of_ones_own(tmp_path, monkeypatch):
+    for name in ("colorsys", "a_module_of_my_own"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    with patch.dict(sys.modules):
+        sys.modules.pop("colorsys", None)
+        import_modules(["colorsys", "a_module_of_my_own"])
+        found = [hasattr(sys.modules[name], "MINE") for name in ("colorsys", "a_module_of_my_own")]
+    assert found == [False, True] and sys.path == path
+
+
+def test_a_residual_kind_of_ones_own(run_cli, fail, shadow_libraries, write_recipe, tmp_path, monkeypatch):
     """A module that registers it is imported first, from the folder where one is."""
     (tmp_path / "my_kinds.py").write_text(
         "from hf_rskip import SKIP_CONNECTIONS, RSkip\n\n\nclass Mine(RSkip):\n    pass\n\n\n"
@@ -261,7 +318,7 @@ def test_a_residual_kind_of_ones_own(run_cli, fail, write_recipe, tmp_path, monk
     )
     recipe = write_recipe(skip_type="mine", max_steps=4)
     assert "a kind whose module was imported" in fail("train", recipe)
-    result = run_cli("train", recipe, "--import_module", "my_kinds", cwd=tmp_path)
+    result = run_cli("train", recipe, "--import_module", "my_kinds", cwd=shadow_libraries(tmp_path))
     assert result.code == 0, result.err
     assert "model: skip_type: mine, skip_norm: layer_norm, skip_recursions: 2" in result.out
     source, target = tmp_path / "source.txt", tmp_path / "target.txt"

@@ -1,15 +1,22 @@
 """Exported graphs against the model in torch: every kind of skip connection, padding, first and later steps, greedy
 search; and what a user is told when something is missing."""
 
+import contextlib
+import io
+import re
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoTokenizer
+from datasets import load_dataset
+from PIL import Image
+from transformers import AutoModelForImageClassification, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rskip import (
     SKIP_CONNECTIONS,
@@ -22,6 +29,7 @@ from hf_rskip import (
 )
 from hf_rskip.cli.main import main
 from hf_rskip.conversion.onnx import OnnxTranslationModel, export_onnx
+from hf_rskip.decoding.translate import translate
 from hf_rskip.errors import UserError
 from hf_rskip.models.skip_connections import B2T, Admin, DeepNorm, DetachedRSkip, Keel, PeriNorm, ReZero
 
@@ -234,7 +242,7 @@ def test_mistakes(trained, tmp_path, capfd):
     assert "/no/such/model" in error_of(capfd, "/no/such/model", tmp_path / "new")
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path, tmp_path / "file"):
-        assert f"The output folder {str(output)!r} is not empty" in error_of(capfd, trained.folder, output)
+        assert f"{str(output)!r} already exists and is not an empty folder" in error_of(capfd, "/no/model", output)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -254,6 +262,52 @@ def test_a_folder_without_graphs(exported, tmp_path):
     shutil.copy(exported / "encoder.onnx", tmp_path)
     with pytest.raises(UserError, match="There is no decoder.onnx in"):
         OnnxTranslationModel(tmp_path)
+
+
+# Images
+
+
+@pytest.fixture(scope="module")
+def exported_resnet(trained_resnet, tmp_path_factory):
+    """The trained ResNet, exported by the command, and what that printed."""
+    folder = tmp_path_factory.mktemp("onnx") / "resnet"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["export", str(trained_resnet.folder), str(folder)]) == 0
+    return folder, out.getvalue()
+
+
+def test_an_image_classifier(exported_resnet, trained_resnet):
+    folder, out = exported_resnet
+    assert out == f"[1 of 1] model.onnx\ngraphs, configurations and preprocessing: {folder}\n"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "preprocessor_config.json", "model.onnx"}
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    model = AutoModelForImageClassification.from_pretrained(trained_resnet.folder).eval()
+    for batch in (1, 2, 7):
+        pixels = np.random.default_rng(batch).standard_normal((batch, 3, 32, 32), np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(pixels)).logits.numpy()
+        np.testing.assert_allclose(run(session, pixel_values=pixels)["logits"], expected, atol=1e-4, rtol=0)
+
+
+def test_the_lines_of_the_readme(exported, exported_resnet, model_and_tokenizer, cifar_folder, tmp_path, monkeypatch):
+    names = {
+        "AutoImageProcessor": AutoImageProcessor,
+        "AutoTokenizer": AutoTokenizer,
+        "Image": Image,
+        "OnnxTranslationModel": OnnxTranslationModel,
+        "onnxruntime": onnxruntime,
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "onnx").symlink_to(exported)
+    (tmp_path / "onnx-resnet").symlink_to(exported_resnet[0])
+    load_dataset(cifar_folder)["test"][3]["img"].save("picture.png")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for lines in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL):
+        exec(lines, names)
+    sources = ["5 hours", "March 3, 2021"]
+    assert names["translations"] == translate(*model_and_tokenizer, sources, num_beams=1)
+    assert names["logits"].argmax() == 3
 
 
 # torch.export

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
 from hf_rskip.decoding.beam_search import beam_search
@@ -38,9 +39,31 @@ def models():
 @pytest.fixture(scope="module")
 def batch():
     torch.manual_seed(2)
-    lengths = torch.tensor([12, 9, 7, 7, 5, 3, 2, 1])
+    lengths = torch.tensor([7, 1, 12, 3, 9, 2, 7, 5])
     mask = (torch.arange(12) < lengths[:, None]).long()
     return {"input_ids": torch.randint(3, 30, (8, 12)) * mask, "attention_mask": mask}
+
+
+class FavouritesOfRows(LogitsProcessor):
+    """Sentence i likes token 10 + i."""
+
+    def __call__(self, input_ids, scores):
+        rows = torch.arange(len(scores))
+        scores = scores.clone()
+        scores[rows, 10 + rows // (len(rows) // 8)] += 4
+        return scores
+
+
+class LimitsOfRows(StoppingCriteria):
+    """Sentence i ends after 2 + i tokens."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= 3 + torch.arange(8).repeat_interleave(len(input_ids) // 8)
+
+
+def odd_or_even(sentence, tokens):
+    """Even sentences get even tokens, odd ones odd tokens, and all may end."""
+    return [2, *range(4 + sentence % 2, 30, 2)]
 
 
 OPTIONS = [
@@ -56,6 +79,14 @@ OPTIONS = [
     {"eos_token_id": [2, 5, 9]},
     {"min_new_tokens": 6},
     {"max_new_tokens": 1},
+    {"repetition_penalty": 1.5, "bad_words_ids": [[7], [8, 9]], "suppress_tokens": [11]},
+    {"forced_bos_token_id": 6, "forced_eos_token_id": 2, "exponential_decay_length_penalty": (3, 1.2)},
+    {"sequence_bias": [[[12], 2.0]], "begin_suppress_tokens": [4, 5], "renormalize_logits": True},
+    {"encoder_no_repeat_ngram_size": 1, "max_len_a": 1},
+    {"encoder_repetition_penalty": 3.0, "max_len_a": 1},
+    {"prefix_allowed_tokens_fn": odd_or_even, "max_len_a": 1},
+    {"logits_processor": LogitsProcessorList([FavouritesOfRows()]), "max_len_a": 1},
+    {"stopping_criteria": StoppingCriteriaList([LimitsOfRows()]), "max_len_a": 1, "max_len_b": 5},
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rskip.decoding.loading import load_model
-from hf_rskip.decoding.translate import translate
+from hf_rskip.decoding.translate import search, translate
 from hf_rskip.errors import UserError
 
 
@@ -67,6 +67,13 @@ def test_what_is_too_long_is_cut_with_a_warning(model_and_tokenizer, sources, ca
     cut, short = translate(*model_and_tokenizer, [" ".join(sources), sources[0]], num_beams=1)
     assert cut and short
     assert "1 of 2 sentences were cut off at 64 tokens" in caplog.text
+
+
+def test_more_tokens_than_positions_are_the_positions(model_and_tokenizer, sources, caplog):
+    options = {"num_beams": 1, "eos_token_id": None, "pad_token_id": 0}
+    (_, _, output), *_ = search(*model_and_tokenizer, sources[:2], max_new_tokens=500, **options)
+    assert output.shape == (2, 1 + 64)
+    assert "max_new_tokens 500 is lowered to 64, the positions of the model" in caplog.text
 
 
 def test_control_tokens_in_a_sentence_are_text(model_and_tokenizer, sources):

@@ -526,4 +526,41 @@ def test_builds_at_once(tmp_path, monkeypatch):
     with ThreadPoolExecutor() as pool:
         libraries = pool.map(cpu.load.__wrapped__, [(torch.float32,) * 3] * 2)
     assert None not in libraries
-    assert [path.suffix for path in (tmp_path / "hf_rskip").iterdir()] == [".so"]
+    assert sorted(path.suffix for path in (tmp_path / "hf_rskip").iterdir()) == [".json", ".so"]
+
+
+TINY = (torch.float32,) * 3, 'extern "C" int answer() { return 42; }'
+
+
+@CPP.marks[0]
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda content: content[:4096],
+        lambda content: bytes(4096) + content[4096:],
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    ],
+    ids=["cut off", "zeros", "one bit"],
+)
+def test_a_damaged_library_is_built_anew(tmp_path, monkeypatch, harm):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    load = cpu.load.__wrapped__
+    assert load(*TINY).answer() == 42
+    (library,) = tmp_path.rglob("*.so")
+    content = library.read_bytes()
+    library.unlink()  # not that which this process has loaded
+    library.write_bytes(harm(content))
+    assert load(*TINY).answer() == 42
+    assert library.stat().st_size == len(content) and library.parent.stat().st_mode & 0o777 == 0o700
+
+
+@CPP.marks[0]
+def test_a_library_of_others_is_not_loaded(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    load = cpu.load.__wrapped__
+    assert load(*TINY) is not None
+    (tmp_path / "hf_rskip").chmod(0o775)
+    assert load(*TINY) is None
+    assert "'hf_rskip' must belong to this user, and nobody else may write to it" in caplog.text.replace(
+        f"{tmp_path}/", ""
+    )

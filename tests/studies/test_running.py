@@ -55,7 +55,7 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def small_study(run_cli, write_recipe, tmp_path_factory):
+def small_study(run_cli, shadow_libraries, write_recipe, tmp_path_factory):
     """Two forms that train, a kind of the user's own, one that diverges and one that cannot start; two seeds."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "own_kind.py").write_text(OWN_KIND)
@@ -70,7 +70,7 @@ def small_study(run_cli, write_recipe, tmp_path_factory):
         eval_strategy="epoch", save_strategy="epoch", num_train_epochs=2, early_stopping_patience=None
     )
     path = write_study(folder, recipe, forms=forms)
-    result = run_cli("study", path, "--import_module", "own_kind", "--jobs", "2", cwd=folder)
+    result = run_cli("study", path, "--import_module", "own_kind", "--jobs", "2", cwd=shadow_libraries(folder))
     return folder, path, result
 
 

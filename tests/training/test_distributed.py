@@ -50,13 +50,13 @@ def write(write_recipe):
 
 
 @pytest.fixture(scope="module")
-def train(write, run_cli):
+def train(write, run_cli, shadow_libraries):
     """Trains with launcher options, or in this process; returns what the folder holds afterwards."""
 
     def train(*options, recipe=None, **changes):
         recipe, said = recipe or write(**changes), ""
         if "--accelerate_config" in options:
-            result = run_cli("train", recipe, *options)
+            result = run_cli("train", recipe, *options, cwd=shadow_libraries(recipe.parent))
             assert result.code == 0, result.err
             said = result.out
         else:

@@ -89,6 +89,35 @@ def test_evaluate_prints_the_score_of_the_run(trained_resnet, cifar_folder, caps
     assert scores["accuracy"] == results["test_accuracy"] and scores["images"] == 40
 
 
+def test_evaluate_and_probe_know_the_columns_of_the_training(write_image_recipe, cifar_folder, tmp_path, capsys):
+    """Where there are two of images and two of classes; a dataset with other names needs options."""
+    folder, splits = tmp_path / "data", load_dataset(cifar_folder)
+    folder.mkdir()
+    names = splits["train"].features["label"].names
+    for split, dataset in splits.items():
+        dataset = dataset.map(lambda row: {"other": row["img"], "colour": names[row["label"]]})
+        dataset.to_parquet(folder / f"{split}.parquet")
+    columns = {"image_column": "img", "label_column": "colour"}
+    recipe = write_image_recipe(dataset_name=str(folder), **columns, max_steps=1)
+    assert main(["train", str(recipe)]) == 0, capsys.readouterr().err
+    model, split = str(recipe.parent / "output"), ["--dataset_name", str(folder)]
+    results = json.loads((recipe.parent / "output" / "all_results.json").read_text())
+    capsys.readouterr()
+    for words in ([], ["--image_column", "other", "--label_column", "label"]):
+        assert main(["evaluate", model, *split, *words]) == 0
+        assert json.loads(capsys.readouterr().out)["accuracy"] == results["test_accuracy"]
+    assert main(["probe", model, *split]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", model, "--dataset_name", cifar_folder]) == 2
+    assert "has no column 'colour', only img, label: set label_column." in capsys.readouterr().err
+
+
+def test_evaluate_refuses_options_of_translation(trained_resnet, cifar_folder, capsys):
+    for option in ("--gnmt_length_penalty", "--max_len_a", "--max_len_b", "--ensemble"):
+        assert main(["evaluate", str(trained_resnet.folder), "--dataset_name", cifar_folder, option, "1"]) == 2
+        assert f"{option} is for models that translate" in capsys.readouterr().err
+
+
 def test_evaluate_prepares_images_as_the_image_processor_says(trained_resnet, cifar_folder, tmp_path, capsys):
     """Against the pipeline of Transformers, for a processor that training does not write."""
     folder = tmp_path / "model"
