@@ -5,11 +5,10 @@ import json
 from functools import partial
 
 from transformers import AutoModelForImageClassification
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.image_arguments import ImageDataArguments
 from ..data.images import load_image_dataset, name_row
-from ..decoding.loading import load_complete
+from ..decoding.loading import load_complete, load_image_processor
 from ..errors import UserError
 from ..evaluation.evaluate_images import evaluate_images
 
@@ -22,10 +21,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for models that translate, and {args.model!r} classifies images.")
     model = load_complete(AutoModelForImageClassification, args.model)
-    try:
-        processor = AutoImageProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.model!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
+    processor = load_image_processor(args.model)
     data = ImageDataArguments(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,

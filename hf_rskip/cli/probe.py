@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.image_arguments import ImageDataArguments
 from ..data.images import load_image_dataset
 from ..data.tokenizer import load_tokenizer
-from ..decoding.loading import load_complete
+from ..decoding.loading import load_complete, load_config, load_image_processor
 from ..errors import UserError
 from ..models import RSkipResNetConfig
 from ..studies.probe import probe
@@ -24,7 +23,7 @@ from ..studies.probe_table import ProbedModel, format_summary, read_table, write
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import parse_recipe
 from .compare import create_folder
-from .evaluate import load_config, load_test_set
+from .evaluate import load_test_set
 
 _RECIPE_KEYS = ("dataset_name", "dataset_config_name", "source_lang", "target_lang", "label_smoothing_factor")
 _RANDOM_SEED = 0
@@ -145,10 +144,7 @@ def _load_images(path: str, args: argparse.Namespace) -> dict:
         dataset_name=args.dataset_name, dataset_config_name=args.dataset_config_name, test_split=args.split
     )
     dataset = load_image_dataset(data, splits=("test",)).splits["test"]
-    try:
-        processor = AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
+    processor = load_image_processor(path)
     return image_batch(processor, dataset.select(spread(dataset, args.samples)), data, "test")
 
 

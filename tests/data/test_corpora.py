@@ -277,10 +277,11 @@ def test_an_empty_split(tmp_path):
 
 
 def test_datasets_that_cannot_be_loaded(tmp_path):
-    for missing in (str(tmp_path / "missing"), "nobody/nothing"):
-        message = refused(dataset_name=missing)
-        assert message.startswith(f"Dataset {missing!r} cannot be loaded: ")
-        assert message.endswith(", and there is no such folder.")
+    missing = str(tmp_path / "missing")
+    assert refused(dataset_name=missing) == f"There is no dataset {missing!r}: no such file or folder."
+    message = refused(dataset_name="nobody/nothing")
+    assert message.startswith("Dataset 'nobody/nothing' cannot be loaded: ")
+    assert message.endswith(", and there is no such folder; a private one needs `hf auth login`.")
 
     name = parquet(tmp_path / "data", train=rows(PAIRS))
     message = refused(dataset_name=name, dataset_config_name="de-en")
