@@ -177,7 +177,7 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--max_samples", type=_count, help="only the first so many sentences")
     parser.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these")
-    parser.add_argument("--per_token", action="store_true", help="add the log-probability of every token")
+    parser.add_argument("--per_token", action="store_true", help="add every token and its log-probability")
     parser.add_argument("--output_file", help="default: standard output")
     parser.add_argument("--max_batch_tokens", type=_count, default=4096, help="padded tokens a batch")
 

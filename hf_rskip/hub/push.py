@@ -172,9 +172,11 @@ def upload(
         raise
     except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = reason[0].rstrip(".") + "; log in with `hf auth login`" * (status == 401)
         unsent = [name for name in weights if name not in sent]
         raise UserError(
-            f"The push to {repo_id} failed ({reason[0].rstrip('.')}); sent: {', '.join(sent) or 'nothing'}; not sent: "
+            f"The push to {repo_id} failed ({reason}); sent: {', '.join(sent) or 'nothing'}; not sent: "
             f"{', '.join([*unsent, 'the other files'])}; no commit was confirmed, and the same push can be repeated"
         ) from error
     return Pushed(commit.commit_url, changed=commit.oid != head.sha, kept_card=kept_card)

@@ -149,7 +149,7 @@ def _languages_of_start(values: dict[str, Any], overrides: list[str]) -> dict[st
     """Those of the model that a recipe starts from, where the recipe names none."""
     words = [*_as_command_line({"model_name_or_path": values.get("model_name_or_path")}), *overrides]
     start = _Parser(_Start, allow_abbrev=False).parse_known_args(words)[0].model_name_or_path
-    given = {_key_of(key) for key, value in values.items() if value is not None} | set(map(_key_of, overrides))
+    given = {_key_of(str(key)) for key, value in values.items() if value is not None} | set(map(_key_of, overrides))
     missing = [key for key in ("source_lang", "target_lang") if key not in given]
     if not start or not missing:
         return {}
