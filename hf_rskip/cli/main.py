@@ -397,11 +397,15 @@ def _start(modules: list[str]) -> None:
     from transformers.utils import logging
 
     from .. import kernels  # noqa: F401  also registers the Auto classes; the package leaves it to the console script
+    from ..errors import UserError
 
     logging.disable_progress_bar()
     sys.path.insert(0, "")  # as `python -m` does, which a console script does not
     for module in modules:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"--import_module {module} cannot be imported: {error}.") from error
 
 
 def _is_first_to_fail() -> bool:

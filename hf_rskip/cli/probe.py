@@ -57,6 +57,9 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("A model is probed on data: give --dataset_name, --test_files or --random_data.")
     if args.label_smoothing_factor is not None and not 0 <= args.label_smoothing_factor < 1:
         raise UserError(f"label_smoothing_factor must be from 0 to below 1, not {args.label_smoothing_factor}.")
+    for system, kind in zip(args.systems, kinds, strict=True):
+        if kind == "model":
+            load_config(system)
     for run in args.run:
         if not Path(run).is_dir():
             raise UserError(f"There is no folder {run!r}.")

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
+from .output import new_folder
 
 _INSTALL = "`pip install 'hf_rskip[onnx]'`"
 _BATCH_LENGTH = {0: Dim.AUTO, 1: Dim.AUTO}  # of tokens and masks
@@ -97,8 +98,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     Raises:
         [`UserError`]: if packages are missing or too old, or if the folder is not empty.
     """
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise UserError(f"The output folder {os.fspath(folder)!r} is not empty")
+    folder = new_folder(folder)
     model.eval()
     exporter = _create_exporter()
     # Sizes that the trace cannot take for constants or for one another: 3 sentences of 7 tokens, 5 new tokens after 4.

@@ -131,6 +131,8 @@ def train(recipe: Recipe) -> dict[str, float | str]:
 
 def make_tokenizer(recipe: Recipe, train_set: Dataset) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names, or a new one for `train_set`, a cleaned corpus."""
+    if recipe.training.model_name_or_path:
+        _load_start_config(recipe.training.model_name_or_path)
     name = recipe.data.tokenizer_name or recipe.training.model_name_or_path
     if name:
         tokenizer = load_tokenizer(name)
@@ -187,12 +189,17 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
     return model
 
 
+def _load_start_config(start: str) -> RSkipConfig:
+    config = load_config(start)
+    if config.model_type != RSkipConfig.model_type:
+        hint = ": `hf-rskip convert marian` makes one of it" if config.model_type == "marian" else ""
+        raise UserError(f"{start!r} is a model of type {config.model_type!r}, not {RSkipConfig.model_type!r}{hint}.")
+    return config
+
+
 def _start_from(start: str, recipe: Recipe, languages: dict[str, str]) -> RSkipForConditionalGeneration:
     """The model of a folder or Hub id, with the recipe's model keys in place of its own."""
-    before = load_config(start)
-    if before.model_type != RSkipConfig.model_type:
-        hint = ": `hf-rskip convert marian` makes one of it" if before.model_type == "marian" else ""
-        raise UserError(f"{start!r} is a model of type {before.model_type!r}, not {RSkipConfig.model_type!r}{hint}.")
+    before = _load_start_config(start)
     said = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys and key != "vocab_size"}
     model, info = RSkipForConditionalGeneration.from_pretrained(
         start, **said, **languages, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True

@@ -234,7 +234,7 @@ def test_mistakes(trained, tmp_path, capfd):
     assert "/no/such/model" in error_of(capfd, "/no/such/model", tmp_path / "new")
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path, tmp_path / "file"):
-        assert f"The output folder {str(output)!r} is not empty" in error_of(capfd, trained.folder, output)
+        assert f"{str(output)!r} already exists and is not an empty folder" in error_of(capfd, trained.folder, output)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
