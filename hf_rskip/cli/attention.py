@@ -8,10 +8,10 @@ from ..decoding.translate import translate
 
 
 def attention(args: argparse.Namespace) -> None:
-    """Translates a sentence, unless a translation is given, prints it, and draws its cross-attention."""
+    """Translates a sentence, unless a translation is given, draws its cross-attention, and prints it."""
     model, tokenizer = load_model(args.model)
     translation = args.translation
     if translation is None:
         (translation,) = translate(model, tokenizer, [args.sentence])
-    print(translation)
     plot_attention(model, tokenizer, args.sentence, translation, args.output_file)
+    print(translation)

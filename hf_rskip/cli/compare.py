@@ -4,12 +4,14 @@ import argparse
 import os
 from pathlib import Path
 
-from ..decoding.loading import load_model
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
+
+from ..decoding.loading import load_config, load_model
 from ..decoding.translate import translate
 from ..errors import UserError
 from ..evaluation.comparison import check_settings, check_translations, compare_systems
 from ..evaluation.comparison_report import format_signatures, format_table, write_comparison
-from .evaluate import load_config, load_test_set
+from .evaluate import load_test_set
 from .translate import generation_kwargs, open_file, read_lines
 
 
@@ -17,8 +19,10 @@ def compare(args: argparse.Namespace) -> None:
     """Prints how systems differ from the first one, and writes the details to `--output_dir`."""
     names, generation = _name_systems(args.systems), generation_kwargs(args)
     files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
-    models = [system for system in args.systems if system not in files]
-    sources, references = load_test_set(args, *(_language(args, key, models) for key in ("source_lang", "target_lang")))
+    configs = {system: load_config(system, AutoModelForSeq2SeqLM) for system in args.systems if system not in files}
+    sources, references = load_test_set(
+        args, *(_language(args, key, configs) for key in ("source_lang", "target_lang"))
+    )
     check_settings(args.bleu_tokenize)
     for system, lines in files.items():
         check_translations(system, lines, references)
@@ -55,11 +59,11 @@ def _read_translations(path: str) -> list[str]:
     return lines
 
 
-def _language(args: argparse.Namespace, key: str, models: list[str]) -> str:
+def _language(args: argparse.Namespace, key: str, configs: dict[str, PreTrainedConfig]) -> str:
     """The language of the command line, or the one that the models agree on."""
     if given := getattr(args, key):
         return given
-    said = {model: language for model in models if (language := getattr(load_config(model), key, None))}
+    said = {model: language for model, config in configs.items() if (language := getattr(config, key, None))}
     if len(set(said.values())) > 1:
         raise UserError(
             f"The models differ in their {key}: {', '.join(f'{m} has {code!r}' for m, code in said.items())}."

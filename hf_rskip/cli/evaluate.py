@@ -4,11 +4,9 @@ import argparse
 import contextlib
 import json
 
-from transformers import AutoConfig, PreTrainedConfig
-
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
-from ..decoding.loading import load_ensemble, not_loaded
+from ..decoding.loading import load_config, load_ensemble
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
@@ -22,14 +20,6 @@ def evaluate(args: argparse.Namespace) -> None:
         evaluate_images.evaluate(args)
     else:
         _evaluate_translation(args)
-
-
-def load_config(model: str) -> PreTrainedConfig:
-    """The configuration of a folder or Hub id; raises a [`UserError`] where there is none."""
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise not_loaded(model, error) from error
 
 
 def load_test_set(

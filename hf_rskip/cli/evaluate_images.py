@@ -4,12 +4,11 @@ import argparse
 import json
 from functools import partial
 
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedConfig
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from ..data.image_arguments import ImageDataArguments
 from ..data.images import ImageDatasets, load_image_dataset, name_row
-from ..decoding.loading import load_complete
+from ..decoding.loading import load_complete, load_image_processor
 from ..errors import UserError
 from ..evaluation.evaluate_images import evaluate_images
 
@@ -38,14 +37,6 @@ def evaluate(args: argparse.Namespace) -> None:
     test_set = images.splits["test"]
     scores = evaluate_images(model, processor, test_set, partial(name_row, data, "test"), args.batch_size)
     print(json.dumps({**scores, "images": len(test_set)}, indent=2))
-
-
-def load_image_processor(model: str) -> BaseImageProcessor:
-    """That of a folder or Hub id; raises a [`UserError`] where there is none."""
-    try:
-        return AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
 
 
 def load_test_images(

@@ -97,14 +97,14 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_test_set_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_split_arguments(parser, parser.add_mutually_exclusive_group(required=True))
-    parser.add_argument("--max_samples", type=_count, help="only the first so many sentences or images")
+def _add_test_set_arguments(parser: argparse.ArgumentParser, or_images: str = "") -> None:
+    _add_split_arguments(parser, parser.add_mutually_exclusive_group(required=True), or_images)
+    parser.add_argument("--max_samples", type=_count, help=f"only the first so many sentences{or_images}")
     parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
 
 
-def _add_split_arguments(parser: argparse.ArgumentParser, corpus) -> None:
-    corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column or images, or cldr")
+def _add_split_arguments(parser: argparse.ArgumentParser, corpus, or_images: str) -> None:
+    corpus.add_argument("--dataset_name", help=f"Hub id or folder with a `translation` column{or_images}, or cldr")
     corpus.add_argument("--test_files", nargs=2, metavar=("SOURCE", "TARGET"), help="two UTF-8 text files")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--source_lang", help="default: that of the model's training")
@@ -119,7 +119,7 @@ def _add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_argument(parser)
-    _add_test_set_arguments(parser)
+    _add_test_set_arguments(parser, " or images")
     _add_image_arguments(parser)
     parser.add_argument("--batch_size", type=_count, default=256, help="images at once (default: 256)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
@@ -182,7 +182,7 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--max_samples", type=_count, help="only the first so many sentences")
     parser.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these")
-    parser.add_argument("--per_token", action="store_true", help="add the log-probability of every token")
+    parser.add_argument("--per_token", action="store_true", help="add every token and its log-probability")
     parser.add_argument("--output_file", help="default: standard output")
     parser.add_argument("--max_batch_tokens", type=_count, default=4096, help="padded tokens a batch")
 
@@ -214,7 +214,7 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of a model, RECIPE.yaml for the model that it begins with, or an earlier probe.csv",
     )
     parser.add_argument("--run", nargs="+", default=[], metavar="FOLDER", help="every checkpoint of these trainings")
-    _add_split_arguments(parser, corpus := parser.add_mutually_exclusive_group())
+    _add_split_arguments(parser, corpus := parser.add_mutually_exclusive_group(), " or images")
     corpus.add_argument(
         "--random_data",
         nargs="?",

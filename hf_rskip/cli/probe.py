@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
 from ..data.tokenizer import load_tokenizer
-from ..decoding.loading import load_complete
+from ..decoding.loading import load_complete, load_config, load_image_processor
 from ..errors import UserError
 from ..models import RSkipResNetConfig
 from ..studies.probe import probe
@@ -21,8 +21,8 @@ from ..studies.probe_table import ProbedModel, format_summary, read_table, write
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import parse_recipe
 from .compare import create_folder
-from .evaluate import load_config, load_test_set
-from .evaluate_images import load_image_processor, load_test_images
+from .evaluate import load_test_set
+from .evaluate_images import load_test_images
 
 _RECIPE_KEYS = (
     *("dataset_name", "dataset_config_name", "source_lang", "target_lang", "image_column", "label_column"),
@@ -59,6 +59,9 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("A model is probed on data: give --dataset_name, --test_files or --random_data.")
     if args.label_smoothing_factor is not None and not 0 <= args.label_smoothing_factor < 1:
         raise UserError(f"label_smoothing_factor must be from 0 to below 1, not {args.label_smoothing_factor}.")
+    for system, kind in zip(args.systems, kinds, strict=True):
+        if kind == "model":
+            load_config(system)
     for run in args.run:
         if not Path(run).is_dir():
             raise UserError(f"There is no folder {run!r}.")

@@ -13,9 +13,12 @@ from ..errors import UserError
 from ..evaluation.evaluate import split_languages
 from .translate import open_file, read_lines, write_lines
 
+_COLUMNS = ("log_probability", "token_count", "token_log_probabilities", "tokens")
+
 
 def score_translations(args: argparse.Namespace) -> None:
-    """Writes a line a pair: the sum, the number of tokens, and if asked those of the tokens, between tabs.
+    """Writes the names of the columns and a line a pair, between tabs: the sum and the number of tokens, and if asked
+    the log-probability of each token and the tokens themselves, between blanks.
 
     The perplexity of all pairs goes to standard error.
     """
@@ -43,10 +46,13 @@ def score_translations(args: argparse.Namespace) -> None:
     if not sources:
         raise UserError("There is nothing to score")
     log_probs = score(model, tokenizer, sources, targets, args.max_batch_tokens)
-    lines = []
-    for values in log_probs:
-        tokens = "\t" + " ".join(f"{value:.6f}" for value in values) if args.per_token else ""
-        lines.append(f"{sum(values):.6f}\t{len(values)}{tokens}")
+    lines = ["\t".join(_COLUMNS if args.per_token else _COLUMNS[:2])]
+    for values, target in zip(log_probs, targets, strict=True):
+        row = [f"{sum(values):.6f}", str(len(values))]
+        if args.per_token:
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer(text_target=target).input_ids)
+            row += [" ".join(f"{value:.6f}" for value in values), " ".join(tokens)]
+        lines.append("\t".join(row))
     with open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext(sys.stdout.buffer) as file:
         write_lines(file, lines)
     total, count = sum(map(sum, log_probs)), sum(map(len, log_probs))

@@ -4,10 +4,11 @@ import os
 import re
 
 import torch
-from transformers import AutoConfig, GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, MarianConfig, MarianMTModel
 from transformers.utils import logging
 
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import find_tokenizer
+from ..decoding.loading import load_config, not_loaded
 from ..errors import UserError
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .growth import grow_recursions
@@ -103,30 +104,33 @@ def convert_marian_model(marian: MarianMTModel) -> RSkipForConditionalGeneration
 
 
 def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions: int = 1) -> None:
-    """Writes the MarianMT checkpoint `source` to `output` as a model of this package, with its tokenizer.
+    """Writes the MarianMT checkpoint `source` to `output` as a model of this package, with its tokenizer if it has one.
 
     Args:
-        source: folder or Hub id of a `MarianMTModel` and its tokenizer.
+        source: folder or Hub id of a `MarianMTModel`, and of its tokenizer.
         output: a new or empty folder.
         recursions: K. With 1 the function is the same; more are added by
             [`~hf_rskip.conversion.growth.grow_recursions`], for fine-tuning.
 
     Raises:
-        [`UserError`]: if `output` is not empty, if `source` is not a complete MarianMT checkpoint with a tokenizer, or
-            if the tokenizer needs a package that is not installed.
+        [`UserError`]: if `output` is not empty, if `source` is not a complete MarianMT checkpoint, or if the
+            tokenizer needs a package that is not installed.
     """
     output = new_folder(output)
     if recursions < 1:
         raise UserError(f"`skip_recursions` must be an integer of at least 1, not {recursions}")
     marian = _load_marian(source)
-    tokenizer = _load_tokenizer(source)
+    tokenizer = find_tokenizer(source)
     model = convert_marian_model(marian)
     model.config.source_lang = getattr(tokenizer, "source_lang", None)
     model.config.target_lang = getattr(tokenizer, "target_lang", None)
     if recursions > 1:
         model = grow_recursions(model, recursions)
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    if tokenizer is None:
+        logger.warning(f"No tokenizer is written, since there is none in {source!r}: translating needs one in {output}")
+    else:
+        tokenizer.save_pretrained(output)
 
 
 def _new_name(name: str) -> str:
@@ -136,28 +140,14 @@ def _new_name(name: str) -> str:
 
 
 def _load_marian(source: str) -> MarianMTModel:
+    model_type = load_config(source).model_type
+    if model_type != MarianConfig.model_type:
+        raise UserError(f"{source!r} is a model of type {model_type!r}, not a Marian checkpoint")
     try:
-        model_type = AutoConfig.from_pretrained(source).model_type
-        if model_type != MarianConfig.model_type:
-            raise UserError(f"{source!r} is a model of type {model_type!r}, not a Marian checkpoint")
         model, report = MarianMTModel.from_pretrained(source, output_loading_info=True)
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
-        raise UserError(f"No model could be loaded from {source!r}: {str(error).strip().splitlines()[0]}") from error
+        raise not_loaded(source, error) from error
     unaccounted = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if unaccounted:
         raise UserError(f"{source!r} lacks weights of a MarianMT model, or has others: {', '.join(unaccounted)}")
     return model
-
-
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    try:
-        return load_tokenizer(source)
-    except ImportError as error:
-        raise UserError(
-            f"The tokenizer of {source!r} needs a package that is not installed (most often sentencepiece): "
-            "`pip install 'hf_rskip[marian]'`"
-        ) from error
-    except TypeError as error:  # what MarianTokenizer raises where a folder has none of its files
-        raise UserError(f"There is no tokenizer in {source!r}") from error

@@ -19,6 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
 
+from ..data.names import check_name
 from ..errors import UserError
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from .output import new_folder
@@ -119,6 +120,7 @@ def convert_resnet_checkpoint(source: str, output: str | os.PathLike) -> None:
 
 
 def _convert_folder(source: str) -> tuple[RSkipResNetForImageClassification, BaseImageProcessor | None]:
+    check_name(source, "model")
     try:
         config, _ = PreTrainedConfig.get_config_dict(source)
         if "architecture" in config:

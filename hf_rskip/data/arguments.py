@@ -5,7 +5,13 @@ from pathlib import PurePath
 
 from ..errors import UserError
 
-_OPTIONAL_COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
+_OPTIONAL_COUNTS = (
+    "max_train_samples",
+    "max_eval_samples",
+    "max_predict_samples",
+    "validation_size",
+    "preprocessing_num_workers",
+)
 
 
 @dataclass
@@ -39,7 +45,12 @@ class DataArguments:
         default=None, metadata={"help": "Two UTF-8 text files for the test, source then target."}
     )
     train_split: str = field(default="train", metadata={"help": "Name the dataset gives its training split."})
-    validation_split: str = field(default="validation", metadata={"help": "Name of its validation split."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Name of its validation split; validation unless there is a validation_size."}
+    )
+    validation_size: int | None = field(
+        default=None, metadata={"help": "Hold out so many training pairs, drawn at random, for validation."}
+    )
     test_split: str = field(default="test", metadata={"help": "Name of its test split."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only the first so many pairs of the training split."}
@@ -87,6 +98,8 @@ class DataArguments:
             # `no` (Norwegian) is the boolean False in an unquoted YAML value.
             if not isinstance(value, str) or not value:
                 raise UserError(f"{name} must be a language code such as 'en' (in quotes in YAML), not {value!r}.")
+            if code := _code_of(value):
+                raise UserError(f"{name} must be the language's code, {code!r}, not its name {value!r}.")
         if self.source_lang == self.target_lang:
             raise UserError(f"source_lang and target_lang must differ, but both are {self.source_lang!r}.")
 
@@ -97,6 +110,11 @@ class DataArguments:
             raise UserError(f"dataset_name and {given[0]} are both set: give one or the other.")
         for name in given:
             self._check_files(name)
+        for name in ("validation_split", "validation_files"):
+            if self.validation_size is not None and getattr(self, name) is not None:
+                raise UserError(f"validation_size and {name} are both set: give one or the other.")
+        if self.validation_size is None and self.validation_split is None:
+            self.validation_split = "validation"
 
         counts = ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
         for name in (*_OPTIONAL_COUNTS, *counts):
@@ -123,3 +141,13 @@ class DataArguments:
                 f"{name} must be the {self.source_lang} file, then the {self.target_lang} file, but they are named "
                 f"the other way round: {files[0]}, {files[1]}."
             )
+
+
+def _code_of(name: str) -> str | None:
+    """The code of a language by its English name, whatever its case; `None` if there is no such language."""
+    if len(name) <= 3:  # a code
+        return None
+    from babel import Locale  # its tables take long to load
+
+    names = Locale("en").languages
+    return next((code for code, language in names.items() if language.casefold() == name.casefold()), None)

@@ -15,9 +15,11 @@ from datasets.fingerprint import Hasher
 
 from ..errors import UserError
 from .arguments import DataArguments
+from .columns import keep_rows
 from .loading import load_named_dataset, select_split
 
 _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+_HOLD_OUT_SEED = 0
 
 
 def load_translation_dataset(
@@ -41,6 +43,8 @@ def load_translation_dataset(
     corpus = None if args.dataset_name is None else _load_corpus(args)
     loaded = DatasetDict()
     for split in splits:
+        if split == "validation" and args.validation_size is not None:
+            continue
         dataset = (
             _load_text_files(args, split)
             if corpus is None
@@ -50,7 +54,30 @@ def load_translation_dataset(
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
         loaded[split] = dataset if corpus is None else _select_languages(dataset, args, split)
+    if "validation" in splits and args.validation_size is not None:
+        loaded["train"], loaded["validation"] = _hold_out(loaded["train"], args)
+        if args.max_eval_samples is not None:
+            loaded["validation"] = loaded["validation"].take(args.max_eval_samples)
     return loaded
+
+
+def _hold_out(dataset: Dataset, args: DataArguments) -> tuple[Dataset, Dataset]:
+    """Splits off `validation_size` pairs that have text on both sides, the same at every call."""
+    tables = dataset.with_format("arrow").iter(10_000)
+    usable = np.flatnonzero(np.concatenate([_has_text(table["translation"], args) for table in tables]))
+    if not args.validation_size < len(usable):
+        raise UserError(
+            f"validation_size must be below {len(usable):,}, the number of training pairs with text, not "
+            f"{args.validation_size:,}."
+        )
+    is_held_out = np.zeros(len(dataset), dtype=bool)
+    is_held_out[np.random.default_rng(_HOLD_OUT_SEED).choice(usable, args.validation_size, replace=False)] = True
+    return keep_rows(dataset, ~is_held_out), keep_rows(dataset, is_held_out)
+
+
+def _has_text(pairs: pa.ChunkedArray, args: DataArguments) -> np.ndarray:
+    sides = [pc.utf8_trim_whitespace(pc.struct_field(pairs, code)) for code in (args.source_lang, args.target_lang)]
+    return np.logical_and(*[pc.fill_null(pc.not_equal(side, ""), False).to_numpy() for side in sides])
 
 
 def _load_corpus(args: DataArguments) -> DatasetDict:

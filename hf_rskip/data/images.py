@@ -86,6 +86,11 @@ def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, 
         candidates = candidates or [name for name in usual if name in features]
         name = getattr(args, field)
         if name is None:
+            if column == "label" and list(features) == ["image"]:  # what `datasets` makes of pictures in one folder
+                raise UserError(
+                    f"{_where(args, split)} has pictures without labels: give each class a folder of its own, and at "
+                    "least two of them."
+                )
             if len(candidates) != 1:
                 what = f"{len(candidates) or 'no'} columns of {column}s ({', '.join(features)})"
                 raise UserError(f"{_where(args, split)} has {what}: set {field} to one of these.")

@@ -6,6 +6,7 @@ from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from ..errors import UserError
+from .names import check_name
 
 
 def load_named_dataset(
@@ -16,6 +17,7 @@ def load_named_dataset(
     Raises:
         UserError: if there is none, or it cannot be read.
     """
+    check_name(name, "dataset")
     try:
         return load_dataset(name, config_name, streaming=streaming)
     # An unknown id or offline Hub, an unknown configuration or empty split, a loading script, an unreadable file.
@@ -23,7 +25,7 @@ def load_named_dataset(
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         reason = str(cause).strip().split("\n")[0].rstrip(".!")
         if isinstance(error, OSError) and not Path(name).exists():
-            reason += ", and there is no such folder"
+            reason += ", and there is no such folder; a private one needs `hf auth login`"
         raise UserError(f"Dataset {name!r} cannot be loaded: {reason}.") from error
 
 

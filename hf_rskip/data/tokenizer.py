@@ -9,8 +9,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
+from .names import check_name
 
 PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
+_USUAL_NAMES = {
+    "pad_token": (PAD, "[PAD]"),
+    "bos_token": (BOS, "<bos>", "[BOS]", "[CLS]"),
+    "eos_token": (EOS, "<eos>", "[EOS]", "[SEP]", "<|endoftext|>"),
+    "unk_token": (UNK, "[UNK]"),
+}
+"""Those of the special tokens in files of the package `tokenizers`, the first of which they get."""
 
 
 def train_tokenizer(
@@ -93,19 +101,78 @@ def _train_backend(texts: Iterable[str], vocab_size: int, lowercase: bool) -> To
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads an existing tokenizer from a folder or the Hub.
+    """Loads an existing tokenizer from a folder, the Hub or a file of the package `tokenizers`.
 
     Raises:
-        UserError: if there is none, or if it cannot serve translation: it needs a padding token, and an
-            end-of-sequence token that it puts into every sequence (without it a model never learns to stop).
+        UserError: if there is none, it needs a package that is not installed, or it cannot serve translation: it needs
+            a padding token, and an end-of-sequence token that it puts into every sequence (without it a model never
+            learns to stop). A file gets what it lacks of these.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"There is no tokenizer {name!r}, neither in such a folder nor on the Hub.") from error
+    tokenizer = find_tokenizer(name)
+    if tokenizer is None:
+        raise UserError(f"There is no tokenizer {name!r}, neither in such a folder nor on the Hub.")
     for kind in ("pad_token", "eos_token"):
         if getattr(tokenizer, kind) is None:
-            raise UserError(f"The tokenizer {name!r} has no {kind}, which translation needs.")
+            raise UserError(
+                f"The tokenizer {name!r} has no {kind}, which translation needs: "
+                f"`tokenizer.add_special_tokens({{{kind!r}: ...}})` and `save_pretrained` give it one."
+            )
     if tokenizer.eos_token_id not in tokenizer("").input_ids:
-        raise UserError(f"The tokenizer {name!r} does not end a sequence with its eos_token {tokenizer.eos_token!r}.")
+        raise UserError(
+            f"The tokenizer {name!r} does not end a sequence with its eos_token {tokenizer.eos_token!r}: set the "
+            "`post_processor` of its `backend_tokenizer` to a `TemplateProcessing` that does, and save it."
+        )
     return tokenizer
+
+
+def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """As [`load_tokenizer`], but `None` if there is none, and whether or not it can serve translation."""
+    check_name(name, "tokenizer")
+    if os.path.isfile(name):
+        return _load_file(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except ImportError as error:
+        raise UserError(
+            f"The tokenizer of {name!r} needs a package that is not installed (most often sentencepiece): "
+            "`pip install 'hf_rskip[marian]'`."
+        ) from error
+    except (OSError, ValueError, TypeError):  # the last is of a MarianTokenizer without any of its files
+        return None
+
+
+def _load_file(path: str) -> PreTrainedTokenizerFast:
+    """The special tokens are those that have a usual name; padding and the end token are added where there are none."""
+    try:
+        backend = Tokenizer.from_file(path)
+    except Exception as error:  # tokenizers has no narrower one
+        raise UserError(f"{path!r} is not a file of the package `tokenizers`: {error}.") from error
+    vocabulary = backend.get_vocab()
+    special = {kind: next((t for t in names if t in vocabulary), None) for kind, names in _USUAL_NAMES.items()}
+    special |= {kind: special[kind] or _USUAL_NAMES[kind][0] for kind in ("pad_token", "eos_token")}
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special.values() if t])
+    eos = special["eos_token"]
+    if eos not in backend.encode("").tokens:
+        end = processors.TemplateProcessing(
+            single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, backend.token_to_id(eos))]
+        )
+        earlier = backend.post_processor
+        backend.post_processor = end if earlier is None else processors.Sequence([earlier, end])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **special,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def check_known(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], name: str) -> None:
+    """Raises a [`UserError`] if the tokenizer called `name` makes unknown tokens of most of `texts`."""
+    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
+    unknown = ids.count(tokenizer.unk_token_id)
+    if 2 * unknown > len(ids):
+        raise UserError(
+            f"The tokenizer {name!r} does not know this corpus: {unknown / len(ids):.0%} of its tokens are "
+            f"{tokenizer.unk_token!r}."
+        )

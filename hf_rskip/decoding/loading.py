@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -11,17 +12,21 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
+    BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from ..data.names import check_name
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from .ensemble import Ensemble
 
-_MODELS = {
-    AutoModelForSeq2SeqLM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoModelForImageClassification: MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+_TASKS = {
+    AutoModelForSeq2SeqLM: ("translate", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    AutoModelForImageClassification: ("classify images", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
 }
 
 
@@ -35,16 +40,9 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
     Raises:
         [`UserError`]: if there is no such model, it is of another kind, or weights are missing.
     """
+    load_config(name, auto_class)
     try:
-        config = AutoConfig.from_pretrained(name)
-        if type(config) not in _MODELS[auto_class]:
-            raise UserError(
-                f"No model could be loaded from {name!r}: it is one of type {config.model_type!r}, which "
-                f"{auto_class.__name__} does not take"
-            )
         model, info = auto_class.from_pretrained(name, output_loading_info=True)
-    except UserError:
-        raise
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise not_loaded(name, error) from error
     if info["missing_keys"]:
@@ -53,10 +51,40 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def load_config(name: str, auto_class: type | None = None) -> PreTrainedConfig:
+    """The configuration of a model's folder or Hub id.
+
+    Raises:
+        [`UserError`]: if there is none, or it is not of a model for `auto_class`.
+    """
+    check_name(name, "model")
+    if os.path.isfile(name):
+        raise UserError(f"{name!r} is a file, not the folder of a model.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise not_loaded(name, error) from error
+    if auto_class is not None:
+        task, models = _TASKS[auto_class]
+        if type(config) not in models:
+            raise UserError(f"{name!r} is a model of type {config.model_type!r}, which cannot {task}.")
+    return config
+
+
+def load_image_processor(name: str) -> BaseImageProcessor:
+    """That of a classifier's folder or Hub id; raises a [`UserError`] if there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
+
+
 def not_loaded(name: str, error: Exception) -> UserError:
     """What to say where Transformers has found no model; where there is no such folder, it says so of the Hub alone."""
     missing = "" if os.path.exists(name) else "there is no such folder, and as a Hub id: "
-    return UserError(f"No model could be loaded from {name!r}: {missing}{str(error).strip().splitlines()[0]}")
+    private = "; a private one needs `hf auth login`" if isinstance(error.__cause__, RepositoryNotFoundError) else ""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return UserError(f"No model could be loaded from {name!r}: {missing}{reason}{private}.")
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

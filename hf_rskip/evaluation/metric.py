@@ -52,7 +52,10 @@ class TranslationMetric(evaluate.Metric):
         lowercase: bool = False,
         target_lang: str | None = None,
     ) -> dict[str, float | str]:
-        metrics = {"bleu": BLEU(tokenize=tokenize, lowercase=lowercase), "chrf": CHRF(lowercase=lowercase)}
+        bleu = BLEU(
+            tokenize=tokenize, lowercase=lowercase, force=tokenize == "none"
+        )  # forced, it takes tokens as meant
+        metrics = {"bleu": bleu, "chrf": CHRF(lowercase=lowercase)}
         if target_lang is not None:
             metrics["bleu_intl"] = BLEU(tokenize="intl", lowercase=lowercase, force=True)  # one warning is enough
         scores = {}

@@ -1,7 +1,7 @@
 """What the model cards of all tasks have in common."""
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
+from ..data.names import is_path
 from ..models import SKIP_CONNECTIONS
 from ..training.recipe import Recipe
 
@@ -33,7 +34,7 @@ def save_card(
 ) -> None:
     """Fills a template of `model_cards/` and writes it as `README.md`.
 
-    The code of a card loads the model by the name of its folder; [`push_folder`] puts its id on the Hub there.
+    The code of a card loads the model from its folder; [`push_folder`] puts its id on the Hub there.
 
     Args:
         folder: where the model was saved.
@@ -46,7 +47,7 @@ def save_card(
         packages: whose versions matter beside those of all tasks.
         values: what else the template names.
     """
-    config, name = model.config, Path(folder).resolve().name
+    config, name, start = model.config, Path(folder).resolve().name, recipe.training.model_name_or_path
     skip = SKIP_CONNECTIONS[config.skip_type]
     card = ModelCard.from_template(
         ModelCardData(
@@ -55,13 +56,16 @@ def save_card(
             pipeline_tag=recipe.task,
             tags=["hf_rskip", config.skip_type, "arxiv:2105.07205"],
             metrics=list(dict.fromkeys(score.metric_type for score in scores)),
+            base_model=None if start is None or is_path(start) else start,
             model_name=name,
             eval_results=scores,
         ),
         template_str=_template(template).read_text(encoding="utf-8"),
         model_name=name,
-        model_id=name,
-        corpus=f"`{Path(dataset).name if Path(dataset).exists() else dataset}`",
+        model_id=str(folder),
+        package=_package(),
+        start=None if start is None else _shorten(start),
+        corpus=f"`{_shorten(dataset)}`",
         parameters=f"{model.num_parameters():,}",
         formula=skip.formula or skip.__doc__.strip().splitlines()[0],
         skip_connection=skip.describe(config),
@@ -77,6 +81,17 @@ def save_card(
         **values,
     )
     card.save(Path(folder) / "README.md")
+
+
+def _shorten(name: str) -> str:
+    """A path by its last part: where a folder lies is nobody's business."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _package() -> str:
+    """This package, as a link to the first of its URLs."""
+    url = next((entry.partition(", ")[2] for entry in metadata("hf_rskip").get_all("Project-URL") or []), None)
+    return f"[hf_rskip]({url})" if url else "`hf_rskip`"
 
 
 def _template(name: str):

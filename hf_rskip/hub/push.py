@@ -1,11 +1,12 @@
 """Sends a model folder to the Hub: in one commit, without pickles, and again only what has changed."""
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from transformers import AutoConfig
 from transformers.utils import (
     CONFIG_NAME,
@@ -129,6 +130,7 @@ def push_folder(
         overwrite_card=overwrite_card,
         token=token,
         commit_message="Upload model",
+        with_code=with_code,
     )
 
 
@@ -141,6 +143,7 @@ def upload(
     overwrite_card: bool,
     token: str | None,
     commit_message: str,
+    with_code: bool = False,
 ) -> Pushed:
     """Sends files, by their path in the repository, in one commit; see [`push_folder`]."""
     api, sent = HfApi(token=token), []
@@ -158,7 +161,7 @@ def upload(
         if kept_card:
             files = {name: content for name, content in files.items() if name != CARD_NAME}
         elif CARD_NAME in files:
-            files = {**files, CARD_NAME: _address_card(files[CARD_NAME], repo_id)}
+            files = {**files, CARD_NAME: _address_card(files[CARD_NAME], repo_id, with_code)}
         operations = {
             name: CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
@@ -172,19 +175,35 @@ def upload(
         raise
     except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = reason[0].rstrip(".") + "; log in with `hf auth login`" * (status == 401)
         unsent = [name for name in weights if name not in sent]
         raise UserError(
-            f"The push to {repo_id} failed ({reason[0].rstrip('.')}); sent: {', '.join(sent) or 'nothing'}; not sent: "
+            f"The push to {repo_id} failed ({reason}); sent: {', '.join(sent) or 'nothing'}; not sent: "
             f"{', '.join([*unsent, 'the other files'])}; no commit was confirmed, and the same push can be repeated"
         ) from error
     return Pushed(commit.commit_url, changed=commit.oid != head.sha, kept_card=kept_card)
 
 
-def _address_card(card: Path, repo_id: str) -> bytes:
-    """The card with its code, which loads the model by the name of its folder, loading it from the Hub."""
-    name, text = card.resolve().parent.name, card.read_text(encoding="utf-8")
-    for call in ('from_pretrained("', 'model="'):
-        text = text.replace(f'{call}{name}"', f'{call}{repo_id}"')
+def _address_card(card: Path, repo_id: str, with_code: bool) -> bytes:
+    """The card with its code, which loads the model from the folder that it was saved in, loading it from the Hub.
+
+    `with_code` adds how it loads where this package is not installed.
+    """
+    text = card.read_text(encoding="utf-8")
+    # The folder may have moved since.
+    names = {card.resolve().parent.name, ModelCard(text, ignore_metadata_errors=True).data.model_name}
+
+    def address(call: re.Match) -> str:
+        return f'{call[1]}"{repo_id}"' if PurePath(call[2]).name in names else call[0]
+
+    text = re.sub(r'(from_pretrained\(|model=)"([^"]+)"', address, text)
+    door = re.search(r"```python\n(import hf_rskip .*?)```\n", text, re.DOTALL)
+    if with_code and door and "trust_remote_code" not in text:
+        code = re.sub(r"import .*  # (registers the model|defines its skip connection).*\n", "", door[1])
+        code = code.replace(f'"{repo_id}"', f'"{repo_id}", trust_remote_code=True')
+        second = f"\nWithout it, by the code in this repository:\n\n```python\n{code}```\n"
+        text = text[: door.end()] + second + text[door.end() :]
     return text.encode()
 
 

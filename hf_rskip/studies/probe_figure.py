@@ -32,12 +32,12 @@ class _Quantity:
     """Of a logarithmic axis at least, so that what is flat looks flat: its upper end over its lower. `None`: linear,
     from 0, or around 1 if that has a meaning."""
     quartiles: Callable[[SublayerProbe], tuple[float, float]] | None = None
-    """Over tokens; drawn where there is one line for a model only."""
+    """Over positions; drawn where there is one line for a model only."""
     one: bool = False
     """Whether 1 has a meaning, and a line."""
 
 
-_NORM, _MEAN = "norm over the batch", "mean over tokens"
+_NORM, _MEAN = "norm over the batch", "mean over positions"
 _PICTURES: dict[str, list[_Quantity]] = {
     "gradients": [
         _Quantity(
@@ -55,7 +55,7 @@ _PICTURES: dict[str, list[_Quantity]] = {
         _Quantity(
             "angle between x and y (degrees)",
             lambda row: row.angle,
-            "median over tokens",
+            "median over positions",
             quartiles=lambda row: (row.angle_q1, row.angle_q3),
         )
     ],
@@ -63,7 +63,7 @@ _PICTURES: dict[str, list[_Quantity]] = {
         _Quantity(
             "effective skip weight r",
             lambda row: row.skip_weight,
-            "median over tokens",
+            "median over positions",
             4,
             quartiles=lambda row: (row.skip_weight_q1, row.skip_weight_q3),
             one=True,

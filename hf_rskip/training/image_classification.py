@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, EarlyStoppingCallback, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data.image_processor import make_image_processor
 from ..data.images import ImageDatasets, load_image_dataset
 from ..data.pixels import CroppedImages, decode_images, stream_images
+from ..decoding.loading import load_config
 from ..errors import UserError
 from ..evaluation.predictions import write_predictions
 from ..hub.image_model_card import write_image_model_card
@@ -134,7 +135,7 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
     labels |= {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
     try:
         if start:
-            model_type = AutoConfig.from_pretrained(start).model_type
+            model_type = load_config(start).model_type
             if model_type != RSkipResNetConfig.model_type:
                 hint = ": `hf-rskip convert resnet` makes one of it" if model_type == "resnet" else ""
                 raise UserError(

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 
 from ..data.arguments import DataArguments
 from ..data.image_arguments import ImageDataArguments
+from ..decoding.loading import load_config
 from ..errors import UserError
 from .arguments import CommonTrainingArguments
 from .image_arguments import ImageModelArguments, ImageTrainingArguments
@@ -121,6 +122,8 @@ def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -
     """As [`parse_recipe`], of what has been read; `where` names its place in errors."""
     values, overrides = _unset(values, overrides)
     task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
+    if task == "translation":
+        values = {**values, **_languages_of_start(values, overrides)}
     parser = _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False)
     _check_values(values, parser, where, task)
     for word in overrides:
@@ -148,6 +151,23 @@ def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -
     return recipe
 
 
+@dataclass
+class _Start:
+    model_name_or_path: str | None = None
+
+
+def _languages_of_start(values: dict[str, Any], overrides: list[str]) -> dict[str, str]:
+    """Those of the model that a recipe starts from, where the recipe names none."""
+    words = [*_as_command_line({"model_name_or_path": values.get("model_name_or_path")}), *overrides]
+    start = _Parser(_Start, allow_abbrev=False).parse_known_args(words)[0].model_name_or_path
+    given = {_key_of(str(key)) for key, value in values.items() if value is not None} | set(map(_key_of, overrides))
+    missing = [key for key in ("source_lang", "target_lang") if key not in given]
+    if not start or not missing:
+        return {}
+    config = load_config(start)
+    return {key: language for key in missing if (language := getattr(config, key, None))}
+
+
 def check_values(values: dict[str, Any], where: str, task: str | None = None) -> None:
     """Raises a [`UserError`] if a key is unknown to the task, or has a list of values where one is meant.
 
@@ -165,6 +185,11 @@ def _check_values(values: dict[str, Any], parser: _Parser, where: str, task: str
         _check_key(key, parser.keys(), where, task)
         if isinstance(value, list) and key not in parser.list_keys():
             raise UserError(f"{key} takes one value, not a list, in {where}")
+
+
+def _key_of(word: str) -> str:
+    """The key that a word of the command line names, if it names one."""
+    return word.removeprefix("--").split("=")[0].replace("-", "_")
 
 
 def _unset(values: dict, overrides: Sequence[str]) -> tuple[dict, list[str]]:
@@ -239,7 +264,11 @@ def read_yaml(path: Path, what: str = "recipe") -> dict:
 
 
 def _check_key(key: str, known: list[str], where: str, task: str, prefix: str = "") -> None:
-    if str(key).replace("-", "_") not in known:
+    name = str(key).replace("-", "_")
+    if name not in known:
+        for other, parts in TASKS.items():
+            if name in (part.name for group in parts.values() for part in fields(group)):
+                raise UserError(f"{prefix + str(key)!r} in {where} is a key of task {other}, and the task is {task}.")
         close = difflib.get_close_matches(str(key), known, n=1)
         hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
         raise UserError(f"Unknown key {prefix + str(key)!r} in {where} (task: {task}){hint}")

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import (
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
@@ -18,7 +19,8 @@ from transformers import (
 from ..data.cleaning import clean_corpus
 from ..data.corpora import iterate_sentences, load_translation_dataset
 from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus, tokenizer_cache_file
-from ..data.tokenizer import load_tokenizer, train_tokenizer
+from ..data.tokenizer import check_known, load_tokenizer, train_tokenizer
+from ..decoding.loading import load_config
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..evaluation.predictions import write_predictions
@@ -31,6 +33,9 @@ from .describe import describe_model
 from .recipe import Recipe
 from .trainer import RSkipTrainer
 from .translation_arguments import ModelArguments
+
+_CHECKED_PAIRS = 1000
+"""Pairs, at even distances in the corpus, of which a tokenizer must know most."""
 
 
 def train(recipe: Recipe) -> dict[str, float | str]:
@@ -126,9 +131,13 @@ def train(recipe: Recipe) -> dict[str, float | str]:
 
 def make_tokenizer(recipe: Recipe, train_set: Dataset) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names, or a new one for `train_set`, a cleaned corpus."""
+    if recipe.training.model_name_or_path:
+        _load_start_config(recipe.training.model_name_or_path)
     name = recipe.data.tokenizer_name or recipe.training.model_name_or_path
     if name:
-        return load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
+        check_known(tokenizer, iterate_sentences(train_set, recipe.data, _CHECKED_PAIRS), name)
+        return tokenizer
     return train_tokenizer(
         iterate_sentences(train_set, recipe.data, recipe.data.tokenizer_train_samples),
         recipe.model.vocab_size,
@@ -151,19 +160,15 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
     languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
     try:
         if start:
-            said = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys}
-            said.pop("vocab_size", None)
-            model, info = RSkipForConditionalGeneration.from_pretrained(
-                start, **said, **languages, dtype=torch.float32, output_loading_info=True
-            )
+            model = _start_from(start, recipe, languages)
             special_tokens["decoder_start_token_id"] = model.config.decoder_start_token_id
         else:
             said = {**asdict(recipe.model), "vocab_size": len(tokenizer)}
             model = RSkipForConditionalGeneration(RSkipConfig(**said, **special_tokens, **languages))
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
-    if start and info["missing_keys"]:
-        raise UserError(f"{start!r} has no weights for what the recipe asks, such as {min(info['missing_keys'])}")
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of {start!r}")
@@ -179,4 +184,30 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
             f"max_new_tokens allow, not {config.max_position_embeddings}"
         )
     model.generation_config = GenerationConfig(**generation, **special_tokens)
+    return model
+
+
+def _load_start_config(start: str) -> RSkipConfig:
+    config = load_config(start)
+    if config.model_type != RSkipConfig.model_type:
+        hint = ": `hf-rskip convert marian` makes one of it" if config.model_type == "marian" else ""
+        raise UserError(f"{start!r} is a model of type {config.model_type!r}, not {RSkipConfig.model_type!r}{hint}.")
+    return config
+
+
+def _start_from(start: str, recipe: Recipe, languages: dict[str, str]) -> RSkipForConditionalGeneration:
+    """The model of a folder or Hub id, with the recipe's model keys in place of its own."""
+    before = _load_start_config(start)
+    said = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys and key != "vocab_size"}
+    model, info = RSkipForConditionalGeneration.from_pretrained(
+        start, **said, **languages, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
+    if foreign:
+        changed = {key: getattr(before, key) for key in said if getattr(before, key) != said[key]}
+        asked = ", ".join(f"{key} {said[key]!r} in place of {old!r}" for key, old in changed.items())
+        raise UserError(f"{start!r} has no weights for what the recipe asks ({asked}), such as {min(foreign)}.")
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        print(f"note: {len(unused)} weights of {start} are not used, such as {unused[0]}", flush=True)
     return model

@@ -212,16 +212,20 @@ def error_of(capsys, *words):
 
 
 def test_errors_of_folders(capsys, marian_folder, converted, tmp_path):
-    assert "No model could be loaded from" in error_of(capsys, tmp_path / "missing", tmp_path / "new")
+    assert "There is no model" in error_of(capsys, tmp_path / "missing", tmp_path / "new")
     assert "is a model of type 'rskip', not a Marian checkpoint" in error_of(capsys, converted, tmp_path / "new")
     assert "already exists and is not an empty folder" in error_of(capsys, marian_folder, converted)
     assert "`skip_recursions` must be" in error_of(capsys, marian_folder, tmp_path / "n", "--skip_recursions", 0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_error_without_a_tokenizer(capsys, make_marian, tmp_path):
+def test_without_a_tokenizer_the_weights_are_converted(run_cli, make_marian, tmp_path):
     make_marian().save_pretrained(tmp_path / "old")
-    assert "There is no tokenizer" in error_of(capsys, tmp_path / "old", tmp_path / "new")
+    result = run_cli("convert", "marian", tmp_path / "old", tmp_path / "new")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'new'}: rskip, K = 1\n")
+    assert f"No tokenizer is written, since there is none in '{tmp_path / 'old'}'" in result.err
+    assert not list(tmp_path.glob("new/tokenizer*"))
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new").config.skip_recursions == 1
 
 
 def test_error_without_sentencepiece(capsys, marian_folder, tmp_path, monkeypatch):

@@ -70,6 +70,17 @@ def test_every_argument_has_a_help_text():
     [
         ({"source_lang": None}, "source_lang must be a language code such as 'en' (in quotes in YAML), not None."),
         ({"target_lang": False}, "target_lang must be a language code such as 'en' (in quotes in YAML), not False."),
+        ({"source_lang": "english"}, "source_lang must be the language's code, 'en', not its name 'english'."),
+        ({"target_lang": "Norwegian"}, "target_lang must be the language's code, 'no', not its name 'Norwegian'."),
+        (
+            {"validation_size": 5, "validation_split": "dev"},
+            "validation_size and validation_split are both set: give one or the other.",
+        ),
+        (
+            {"validation_size": 5, "dataset_name": None, "train_files": ["a", "b"], "validation_files": ["c", "d"]},
+            "validation_size and validation_files are both set: give one or the other.",
+        ),
+        ({"validation_size": 0}, "validation_size must be a whole number of at least 1, not 0."),
         ({"target_lang": "en"}, "source_lang and target_lang must differ, but both are 'en'."),
         (
             {"dataset_name": None},
@@ -115,6 +126,32 @@ def test_sentences_of_evenly_spaced_pairs():
     some = list(iterate_sentences(dataset, arguments(dataset_name="data"), 10))
     assert some == [f"{side}{number}" for number in range(0, 25_000, 2500) for side in "st"]
     assert len(list(iterate_sentences(dataset, arguments(dataset_name="data"), 9_999))) == 2 * 9_999
+
+
+def test_pairs_held_out_for_validation(tmp_path):
+    """Each pair is in one of the two splits, in its order; those without text stay in training."""
+    pairs = [(f"s{number}", f"t{number}") for number in range(20)] + [(None, "Leer."), ("Empty.", " ")]
+    name = parquet(tmp_path / "data", train=rows(pairs), test=rows(pairs[:2]))
+    args = arguments(dataset_name=name, validation_size=5, max_eval_samples=4)
+    loaded, again = (load_translation_dataset(args) for _ in range(2))
+    assert loaded["validation"][:] == again["validation"][:]
+    train, validation = ([pair["en"] for pair in loaded[split]["translation"]] for split in ("train", "validation"))
+    assert (len(train), len(validation), len(loaded["test"])) == (17, 4, 2)
+    assert len({*train, *validation}) == 21 and train[-2:] == [None, "Empty."]
+    for side in (train[:-2], validation):
+        assert side == sorted(side, key=lambda text: int(text[1:])) != [f"s{number}" for number in range(len(side))]
+
+    args = arguments(train_files=text_files(tmp_path, b"a\nb\n", b"x\ny\n"), validation_size=1)
+    loaded = load_translation_dataset(args, ("train", "validation"))
+    assert sorted(loaded["train"][:]["translation"] + loaded["validation"][:]["translation"], key=str) == [
+        {"en": "a", "de": "x"},
+        {"en": "b", "de": "y"},
+    ]
+    args.validation_size = 2
+    with pytest.raises(
+        UserError, match="validation_size must be below 2, the number of training pairs with text, not 2"
+    ):
+        load_translation_dataset(args, ("train", "validation"))
 
 
 # Text files
@@ -277,10 +314,11 @@ def test_an_empty_split(tmp_path):
 
 
 def test_datasets_that_cannot_be_loaded(tmp_path):
-    for missing in (str(tmp_path / "missing"), "nobody/nothing"):
-        message = refused(dataset_name=missing)
-        assert message.startswith(f"Dataset {missing!r} cannot be loaded: ")
-        assert message.endswith(", and there is no such folder.")
+    missing = str(tmp_path / "missing")
+    assert refused(dataset_name=missing) == f"There is no dataset {missing!r}: no such file or folder."
+    message = refused(dataset_name="nobody/nothing")
+    assert message.startswith("Dataset 'nobody/nothing' cannot be loaded: ")
+    assert message.endswith(", and there is no such folder; a private one needs `hf auth login`.")
 
     name = parquet(tmp_path / "data", train=rows(PAIRS))
     message = refused(dataset_name=name, dataset_config_name="de-en")

@@ -381,3 +381,12 @@ def test_a_missing_label_in_a_stream(tmp_path):
 def test_arguments_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
         ImageDataArguments(**{"dataset_name": "folder", **options})
+
+
+def test_pictures_in_one_class_folder(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for number in range(2):
+            PilImage.new("RGB", (8, 8)).save(tmp_path / split / "cat" / f"{number}.png")
+    with pytest.raises(UserError, match="has pictures without labels: give each class a folder of its own, and"):
+        load_image_dataset(ImageDataArguments(dataset_name=str(tmp_path)))

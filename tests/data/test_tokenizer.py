@@ -6,10 +6,11 @@ import sys
 import unicodedata
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_rskip.data.tokenizer import load_tokenizer, train_tokenizer
+from hf_rskip.data.names import is_path
+from hf_rskip.data.tokenizer import check_known, load_tokenizer, train_tokenizer
 from hf_rskip.errors import UserError
 
 TEXTS = ["The dog sees the small house.", "Der Hund sieht das kleine Haus.", "A house, the house", "Größe über alles"]
@@ -152,21 +153,84 @@ def test_load_tokenizer(tokenizer, tmp_path):
 
 
 def test_tokenizers_that_cannot_be_used(tokenizer, tmp_path):
-    for name in (str(tmp_path), str(tmp_path / "missing"), "nobody/nothing"):
+    for name in (str(tmp_path), "nobody/nothing"):
         with pytest.raises(UserError) as error:
             load_tokenizer(name)
-        assert str(error.value) == (f"There is no tokenizer {name!r}, neither in such a folder nor on the Hub.")
+        assert str(error.value) == f"There is no tokenizer {name!r}, neither in such a folder nor on the Hub."
 
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     for tokens, sentence in [
-        ({"eos_token": "</s>"}, "has no pad_token, which translation needs."),
-        ({"pad_token": "<pad>"}, "has no eos_token, which translation needs."),
-        ({"pad_token": "<pad>", "eos_token": "</s>"}, "does not end a sequence with its eos_token '</s>'."),
+        (
+            {"eos_token": "</s>"},
+            "has no pad_token, which translation needs: `tokenizer.add_special_tokens({'pad_token': ...})`",
+        ),
+        (
+            {"pad_token": "<pad>"},
+            "has no eos_token, which translation needs: `tokenizer.add_special_tokens({'eos_token': ...})`",
+        ),
+        (
+            {"pad_token": "<pad>", "eos_token": "</s>"},
+            "does not end a sequence with its eos_token '</s>': set the `post_processor`",
+        ),
     ]:
         PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(tmp_path)
         with pytest.raises(UserError) as error:
             load_tokenizer(str(tmp_path))
-        assert str(error.value) == f"The tokenizer {str(tmp_path)!r} {sentence}"
+        assert str(error.value).startswith(f"The tokenizer {str(tmp_path)!r} {sentence}")
+
+
+@pytest.mark.parametrize("name", ["{}/missing", "{}/missing.json", "no_such.json", "./missing", "a/b/c", "~/missing"])
+def test_a_path_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: pytest.fail(f"asked for {name}"))
+    name = name.format(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(name)
+    assert str(error.value) == f"There is no tokenizer {name!r}: no such file or folder."
+
+
+@pytest.mark.parametrize("name", ["gpt2", "user/name", "timm/resnet50.a1_in1k", "Qwen/Qwen2.5-0.5B"])
+def test_what_may_be_an_id_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not is_path(name)
+    (tmp_path / "user").mkdir()
+    assert is_path("user/name")
+
+
+def test_a_plain_bpe_file_gets_padding_and_an_end(tmp_path):
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False))
+    size = backend.get_vocab_size()
+    backend.save(str(tmp_path / "bpe.json"))
+    loaded = load_tokenizer(str(tmp_path / "bpe.json"))
+    assert (loaded.pad_token, loaded.eos_token, loaded.unk_token, loaded.bos_token) == ("<pad>", "</s>", "<unk>", None)
+    ids = loaded("the house").input_ids
+    assert ids[-1] == loaded.eos_token_id and len(loaded) == size + 2
+    assert loaded.decode(ids, skip_special_tokens=True) == "the house"
+    assert loaded(text_target="the house").input_ids == ids
+    loaded.save_pretrained(tmp_path / "folder")
+    assert load_tokenizer(str(tmp_path / "folder"))("the house").input_ids == ids
+
+
+def test_a_file_keeps_the_end_that_it_has(tokenizer, tmp_path):
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert loaded("the </s> house").input_ids == tokenizer("the </s> house").input_ids
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.bos_token == "<s>"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json' is not a file of the package `tokenizers`"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_tokenizer_that_knows_little_of_the_corpus(tmp_path):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "house": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    check_known(tokenizer, ["the house", "ein Haus"], "words.json")
+    with pytest.raises(UserError) as error:
+        check_known(tokenizer, ["the house", "ein kleines Haus"], "words.json")
+    assert str(error.value) == ("The tokenizer 'words.json' does not know this corpus: 60% of its tokens are '<unk>'.")
 
 
 def test_a_tokenizer_is_trained_once(tmp_path):

@@ -158,14 +158,17 @@ def test_the_commands(trained, model_and_tokenizer, other, sides, corpus_folder,
 
     expected = score(model, tokenizer, sources, targets)
     printed = run("score", trained.folder, *files, "--per_token")
-    for line, values in zip(printed.out.splitlines(), expected, strict=True):
-        total, count, tokens = line.split("\t")
+    header, *lines = printed.out.splitlines()
+    assert header == "log_probability\ttoken_count\ttoken_log_probabilities\ttokens"
+    for line, values, target in zip(lines, expected, targets, strict=True):
+        total, count, log_probs, tokens = line.split("\t")
         assert float(total) == pytest.approx(sum(values), abs=1e-4) and int(count) == len(values)
-        assert [float(token) for token in tokens.split(" ")] == pytest.approx(values, abs=1e-5)
+        assert [float(value) for value in log_probs.split(" ")] == pytest.approx(values, abs=1e-5)
+        assert tokens.split(" ") == tokenizer.convert_ids_to_tokens(tokenizer(target).input_ids)
     total, count = sum(map(sum, expected)), sum(map(len, expected))
     assert f"perplexity: {math.exp(-total / count):.4f} over {count:,} tokens" in printed.err
     from_dataset = run("score", trained.folder, "--dataset_name", corpus_folder).out
-    assert from_dataset.splitlines() == [line.rpartition("\t")[0] for line in printed.out.splitlines()]
+    assert from_dataset.splitlines() == ["\t".join(line.split("\t")[:2]) for line in printed.out.splitlines()]
 
     options = ["--num_beams", 3, "--gnmt_length_penalty", 0.6, "--max_len_a", 1, "--max_len_b", 5]
     together = ["--input_file", tmp_path / "source", "--ensemble", second, *options]

@@ -94,13 +94,21 @@ def test_loading(trained):
     assert not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize("content", [None, {}, {"config.json": "{}"}, {"config.json": '{"model_type": "bert"}'}])
-def test_a_folder_without_a_model(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "There is no model '.*model': no such file or folder."),
+        ({}, "No model could be loaded from '.*model': "),
+        ({"config.json": "{}"}, "No model could be loaded from '.*model': "),
+        ({"config.json": '{"model_type": "bert"}'}, "'.*model' is a model of type 'bert', which cannot translate."),
+    ],
+)
+def test_a_folder_without_a_model(tmp_path, content, sentence):
     folder = tmp_path / "model"
     if content is not None:
         folder.mkdir()
         for name, text in content.items():
             (folder / name).write_text(text)
-    with pytest.raises(UserError, match="No model could be loaded from '.*model': ") as error:
+    with pytest.raises(UserError, match=sentence) as error:
         load_model(str(folder))
     assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """The metric: sacreBLEU's numbers, through the interface of `evaluate`, without a network."""
 
+import logging
 import socket
 
 import evaluate
@@ -72,3 +73,13 @@ def test_evaluation_scores_what_it_translates(model_and_tokenizer, pairs):
     scores, translations = evaluate_translation(*model_and_tokenizer, sources, references, num_beams=1)
     assert len(translations) == len(sources)
     assert scores["bleu"] == sacrebleu.corpus_bleu(translations, [references]).score > 0
+
+
+def test_tokenized_text_is_no_surprise_where_it_is_said(caplog, monkeypatch):
+    """sacreBLEU warns of 100 lines that look tokenized, unless `tokenize` says that they are."""
+    monkeypatch.setattr(logging.getLogger("sacrebleu"), "propagate", True)
+    lines = ["ein Satz ."] * 101
+    TranslationMetric().compute(predictions=lines, references=lines, tokenize="none")
+    assert not caplog.records
+    TranslationMetric().compute(predictions=lines, references=lines)
+    assert "tokenized" in caplog.text

@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import TrainerState
 
 from hf_rskip.hub.training_curve import Curve, draw_training_curve
+from hf_rskip.hub.translation_model_card import write_model_card
+from hf_rskip.training.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +64,48 @@ def test_its_code_runs(hub, cli, run_with_package, run_without_package, trained)
     assert first_door.code == 0 and first_door.out.startswith("['"), first_door.err
     second_door = run_without_package(code)
     assert (second_door.code, second_door.out) == (0, first_door.out), second_door.err
+
+
+def test_a_local_card_loads_its_folder_and_needs_no_code_of_the_hub(trained, trained_resnet, run_with_package):
+    for run in (trained, trained_resnet):
+        text = (run.folder / "README.md").read_text()
+        assert "trust_remote_code" not in text and "(`pip install .` in a clone of its repository)" in text
+        (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        assert f'"{run.folder}"' in code
+        result = run_with_package(code)
+        assert result.code == 0, result.err
+
+
+def test_a_folder_that_has_moved_and_is_pushed_without_code(hub, cli, trained, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    card = folder / "README.md"
+    card.write_text(card.read_text() + '\nCompare it with from_pretrained("other/model").\n')
+    assert cli("push", folder, "moved").code == 0
+    text = hub.files("user/moved")["README.md"].decode()
+    assert text.count('from_pretrained("user/moved")') == 2 and 'from_pretrained("other/model")' in text
+    assert str(trained.folder) not in text and "trust_remote_code" not in text
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_it_was_fine_tuned_from(trained, model_and_tokenizer, tmp_path, is_folder):
+    """A model of the Hub is in the metadata, a folder in the text alone."""
+    model, _ = model_and_tokenizer
+    start = str(tmp_path / "base") if is_folder else "user/base"
+    (tmp_path / "base").mkdir()
+    recipe = parse_recipe(trained.recipe, ["--model_name_or_path", start])
+    state = TrainerState.load_from_json(trained.folder / "trainer_state.json")
+    metrics = json.loads((trained.folder / "all_results.json").read_text())
+    write_model_card(tmp_path, recipe, model, state, metrics, "the cat .")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == (None if is_folder else "user/base")
+    assert f"Fine-tuned from `{'base' if is_folder else 'user/base'}`. Data: " in card.text
+
+
+def test_the_url_of_the_package():
+    """What the card links to."""
+    (url,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].values()
+    assert all(f"[hf_rskip]({url})" in card.read_text() for card in ROOT.glob("model_cards/*/README.md"))
 
 
 def test_the_card_of_a_resnet(hub, cli, run_with_package, run_without_package, trained_resnet):

@@ -462,6 +462,15 @@ def test_folders_that_are_no_models(cli, trained, tmp_path):
         assert f"is not a complete model: it has no {name}" in fail(cli, folder, "tiny")
 
 
+def test_a_refused_token(hub, cli, trained, run_with_package):
+    argv = ["push", str(trained.folder), "tiny"]
+    result = run_with_package(
+        "import os, sys\nfrom unittest.mock import patch\nfrom hf_rskip.cli import main\n"
+        f"with patch.dict(os.environ, HF_TOKEN='wrong'):\n    sys.exit(main({argv!r}))"
+    )
+    assert result.code == 2 and "; log in with `hf auth login`); sent: nothing; " in result.err
+
+
 def test_a_public_repository_does_not_become_private(hub, cli, trained):
     assert cli("push", trained.folder, "tiny").code == 0
     assert "user/tiny exists and is public: nothing was sent" in fail(cli, trained.folder, "tiny", "--private")

@@ -7,7 +7,8 @@ import yaml
 
 from hf_rskip.data.arguments import DataArguments
 from hf_rskip.errors import UserError
-from hf_rskip.training.recipe import parse_recipe
+from hf_rskip.models import RSkipConfig
+from hf_rskip.training.recipe import check_values, parse_recipe
 from hf_rskip.training.translation_arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments
 
 GROUPS = (ModelArguments, DataArguments, RSkipTrainingArguments, GenerationArguments)
@@ -230,3 +231,26 @@ def test_null_unsets_a_key(write_recipe, words):
     recipe = parse_recipe(write_recipe(), [*words, "--seed", "5"])
     assert recipe.generation.max_new_tokens is None and recipe.training.seed == 5
     assert "max_new_tokens" not in recipe.keys
+
+
+def test_languages_are_those_of_the_model_that_it_starts_from(parse, refused, tmp_path):
+    """And what the recipe or the command line names wins."""
+    RSkipConfig(source_lang="en", target_lang="de").save_pretrained(tmp_path / "model")
+    start = {"model_name_or_path": str(tmp_path / "model")}
+    recipe = parse(**start, source_lang=None, target_lang=None)
+    assert (recipe.data.source_lang, recipe.data.target_lang) == ("en", "de")
+    assert recipe.keys["source_lang"] == "en" and recipe.keys["target_lang"] == "de"
+    recipe = parse(words=["--model_name_or_path", tmp_path / "model", "--target-lang=fr"], target_lang=None)
+    assert (recipe.data.source_lang, recipe.data.target_lang) == ("en", "fr")
+    RSkipConfig().save_pretrained(tmp_path / "model")
+    assert "source_lang must be a language code" in refused(**start, source_lang=None)
+    missing = str(tmp_path / "missing")
+    assert f"There is no model {missing!r}" in refused(model_name_or_path=missing, source_lang=None)
+
+
+def test_a_key_of_the_other_task(refused):
+    sentence = "'--image_size' in the command line is a key of task image-classification, and the task is translation."
+    assert refused(words=["--image_size", 4]) == sentence
+    with pytest.raises(UserError) as error:
+        check_values({"num_beams": 4}, "here", "image-classification")
+    assert str(error.value) == "'num_beams' in here is a key of task translation, and the task is image-classification."

@@ -2,14 +2,19 @@
 
 import errno
 import fcntl
+import resource
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
+from hf_rskip.training import train
 from hf_rskip.training.output_lock import locked
+from hf_rskip.training.recipe import parse_recipe
 
 HOLD = """
 import sys
@@ -75,3 +80,31 @@ def test_a_file_system_without_locks(write_image_recipe, monkeypatch, capfd):
         assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
     assert "model, card and scores: " in capfd.readouterr().out
     assert (recipe.parent / "output" / "model.safetensors").is_file()
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path):
+    (tmp_path / "file").touch()
+    for output_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="output_dir '.*' cannot be written into: "), locked(output_dir):
+            pass
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_text("text" * 999), lambda path: save_file({"x": torch.ones(999)}, path)]
+)
+def test_a_full_disk_at_the_last_save(write_recipe, tmp_path, monkeypatch, write):
+    """Wherever a run meets it, it says how to go on; no file may grow beyond 1 kB, as if the rest did not fit."""
+
+    def run(recipe):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            write(tmp_path / "file")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setitem(train._TRAIN, "translation", run)
+    with pytest.raises(UserError) as error:
+        train.train_recipe(parse_recipe(write_recipe(), []))
+    assert "File too large" in str(error.value)
+    assert str(error.value).endswith("with space again, go on with `--resume_from_checkpoint true`.")

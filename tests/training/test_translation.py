@@ -205,5 +205,11 @@ def test_fine_tuning_starts_from_the_model_it_names(trained, write_recipe, capfd
     before, after = (load_file(folder / "model.safetensors") for folder in (trained.folder, output))
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert json.loads((output / "config.json").read_text())["dropout"] == 0.3
-    assert main(["train", str(write_recipe(**start, skip_recursions=3))]) == 2
-    assert "has no weights for what the recipe asks" in capfd.readouterr().err
+    for key, value in {"skip_recursions": 3, "d_model": 64}.items():
+        assert main(["train", str(write_recipe(**start, **{key: value}))]) == 2
+        sentence = (
+            f"has no weights for what the recipe asks ({key} {value} in place of {value // 2 + value % 2}), such as"
+        )
+        assert sentence in capfd.readouterr().err
+    assert main(["train", str(write_recipe(**start, skip_recursions=1))]) == 0
+    assert "weights of " in (out := capfd.readouterr().out) and " are not used, such as model." in out

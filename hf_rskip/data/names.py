@@ -1,0 +1,33 @@
+"""Whether a name that a user gives is a path, or an id on the Hub."""
+
+import os
+from pathlib import PurePath
+
+from ..errors import UserError
+
+_SUFFIXES = {".bin", ".csv", ".json", ".model", ".onnx", ".pt", ".pth", ".safetensors", ".spm", ".txt", ".yaml", ".yml"}
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` can only mean a path: there is something, its parent exists, or an id on the Hub looks different.
+
+    An id is `name` or `user/name`, and may contain dots, but ends in no suffix of a file.
+    """
+    return (
+        os.path.exists(name)
+        or os.path.isdir(os.path.dirname(name))
+        or name.startswith((".", "~", "/"))
+        or name.count("/") > 1
+        or PurePath(name).suffix in _SUFFIXES
+    )
+
+
+def check_name(name: str, what: str) -> None:
+    """Raises a [`UserError`] if `name` is a path at which there is nothing, so that the Hub is not asked for it.
+
+    Args:
+        name: of a file or folder, or an id on the Hub.
+        what: it names, as the error says.
+    """
+    if not os.path.exists(name) and is_path(name):
+        raise UserError(f"There is no {what} {name!r}: no such file or folder.")
