@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..evaluation.bleu import choose_tokenizer
 from ..models import SKIP_CONNECTIONS
 from ..training.recipe import Recipe, check_values, parse_recipe, parse_values, read_yaml
 
@@ -154,12 +155,13 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
             raise UserError(f"{path}, cell {', '.join([form, *describe_setting(setting)])}: {error}") from error
         cells.append(Cell(len(cells) + 1, form, setting, seed, values, cell_folder))
     _check_folders(cells)
+    translates = recipe.task == "translation"
     return Study(
         path=path,
         output_dir=folder,
         task=recipe.task,
         metric=_choose_metric(file.metric, recipe),
-        bleu_tokenize=getattr(recipe.training, "bleu_tokenize", None),
+        bleu_tokenize=choose_tokenizer(recipe.training.bleu_tokenize, recipe.data.target_lang) if translates else None,
         baseline=file.baseline or next(iter(forms)),
         contrasts=[tuple(pair) for pair in file.contrasts or []],
         forms=list(forms),
