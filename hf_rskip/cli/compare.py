@@ -9,7 +9,7 @@ from ..decoding.translate import translate
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
 from ..evaluation.comparison import check_translations, compare_systems
-from ..evaluation.comparison_report import format_signatures, format_table, write_comparison
+from ..evaluation.comparison_report import QUESTIONS, format_signatures, format_table, write_comparison
 from ..evaluation.evaluate import lowercases
 from ..evaluation.significance import read_seed
 from .evaluate import load_config, load_test_set
@@ -41,7 +41,7 @@ def compare(args: argparse.Namespace) -> None:
             options = generation_kwargs(args)
             translations[names[system]] = translate(model, tokenizer, sources, args.max_batch_tokens, **options)
     comparison = compare_systems(sources, references, translations, args.n_samples, bleu_tokenize, lowercase)
-    print(format_table(comparison), *format_signatures(comparison), sep="\n")
+    print(format_table(comparison), *format_signatures(comparison), QUESTIONS, sep="\n")
     if folder:
         write_comparison(comparison, folder)
 

@@ -61,7 +61,7 @@ def save_card(
         template_str=_template(template).read_text(encoding="utf-8"),
         model_name=name,
         model_id=name,
-        corpus=f"`{Path(dataset).name if Path(dataset).exists() else dataset}`",
+        corpus=f"`{name_dataset(dataset)}`",
         parameters=f"{model.num_parameters():,}",
         formula=skip.formula or skip.__doc__.strip().splitlines()[0],
         skip_connection=skip.describe(config),
@@ -77,6 +77,11 @@ def save_card(
         **values,
     )
     card.save(Path(folder) / "README.md")
+
+
+def name_dataset(dataset: str) -> str:
+    """A Hub id as it is, and of a path the last part."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
 
 
 def _template(name: str):
