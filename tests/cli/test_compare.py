@@ -137,6 +137,17 @@ def test_odd_sentences(compare, tmp_path):
     assert f"    source     {' '.join(odd.split())}\n" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_the_target_language_decides_how_bleu_counts(compare, trained, tmp_path, capfd):
+    """Whatever the model says, of which the sentences would be single words of 13a."""
+    (tmp_path / "test.zh").write_text("他们明天去北京。\n我喜欢猫。\n")
+    (tmp_path / "zh.txt").write_text("他们明天去上海。\n我喜欢猫。\n")
+    files = ("--test_files", "test.zh", "test.zh", "--target_lang", "zh")
+    code, out, err = compare("zh.txt", "test.zh", "--n_samples", "20", test_set=files)
+    assert code == 0 and "|tok:zh|" in out and float(read_table(out)[0]["score"]) > 50, err
+    assert main(["evaluate", str(trained.folder), *files]) == 0
+    assert "|tok:zh|" in json.loads(capfd.readouterr().out)["bleu_signature"]
+
+
 def test_evaluate_prints_each_form_of_bleu(trained, corpus_folder, pairs, capfd):
     from hf_rskip.evaluation.compound_split import compound_split_bleu
 
