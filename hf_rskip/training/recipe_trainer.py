@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, reduce
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME
@@ -33,6 +33,7 @@ class RecipeTrainerMixin(HubTrainerMixin):
         super().__init__(callbacks=[BestModelCallback(), *(callbacks or [])], **kwargs)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingLog if self.args.disable_tqdm else TrainingBar)
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all labels, and their number
         self._restart_clock()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -87,13 +88,14 @@ class RecipeTrainerMixin(HubTrainerMixin):
         # Without `num_items_in_batch`, the mean over the labels of this process.
         loss, outputs = super().compute_loss(model, {**inputs, "labels": labels}, return_outputs=True)
         count = (labels != -100).sum()
-        self._evaluated += torch.stack([torch.where(count > 0, loss.detach().double() * count, 0), count]).cpu()
+        loss_and_count = torch.stack([torch.where(count > 0, loss.detach() * count, 0), count]).cpu()
+        self._evaluated += loss_and_count.double()
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all labels, and their number
+        self._evaluated.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = reduce(self._evaluated.to(self.args.device), "sum").tolist()
+        total, count = sum(gather_object([self._evaluated]) if self.args.world_size > 1 else [self._evaluated]).tolist()
         if count:
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
@@ -111,7 +113,7 @@ class RecipeTrainerMixin(HubTrainerMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs[self.throughput_name] = round(float(self._items) / (time.perf_counter() - self._clock))
-        # The one takes every batch to be of per_device_train_batch_size, the other an image to be a token a number.
+        # Guesses: that a batch has per_device_train_batch_size examples, and that a number of an image is a token.
         for name in ("train_samples_per_second", "total_flos"):
             logs.pop(name, None)
         super().log(logs, start_time)
