@@ -9,33 +9,40 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 from ..decoding.loading import load_config, load_model
 from ..decoding.translate import translate
 from ..errors import UserError
-from ..evaluation.comparison import check_settings, check_translations, compare_systems
-from ..evaluation.comparison_report import format_signatures, format_table, write_comparison
+from ..evaluation.bleu import choose_tokenizer
+from ..evaluation.comparison import check_translations, compare_systems
+from ..evaluation.comparison_report import QUESTIONS, format_signatures, format_table, write_comparison
+from ..evaluation.evaluate import lowercases
+from ..evaluation.significance import read_seed
 from .evaluate import load_test_set
 from .translate import generation_kwargs, open_file, read_lines
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Prints how systems differ from the first one, and writes the details to `--output_dir`."""
+    """Prints how systems differ from the first one, and writes the details to `--output_dir`.
+
+    Case does not count if one of the models gives none.
+    """
     names, generation = _name_systems(args.systems), generation_kwargs(args)
     files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
     configs = {system: load_config(system, AutoModelForSeq2SeqLM) for system in args.systems if system not in files}
-    sources, references = load_test_set(
-        args, *(_language(args, key, configs) for key in ("source_lang", "target_lang"))
-    )
-    check_settings(args.bleu_tokenize)
+    source_lang, target_lang = (_language(args, key, configs) for key in ("source_lang", "target_lang"))
+    bleu_tokenize = choose_tokenizer(args.bleu_tokenize, target_lang)
+    read_seed()
+    sources, references = load_test_set(args, source_lang, target_lang)
     for system, lines in files.items():
         check_translations(system, lines, references)
     folder = create_folder(args.output_dir) if args.output_dir else None
-    translations = {}
+    translations, lowercase = {}, False
     for system in args.systems:
         if system in files:
             translations[names[system]] = files[system]
         else:
-            model = load_model(system)
-            translations[names[system]] = translate(*model, sources, args.max_batch_tokens, **generation)
-    comparison = compare_systems(sources, references, translations, args.n_samples, args.bleu_tokenize)
-    print(format_table(comparison), *format_signatures(comparison), sep="\n")
+            model, tokenizer = load_model(system)
+            lowercase = lowercase or lowercases(tokenizer)
+            translations[names[system]] = translate(model, tokenizer, sources, args.max_batch_tokens, **generation)
+    comparison = compare_systems(sources, references, translations, args.n_samples, bleu_tokenize, lowercase)
+    print(format_table(comparison), *format_signatures(comparison), QUESTIONS, sep="\n")
     if folder:
         write_comparison(comparison, folder)
 

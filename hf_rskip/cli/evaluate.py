@@ -8,6 +8,7 @@ from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
 from ..decoding.loading import load_config, load_ensemble
 from ..errors import UserError
+from ..evaluation.bleu import choose_tokenizer
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
 from . import evaluate_images
@@ -47,6 +48,7 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     source_lang = args.source_lang or getattr(model.config, "source_lang", None)
     target_lang = args.target_lang or getattr(model.config, "target_lang", None)
+    bleu_tokenize = choose_tokenizer(args.bleu_tokenize, target_lang)
     sources, references = load_test_set(args, source_lang, target_lang)
     output = open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext()
     scores, translations = evaluate_translation(
@@ -54,7 +56,7 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         tokenizer,
         sources,
         references,
-        args.bleu_tokenize,
+        bleu_tokenize,
         target_lang,
         max_batch_tokens=args.max_batch_tokens,
         **generation,

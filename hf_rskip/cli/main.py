@@ -100,7 +100,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_test_set_arguments(parser: argparse.ArgumentParser, or_images: str = "") -> None:
     _add_split_arguments(parser, parser.add_mutually_exclusive_group(required=True), or_images)
     parser.add_argument("--max_samples", type=_count, help=f"only the first so many sentences{or_images}")
-    parser.add_argument("--bleu_tokenize", default="13a", help="sacreBLEU's `tokenize` (default: 13a)")
+    parser.add_argument("--bleu_tokenize", help="sacreBLEU's `tokenize` (default: that of the target language)")
 
 
 def _add_split_arguments(parser: argparse.ArgumentParser, corpus, or_images: str) -> None:

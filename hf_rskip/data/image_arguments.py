@@ -31,13 +31,17 @@ class ImageDataArguments:
     )
     test_split: str = field(default="test", metadata={"help": "Name of its test split."})
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many images of the training split."}
+        default=None,
+        metadata={
+            "help": "Use so many images of the training split only: the first, or where these lack classes some at "
+            "even distances (of a stream always the first)."
+        },
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many images of the validation split."}
+        default=None, metadata={"help": "Use so many images of the validation split only."}
     )
     max_predict_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many images of the test split."}
+        default=None, metadata={"help": "Use so many images of the test split only."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read images while training, rather than all of them before."}

@@ -1,13 +1,17 @@
 """Datasets of images in classes from the Hub or local folders, in one shape and checked before training."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from transformers.utils import logging
 
 from ..errors import UserError
 from .image_arguments import ImageDataArguments
 from .loading import load_named_dataset, select_split
+
+logger = logging.get_logger(__name__)
 
 _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 _HOLD_OUT_SEED = 0
@@ -28,7 +32,7 @@ def load_image_dataset(
     """Loads the images that `args` names.
 
     Args:
-        args: the dataset, its columns, and how many of the first images of each split to use.
+        args: the dataset, its columns, and how many images of each split to use.
         splits: the splits that are needed, out of "train", "validation" (without an error if there is none) and "test".
 
     Raises:
@@ -51,13 +55,19 @@ def load_image_dataset(
     loaded = {}
     for split, dataset in found.items():
         limit = getattr(args, _SAMPLE_LIMITS[split])
-        if limit is not None:
-            dataset = dataset.take(limit)
-        loaded[split] = _with_labels(dataset, class_names, args, split)
+        if isinstance(dataset, IterableDataset):
+            if limit is not None:
+                logger.warning(f"{_where(args, split)} is streamed: its first {limit:,} images, of whatever classes.")
+                dataset = dataset.take(limit)
+            loaded[split] = _stream_labels(dataset, class_names, args, split)
+        else:
+            rows = _choose_rows(dataset, limit, _where(args, split))
+            loaded[split] = _with_labels(dataset.select(rows), rows, class_names, args, split)
     if "train" in loaded and "validation" in splits and args.validation_size is not None:
         loaded["train"], loaded["validation"] = _hold_out(loaded["train"], class_names, args)
         if args.max_eval_samples is not None:
-            loaded["validation"] = loaded["validation"].take(args.max_eval_samples)
+            rows = _choose_rows(loaded["validation"], args.max_eval_samples, _where(args, "validation"))
+            loaded["validation"] = loaded["validation"].select(rows)
     if "train" in loaded and not args.streaming and len(set(loaded["train"]["label"])) < 2:
         raise UserError(f"{_where(args, 'train')} has one class only: there is nothing to tell apart.")
     return ImageDatasets(loaded, class_names)
@@ -131,9 +141,32 @@ def _class_names(dataset: Dataset | IterableDataset, args: ImageDataArguments) -
     return [str(label) for label in range(largest + 1)]
 
 
-def _with_labels(dataset: Dataset | IterableDataset, class_names: list[str], args: ImageDataArguments, split: str):
-    """The dataset with its labels as indices of `class_names`, all of them checked, and its rows numbered."""
-    feature = dataset.features["label"]
+def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
+    """The first `limit` rows, or as many at even distances where those lack classes, as of a folder sorted by class."""
+    if limit is None or limit >= len(dataset):
+        return np.arange(len(dataset))
+    labels = dataset["label"][:]
+
+    def find_missing(rows: np.ndarray) -> list[str]:
+        missing = set(labels) - {labels[row] for row in rows}
+        names = getattr(dataset.features["label"], "names", None)
+        return sorted(str(label if names is None else names[label]) for label in missing - {None, -1})
+
+    first, spread = np.arange(limit), np.arange(limit) * len(dataset) // limit
+    missing = find_missing(first)
+    if not missing:
+        return first
+    still = find_missing(spread)
+    end = f", which have none of {', '.join(still)}" if still else ""
+    logger.warning(
+        f"{where} has no image of {', '.join(missing)} among its first {limit:,}: {limit:,} at even distances are used"
+        f"{end}."
+    )
+    return spread
+
+
+def _index_labels(feature, class_names: list[str], args: ImageDataArguments, split: str) -> Callable[[Any, int], int]:
+    """A function from the label of a row to the index of its class."""
     # Another split may name the same classes in another order, or others.
     index = {name: number for number, name in enumerate(class_names)}
 
@@ -148,17 +181,30 @@ def _with_labels(dataset: Dataset | IterableDataset, class_names: list[str], arg
             raise UserError(f"{name_row(args, split, row)} has the label {name!r}, which is not one of {some}.")
         return index[str(name)]
 
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(
-            lambda example, row: {"label": to_index(example["label"], row), "row": row},
-            with_indices=True,
-            features=Features({"image": Image(decode=False), "label": Value("int64"), "row": Value("int64")}),
-        )
+    return to_index
+
+
+def _stream_labels(
+    dataset: IterableDataset, class_names: list[str], args: ImageDataArguments, split: str
+) -> IterableDataset:
+    """The stream with its labels as indices of `class_names`, each checked when it is read, and its rows numbered."""
+    to_index = _index_labels(dataset.features["label"], class_names, args, split)
+    return dataset.map(
+        lambda example, row: {"label": to_index(example["label"], row), "row": row},
+        with_indices=True,
+        features=Features({"image": Image(decode=False), "label": Value("int64"), "row": Value("int64")}),
+    )
+
+
+def _with_labels(
+    dataset: Dataset, rows: np.ndarray, class_names: list[str], args: ImageDataArguments, split: str
+) -> Dataset:
+    """The dataset with its labels as indices of `class_names`, all of them checked, and the numbers of its rows."""
     if len(dataset) == 0:
         raise UserError(f"{_where(args, split)} has no images.")
-    labels = np.array([to_index(label, row) for row, label in enumerate(dataset["label"][:])], dtype=np.int64)
-    dataset = dataset.remove_columns("label").add_column("label", labels)
-    return dataset.add_column("row", np.arange(len(dataset), dtype=np.int64))
+    to_index = _index_labels(dataset.features["label"], class_names, args, split)
+    labels = np.array([to_index(*pair) for pair in zip(dataset["label"][:], rows.tolist(), strict=True)], np.int64)
+    return dataset.remove_columns("label").add_column("label", labels).add_column("row", rows)
 
 
 def _hold_out(dataset: Dataset, class_names: list[str], args: ImageDataArguments) -> tuple[Dataset, Dataset]:

@@ -15,6 +15,15 @@ _EXAMPLES = 5
 _TESTS = {"bs": "paired bootstrap", "ar": "paired approximate randomisation"}
 
 
+QUESTIONS = (
+    "p boot. (paired bootstrap, twice the smaller tail): would the difference of these systems change its sign on "
+    "other sentences like these? p rand. (paired approximate randomisation): would systems that are interchangeable "
+    "differ by as much? Both are two-sided, not corrected for the number of systems, and say nothing about other "
+    "trainings."
+)
+"""What the p-values are the answers to."""
+
+
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Writes `comparison.md`, `comparison.json`, `sentences.csv` and `comparison.png` to an existing folder."""
     (folder / "comparison.md").write_text(_describe(comparison), encoding="utf-8")
@@ -63,9 +72,8 @@ def _describe(comparison: Comparison) -> str:
         f"{len(comparison.references):,} sentences.",
         format_table(comparison),
         "Scores are points of 100. 95% is the interval between the 2.5th and the 97.5th percentile of the bootstrap "
-        "resamples; wins, the share of them in which the system is the better one; p, two-sided, of the paired "
-        "bootstrap and the paired approximate randomisation, not corrected for the number of systems; length, tokens "
-        "of the translations over those of the references.",
+        "resamples; wins, the share of them in which the system is the better one; length, tokens of the translations "
+        f"over those of the references. {QUESTIONS}",
         "\n".join(f"- {line}" for line in format_signatures(comparison)),
         "![Changes of single sentences, and scores by source length](comparison.png)",
         "## Sentences",

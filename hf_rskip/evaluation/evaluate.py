@@ -22,6 +22,8 @@ def evaluate_translation(
 ) -> tuple[dict[str, float | str], list[str]]:
     """Scores of a model's translations, and the translations; under several processes each translates a share.
 
+    Case does not count where the tokenizer lower-cases all text, and the signatures say so.
+
     Args:
         model, tokenizer: as the Auto classes load them.
         sources, references: a sentence each, in the same order.
@@ -32,9 +34,18 @@ def evaluate_translation(
     with PartialState().split_between_processes(list(sources)) as share:
         translations = gather_object(translate(model, tokenizer, share, **translate_kwargs))
     scores = TranslationMetric().compute(
-        predictions=translations, references=references, tokenize=bleu_tokenize, target_lang=target_lang
+        predictions=translations,
+        references=references,
+        tokenize=bleu_tokenize,
+        lowercase=lowercases(tokenizer),
+        target_lang=target_lang,
     )
     return scores, translations
+
+
+def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether text loses its case in a tokenizer, so that a model cannot give it back."""
+    return tokenizer.decode(tokenizer("Upper Case").input_ids, skip_special_tokens=True).strip() == "upper case"
 
 
 def split_languages(dataset: Dataset, source_lang: str, target_lang: str) -> tuple[list[str], list[str]]:

@@ -8,23 +8,30 @@ import torch
 _DESCRIPTION = "The fraction of images whose class is the best guess, or among the five best."
 
 
-def rank_classes(logits: torch.Tensor, k: int = 5) -> torch.Tensor:
-    """The `k` best classes of each image, or all if there are fewer, best first; logits are `(batch, classes)`."""
-    return logits.topk(min(k, logits.shape[-1])).indices
+def rank_classes(logits: torch.Tensor) -> torch.Tensor:
+    """The five best classes of each image, best first, or the best alone where there are no more than five.
+
+    Args:
+        logits: `(batch, classes)`.
+
+    Returns:
+        `(batch, 5)` or `(batch, 1)`.
+    """
+    return logits.topk(5 if logits.shape[-1] > 5 else 1).indices
 
 
 class ImageClassificationMetric(evaluate.Metric):
     """Top-1 and top-5 accuracy.
 
     `compute(predictions=[...], references=[...])` takes the classes of each image, best first, and the right one, and
-    returns `accuracy` and `top5_accuracy`, from 0 to 1.
+    returns `accuracy` and, if there are at least five classes of each, `top5_accuracy`, from 0 to 1.
 
     Example:
 
     ```python
     >>> from hf_rskip.evaluation.image_metric import ImageClassificationMetric
 
-    >>> ImageClassificationMetric().compute(predictions=[[3, 1, 0], [2, 0, 1]], references=[3, 1])
+    >>> ImageClassificationMetric().compute(predictions=[[3, 1, 0, 2, 5], [2, 0, 1, 5, 3]], references=[3, 1])
     {'accuracy': 0.5, 'top5_accuracy': 1.0}
 
     ```
@@ -44,4 +51,5 @@ class ImageClassificationMetric(evaluate.Metric):
 
     def _compute(self, predictions, references) -> dict[str, float]:
         hits = np.asarray(predictions) == np.asarray(references)[:, None]
-        return {"accuracy": float(hits[:, 0].mean()), "top5_accuracy": float(hits[:, :5].any(1).mean())}
+        scores = {"accuracy": float(hits[:, 0].mean())}
+        return scores | ({"top5_accuracy": float(hits[:, :5].any(1).mean())} if hits.shape[1] >= 5 else {})

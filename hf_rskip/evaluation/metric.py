@@ -2,7 +2,9 @@
 
 import datasets
 import evaluate
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import CHRF
+
+from .bleu import create_bleu, describe_metric, scored_form
 
 _CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018."
 
@@ -18,6 +20,8 @@ class TranslationMetric(evaluate.Metric):
     literature: `bleu_intl`, sacreBLEU with its international tokenizer, and, if the Moses tokenizer has the language,
     `bleu_compound_split`, that of Vaswani et al. (2017), which is not sacreBLEU
     ([`~hf_rskip.evaluation.compound_split.compound_split_bleu`]).
+
+    Both sides are scored in Unicode NFC; where that changes a sentence, the signatures say `unicode:nfc`.
 
     Example:
 
@@ -52,16 +56,16 @@ class TranslationMetric(evaluate.Metric):
         lowercase: bool = False,
         target_lang: str | None = None,
     ) -> dict[str, float | str]:
-        bleu = BLEU(
-            tokenize=tokenize, lowercase=lowercase, force=tokenize == "none"
-        )  # forced, it takes tokens as meant
-        metrics = {"bleu": bleu, "chrf": CHRF(lowercase=lowercase)}
+        given = [list(predictions), list(references)]
+        predictions, references = scored_form(*given)
+        normalized = [predictions, references] != given
+        metrics = {"bleu": create_bleu(tokenize, lowercase), "chrf": CHRF(lowercase=lowercase)}
         if target_lang is not None:
-            metrics["bleu_intl"] = BLEU(tokenize="intl", lowercase=lowercase, force=True)  # one warning is enough
+            metrics["bleu_intl"] = create_bleu("intl", lowercase)
         scores = {}
         for name, metric in metrics.items():
             scores[name] = metric.corpus_score(predictions, [references]).score
-            scores[f"{name}_signature"] = str(metric.get_signature())
+            scores[f"{name}_signature"] = describe_metric(metric, normalized)
         if target_lang is not None:
             from .compound_split import compound_split_bleu, moses_language  # its tables take long to import
 

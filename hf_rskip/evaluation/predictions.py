@@ -7,7 +7,13 @@ PREDICTIONS_NAME = "test_predictions.json"
 
 
 def write_predictions(folder: str | Path, predictions: list, references: list) -> None:
-    """Writes `PREDICTIONS_NAME`: translations and references, or the numbers of the predicted and the right classes."""
+    """Writes `PREDICTIONS_NAME`.
+
+    Args:
+        folder: of the run.
+        predictions, references: translations and references, in the form in which they were scored; or the numbers of
+            the predicted and the right classes.
+    """
     content = {"predictions": predictions, "references": references}
     Path(folder, PREDICTIONS_NAME).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from ..training.recipe import Recipe
-from .model_card import save_card
+from .model_card import name_dataset, save_card
 from .training_curve import CURVE_NAME, Curve, draw_training_curve
 
 _SCORES = {"accuracy": "accuracy (top-1)", "top5_accuracy": "accuracy (top-5)"}
@@ -21,12 +21,14 @@ def write_image_model_card(
     Args:
         folder: where the model was saved.
         recipe, model, state: of the training.
-        metrics: `train_runtime` in seconds, and `test_accuracy` and `test_top5_accuracy` from 0 to 1.
+        metrics: `train_runtime` in seconds, `test_accuracy` from 0 to 1 and, of more than five classes, the same of
+            `test_top5_accuracy`.
     """
     data, config = recipe.data, model.config
     test_split = f"Split `{data.test_split}`"
     if data.max_predict_samples is not None:
-        test_split += f", at most its first {data.max_predict_samples:,} images"
+        test_split += f", at most {data.max_predict_samples:,} of its images"
+    scores = {key: title for key, title in _SCORES.items() if f"test_{key}" in metrics}
     draw_training_curve(
         state.log_history,
         Path(folder) / CURVE_NAME,
@@ -43,14 +45,14 @@ def write_image_model_card(
         scores=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=Path(data.dataset_name).name,
-                dataset_name=Path(data.dataset_name).name,
+                dataset_type=name_dataset(data.dataset_name),
+                dataset_name=name_dataset(data.dataset_name),
                 dataset_split=data.test_split,
                 metric_type="accuracy",
                 metric_name=title,
                 metric_value=round(metrics[f"test_{key}"], 4),
             )
-            for key, title in _SCORES.items()
+            for key, title in scores.items()
         ],
         metrics=metrics,
         packages=("pillow",),
@@ -60,5 +62,5 @@ def write_image_model_card(
         num_classes=f"{config.num_labels:,}",
         image_size=data.image_size,
         test_split=test_split,
-        results=[{"metric": title, "score": f"{metrics[f'test_{key}']:.2%}"} for key, title in _SCORES.items()],
+        results=[{"metric": title, "score": f"{metrics[f'test_{key}']:.2%}"} for key, title in scores.items()],
     )

@@ -64,8 +64,8 @@ def save_card(
         model_name=name,
         model_id=str(folder),
         package=_package(),
-        start=None if start is None else _shorten(start),
-        corpus=f"`{_shorten(dataset)}`",
+        start=None if start is None else name_dataset(start),
+        corpus=f"`{name_dataset(dataset)}`",
         parameters=f"{model.num_parameters():,}",
         formula=skip.formula or skip.__doc__.strip().splitlines()[0],
         skip_connection=skip.describe(config),
@@ -83,9 +83,9 @@ def save_card(
     card.save(Path(folder) / "README.md")
 
 
-def _shorten(name: str) -> str:
-    """A path by its last part: where a folder lies is nobody's business."""
-    return Path(name).name if Path(name).exists() else name
+def name_dataset(dataset: str) -> str:
+    """A Hub id as it is, and of a path the last part."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
 
 
 def _package() -> str:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from ..training.recipe import Recipe
-from .model_card import save_card
+from .model_card import name_dataset, save_card
 from .training_curve import CURVE_NAME, Curve, draw_training_curve
 
 _SCORES = {"bleu": "BLEU", "chrf": "chrF"}
@@ -33,7 +33,13 @@ def write_model_card(
         example: a source sentence for the code to translate.
     """
     data, config = recipe.data, model.config
-    corpus = data.dataset_name or " and ".join(Path(file).name for file in data.train_files)
+    corpus, test_corpus = (
+        data.dataset_name or " and ".join(Path(file).name for file in files)
+        for files in (data.train_files, data.test_files)
+    )
+    test_split = data.test_split if data.dataset_name else test_corpus
+    if data.max_predict_samples is not None:
+        test_split += f", at most its first {data.max_predict_samples:,} pairs"
     draw_training_curve(
         state.log_history,
         Path(folder) / CURVE_NAME,
@@ -50,9 +56,9 @@ def write_model_card(
         scores=[
             EvalResult(
                 task_type="translation",
-                dataset_type=Path(corpus).name,
-                dataset_name=Path(corpus).name,
-                dataset_split=data.test_split,
+                dataset_type=name_dataset(test_corpus),
+                dataset_name=name_dataset(test_corpus),
+                dataset_split=data.test_split if data.dataset_name else None,
                 metric_type=key,
                 metric_name=f"{title} ({metrics[f'test_{key}_signature']})",
                 metric_value=round(metrics[f"test_{key}"], 2),
@@ -73,7 +79,7 @@ def write_model_card(
         d_model=config.d_model,
         results=[
             {
-                "split": data.test_split,
+                "split": test_split,
                 "metric": title,
                 "score": f"{metrics[f'test_{key}']:.2f}",
                 "signature": metrics[f"test_{key}_signature"].replace("|", "\\|"),  # or it would end the cell

@@ -211,10 +211,10 @@ def _explain(results: Results) -> str:
     text = (
         "Scores are means over the finished seeds, with the standard deviation of a sample. The difference is that to "
         f"{study.baseline}; its 95% interval and `p sentences` are of a paired bootstrap over {units} ({N_SAMPLES:,} "
-        "resamples, the same for all forms and seeds, scores averaged over seeds): whether these trained models would "
-        "differ on other sentences. `p seeds` is of Welch's t-test over seeds: whether the forms would differ with "
-        "other seeds, on this test set. Both are two-sided, and not corrected for the number of forms. Seconds are of "
-        "training with its evaluations, without cells that were interrupted."
+        "resamples, the same for all forms and seeds, scores averaged over seeds; p is twice the smaller tail): "
+        "whether these trained models would differ on other sentences. `p seeds` is of Welch's t-test over seeds: "
+        "whether the forms would differ with other seeds, on this test set. Both are two-sided, and not corrected for "
+        "the number of forms. Seconds are of training with its evaluations, without cells that were interrupted."
     )
     if study.metric == "accuracy":
         text = text.replace("`p sentences`", "`p images`").replace("other sentences", "other images")
@@ -224,9 +224,9 @@ def _explain(results: Results) -> str:
         text += f" A cell trains if it {trains}."
     if len(study.settings) > 1:
         text += (
-            f" A form trains in a setting if every cell that was run {trains}. Settings were chosen by validation, "
-            "never by test scores; a diverged cell counts as 0 there. In the table of best settings, differences are "
-            "to the baseline at its own best setting."
+            f" A form trains in a setting if every cell that was run {trains}. Settings were chosen by validation "
+            "(equal ones by chrF, then by loss), never by test scores; a diverged cell counts as 0 there. In the table "
+            "of best settings, differences are to the baseline at its own best setting."
         )
     return text
 

@@ -1,5 +1,6 @@
 """What a study has found: its cells, gathered by form and setting, and how the forms differ from the baseline."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from sacrebleu.metrics import CHRF
 from sacrebleu.metrics.base import Metric
 
 from ..errors import UserError
-from ..evaluation.comparison import compute_scores, create_bleu, draw_resamples, percentile_interval
+from ..evaluation.bleu import create_bleu
 from ..evaluation.predictions import PREDICTIONS_NAME, read_predictions
+from ..evaluation.significance import bootstrap_p_value, compute_scores, draw_resamples, percentile_interval
+from ..training.best_model import rank_scores
 from .cell import DIVERGED, FINISHED, read_result
 from .study import Cell, Setting, Study
 
@@ -33,6 +36,7 @@ class CellResult:
         record: all of `result.json`; empty if there is none.
         test: score on the test split, of finished cells.
         validation: score of the model that was kept, of finished cells that were evaluated while they trained.
+        kept: all validation scores of that model, as its training logged them; empty where there are none.
         curve: validation scores by step.
     """
 
@@ -41,6 +45,7 @@ class CellResult:
     record: dict[str, Any]
     test: float | None
     validation: float | None
+    kept: dict[str, float]
     curve: list[tuple[int, float]]
 
 
@@ -100,6 +105,16 @@ class Group:
             return None
         return _mean([*finished, *(0.0 for _ in self.of_state(DIVERGED))])
 
+    def validation_rank(self, metric: str) -> tuple[float, ...]:
+        """Where `validation_mean` is not `None`: means of the scores that compare settings, the first one deciding.
+
+        What has diverged has scores of 0 and an infinite loss.
+        """
+        kept = [result.kept for result in self.of_state(FINISHED)]
+        worst = {name: math.inf if name == "loss" else 0.0 for name in kept[0]}
+        ranks = [rank_scores(scores, metric) for scores in [*kept, *(worst for _ in self.of_state(DIVERGED))]]
+        return tuple(map(statistics.fmean, zip(*ranks, strict=True)))
+
     def count_trained(self, trains_at: float | None) -> int:
         """Cells that finished, with a validation score of at least `trains_at`, if that is given."""
         scores = [result.validation for result in self.of_state(FINISHED)]
@@ -125,8 +140,8 @@ class Best:
     """A form over the whole grid.
 
     Attributes:
-        group: at the setting with the best mean validation score, its difference being that to the baseline at the
-            baseline's own best setting; `None` if there is no validation score.
+        group: at the setting with the best mean validation score (of equal ones by chrF, then by loss), its difference
+            being that to the baseline at the baseline's own best setting; `None` if there is no validation score.
         trained, tried: in how many settings all cells that were run finished, and reached `trains_at`; of how many.
     """
 
@@ -187,7 +202,7 @@ def gather_results(study: Study) -> Results:
         return Group(form, setting, members, difference)
 
     groups = [group(form, setting, setting) for setting in study.settings for form in study.forms]
-    best_settings = {form: _choose_setting(form, groups) for form in study.forms}
+    best_settings = {form: _choose_setting(form, groups, study.metric) for form in study.forms}
     rival = best_settings[study.baseline]
     best = []
     for form, setting in best_settings.items():
@@ -210,14 +225,15 @@ def _read(cell: Cell, metric: str) -> CellResult:
     record = read_result(cell) or {}
     state, scale = record.get("state", "not run"), _SCALES.get(metric, 1.0)
     if state != FINISHED:
-        return CellResult(cell, state, record, None, None, [])
+        return CellResult(cell, state, record, None, None, {}, [])
     try:
         curve = [(entry["step"], scale * entry[metric]) for entry in record["validation"] if metric in entry]
+        kept = {entry["step"]: entry for entry in record["validation"]}.get(record["kept_step"], {})
         test = scale * record["test"][metric]
     except (KeyError, TypeError) as error:
         path = str(cell.folder / "result.json")
         raise UserError(f"{path!r} has no proper scores of {metric}: remove it, and the cell is run again.") from error
-    return CellResult(cell, state, record, test, dict(curve).get(record["kept_step"]), curve)
+    return CellResult(cell, state, record, test, dict(curve).get(record["kept_step"]), kept, curve)
 
 
 def _read_predictions(cell: Cell) -> tuple[list, list]:
@@ -234,12 +250,12 @@ def _read_predictions(cell: Cell) -> tuple[list, list]:
     return predictions, references
 
 
-def _choose_setting(form: str, groups: Sequence[Group]) -> Setting | None:
+def _choose_setting(form: str, groups: Sequence[Group], metric: str) -> Setting | None:
     own = [group for group in groups if group.form == form]
     scored = [group for group in own if group.validation_mean is not None]
     if len(own) == 1:
         return own[0].setting
-    return max(scored, key=lambda group: group.validation_mean).setting if scored else None
+    return max(scored, key=lambda group: group.validation_rank(metric)).setting if scored else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -267,11 +283,7 @@ def welch_test(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 class _Bootstrap:
-    """Paired bootstrap over the test set: one set of resamples for all cells, whose scores are averaged over seeds.
-
-    Reference: Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004; the p-value is
-    that of sacreBLEU.
-    """
+    """Paired bootstrap over the test set: one set of resamples for all cells, whose scores are averaged over seeds."""
 
     def __init__(self, study: Study):
         self.study = study
@@ -287,9 +299,7 @@ class _Bootstrap:
         difference = statistics.fmean(scores[0]) - statistics.fmean(scores[1])
         resampled = [np.mean([self._resample(result) for result in side], axis=0) for side in sides]
         samples = resampled[0] - resampled[1]
-        beyond = int((np.abs(samples - samples.mean()) > abs(difference)).sum())
-        p_bootstrap = (beyond + 1) / (len(samples) + 1) if difference else 1.0
-        return Difference(difference, percentile_interval(samples), p_bootstrap, welch_test(*scores))
+        return Difference(difference, percentile_interval(samples), bootstrap_p_value(samples), welch_test(*scores))
 
     def _resample(self, result: CellResult) -> np.ndarray:
         """The cell's score on each resample of the test set, `(N_SAMPLES,)`."""
@@ -314,4 +324,4 @@ class _Bootstrap:
     def _scorer(self) -> Metric:
         if self.study.metric == "chrf":
             return CHRF(references=[self._references])
-        return create_bleu(self.study.bleu_tokenize, self._references)
+        return create_bleu(self.study.bleu_tokenize, references=self._references)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..evaluation.bleu import choose_tokenizer
 from ..models import SKIP_CONNECTIONS
 from ..training.recipe import Recipe, check_values, parse_recipe, parse_values, read_yaml
 
@@ -140,7 +141,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         check_values(keys, place, common.get("task"))
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     folder = Path(output_dir or file.output_dir)
-    cells, recipe = [], None
+    cells, recipe, tokenizers = [], None, set()
     for form, setting, seed in itertools.product(forms, settings, file.seeds):
         name = "-".join([form, *(f"{key}-{value}" for key, value in setting), f"seed-{seed}"])
         cell_folder = folder / "cells" / _as_folder_name(name)
@@ -152,14 +153,18 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
             recipe = parse_values(values, [], str(recipe_path))
         except UserError as error:
             raise UserError(f"{path}, cell {', '.join([form, *describe_setting(setting)])}: {error}") from error
+        if recipe.task == "translation":
+            tokenizers.add(choose_tokenizer(recipe.training.bleu_tokenize, recipe.data.target_lang))
         cells.append(Cell(len(cells) + 1, form, setting, seed, values, cell_folder))
     _check_folders(cells)
+    if len(tokenizers) > 1:
+        raise UserError(f"bleu_tokenize must be one for all cells of {path}, not {', '.join(sorted(tokenizers))}.")
     return Study(
         path=path,
         output_dir=folder,
         task=recipe.task,
         metric=_choose_metric(file.metric, recipe),
-        bleu_tokenize=getattr(recipe.training, "bleu_tokenize", None),
+        bleu_tokenize=next(iter(tokenizers), None),
         baseline=file.baseline or next(iter(forms)),
         contrasts=[tuple(pair) for pair in file.contrasts or []],
         forms=list(forms),

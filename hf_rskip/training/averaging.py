@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 from ..conversion.output import new_folder
 from ..errors import UserError
 from ..hub.push import RESULT_FILES, collect_files
+from .best_model import SCORES, list_evaluations, rank_scores
 from .checkpoints import checkpoint_step, list_checkpoints
 
 
@@ -96,7 +97,9 @@ def _check_alike(folder: Path, files: dict[str, Path], first: Path, first_files:
         raise UserError(f"{str(folder)!r} has another tokenizer than {str(first)!r}")
 
 
-def choose_checkpoints(run: str | Path, count: int, by: str, state: TrainerState | None = None) -> list[Path]:
+def choose_checkpoints(
+    run: str | Path, count: int, by: str, state: TrainerState | None = None, metric: str | None = None
+) -> list[Path]:
     """The last or the best checkpoints of a run, in the order of their steps; fewer where there are fewer.
 
     A checkpoint that was written because of a signal only does not count, so that a run which was interrupted ends
@@ -107,19 +110,19 @@ def choose_checkpoints(run: str | Path, count: int, by: str, state: TrainerState
         count: how many.
         by: "last", or "best" by the metric by which the run chooses its best model.
         state: of the run; that of its last checkpoint unless given.
+        metric: by which the run chooses; the one whose value the state remembers unless given.
     """
     checkpoints = [path for path in list_checkpoints(run) if not is_out_of_turn(path)]
     if by == "last" or not checkpoints:
         return checkpoints[-count:]
     state = state or TrainerState.load_from_json(str(checkpoints[-1] / TRAINER_STATE_NAME))
-    logs = {log["step"]: log for log in state.log_history if any(name.startswith("eval_") for name in log)}
-    # The one whose value the state remembers.
-    best = logs.get(state.best_global_step, {})
-    metric = next((name for name, value in best.items() if value == state.best_metric), "")
-    sign = -1 if metric.endswith("loss") else 1
-    evaluated = [path for path in checkpoints if metric in logs.get(checkpoint_step(path), {})]
+    logs = {log["step"]: log for log in list_evaluations(state)}
+    if metric is None:
+        best = logs.get(state.best_global_step, {})
+        metric = next((name for name in SCORES if best.get(f"eval_{name}") == state.best_metric), None)
+    evaluated = [path for path in checkpoints if metric is not None and checkpoint_step(path) in logs]
     # Of equal ones the later; sorting keeps their order.
-    ranked = sorted(evaluated, key=lambda path: sign * logs[checkpoint_step(path)][metric])
+    ranked = sorted(evaluated, key=lambda path: rank_scores(logs[checkpoint_step(path)], metric))
     return sorted(ranked[-count:], key=checkpoint_step)
 
 

@@ -41,6 +41,9 @@ def train(recipe: Recipe) -> dict[str, float]:
         images = load_image_dataset(data)
         if "validation" not in images.splits:
             _do_without_validation(recipe)
+        if training.metric_for_best_model == "top5_accuracy" and len(images.class_names) <= 5:
+            count = len(images.class_names)
+            raise UserError(f"metric_for_best_model top5_accuracy is always 1 for {count} classes: choose accuracy.")
         sets = {split: _prepare(images, split, recipe, checkpoint) for split in images.splits}
     set_seed(training.seed)
     model = create_model(recipe, images.class_names)

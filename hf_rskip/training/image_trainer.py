@@ -27,7 +27,7 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
 
     Images are augmented and normalised here, a whole batch at a time, on the device. What is drawn for a batch depends
     on the seed, the step and the process alone, so that a resumed run draws the same. Logs gain `images_per_second`,
-    evaluations `accuracy` and `top5_accuracy`, from 0 to 1.
+    evaluations `accuracy` and, of more than five classes, `top5_accuracy`, from 0 to 1.
 
     With several processes, each has seen its own images when it comes to the running statistics of batch normalisation;
     before they are used or saved, they are averaged over the processes.

@@ -41,6 +41,9 @@ class TrainingBar(ProgressCallback):
 class TrainingLog(TrainerCallback):
     """For a file: short lines only, with the time left at the pace so far."""
 
+    def __init__(self):
+        self._start, self._first_step = time.perf_counter(), 0  # of an evaluation without a training
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._start, self._first_step = time.perf_counter(), state.global_step
 

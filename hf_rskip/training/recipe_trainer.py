@@ -2,31 +2,38 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import UserError
 from ..hub.trainer import HubTrainerMixin
+from .best_model import BestModelCallback
 from .progress import TrainingBar, TrainingLog
 
 
 class RecipeTrainerMixin(HubTrainerMixin):
-    """For a Trainer. Logs gain the throughput over all processes, without the time of evaluations."""
+    """For a Trainer. Logs gain the throughput over all processes, without the time of evaluations.
+
+    The loss of an evaluation is the mean over all labels (tokens, images), however they are batched and shared out.
+    """
 
     throughput_name: str
     """Its name in the logs: what labels count, a second."""
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **kwargs):
+        super().__init__(callbacks=[BestModelCallback(), *(callbacks or [])], **kwargs)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingLog if self.args.disable_tqdm else TrainingBar)
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all labels, and their number
         self._restart_clock()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -69,6 +76,32 @@ class RecipeTrainerMixin(HubTrainerMixin):
             callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early_stopping
         )
 
+    # Evaluation
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        if model.training or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels, last = inputs["labels"], self.accelerator.gradient_state
+        if last.end_of_dataloader and last.remainder > 0:  # accelerate fills the last batches with examples from before
+            labels = labels.clone()
+            labels[max(0, last.remainder - self.args.process_index * len(labels)) :] = -100
+        # Without `num_items_in_batch`, the mean over the labels of this process.
+        loss, outputs = super().compute_loss(model, {**inputs, "labels": labels}, return_outputs=True)
+        count = (labels != -100).sum()
+        loss_and_count = torch.stack([torch.where(count > 0, loss.detach() * count, 0), count]).cpu()
+        self._evaluated += loss_and_count.double()
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._evaluated.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = sum(gather_object([self._evaluated]) if self.args.world_size > 1 else [self._evaluated]).tolist()
+        if count:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
+
+    # Logs
+
     def _restart_clock(self) -> None:
         self._clock, self._items = time.perf_counter(), 0
 
@@ -80,5 +113,8 @@ class RecipeTrainerMixin(HubTrainerMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs[self.throughput_name] = round(float(self._items) / (time.perf_counter() - self._clock))
+        # Guesses: that a batch has per_device_train_batch_size examples, and that a number of an image is a token.
+        for name in ("train_samples_per_second", "total_flos"):
+            logs.pop(name, None)
         super().log(logs, start_time)
         self._restart_clock()

@@ -89,7 +89,10 @@ class SafeCheckpointMixin:
         clear_staging(run)
 
     def _checkpoints_to_average(self, run: Path) -> list[Path]:
-        return choose_checkpoints(run, self.args.average_checkpoints, self.args.average_checkpoints_by, self.state)
+        args = self.args
+        return choose_checkpoints(
+            run, args.average_checkpoints, args.average_checkpoints_by, self.state, args.metric_for_best_model
+        )
 
     def use_average_of_checkpoints(self) -> None:
         """Ends with the mean of the checkpoints that the arguments ask for, if they do, and its validation scores."""

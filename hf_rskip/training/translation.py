@@ -22,7 +22,8 @@ from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_co
 from ..data.tokenizer import check_known, load_tokenizer, train_tokenizer
 from ..decoding.loading import load_config
 from ..errors import UserError
-from ..evaluation.evaluate import evaluate_translation, split_languages
+from ..evaluation.bleu import choose_tokenizer, scored_form
+from ..evaluation.evaluate import evaluate_translation, lowercases, split_languages
 from ..evaluation.predictions import write_predictions
 from ..hub.translation_model_card import write_model_card
 from ..models import RSkipConfig, RSkipForConditionalGeneration
@@ -73,9 +74,11 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         check_same_model(model.config, checkpoint, [*asdict(ModelArguments()), "source_lang", "target_lang"])
     model.set_attn_implementation(training.attn_implementation)
 
+    bleu_tokenize = choose_tokenizer(training.bleu_tokenize, data.target_lang)
+
     def score(model: PreTrainedModel, split: str, **generate_kwargs) -> tuple[dict[str, float | str], list[str]]:
         sentences = split_languages(corpus[split], data.source_lang, data.target_lang)
-        return evaluate_translation(model, tokenizer, *sentences, training.bleu_tokenize, **generate_kwargs)
+        return evaluate_translation(model, tokenizer, *sentences, bleu_tokenize, **generate_kwargs)
 
     def validation_metrics(model: PreTrainedModel) -> dict[str, float]:
         scores, _ = score(model, "validation", num_beams=training.generation_num_beams)
@@ -120,7 +123,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     metrics = {**result.metrics, **test_metrics}
     if trainer.is_world_process_zero():
         _, references = split_languages(corpus["test"], data.source_lang, data.target_lang)
-        write_predictions(training.output_dir, translations, references)
+        write_predictions(training.output_dir, *scored_form(translations, references, lowercase=lowercases(tokenizer)))
         example = corpus["test"][0]["translation"][data.source_lang]
         write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, example)
         print(f"model, card and scores: {training.output_dir}", flush=True)

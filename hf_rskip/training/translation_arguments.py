@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sacrebleu.metrics import BLEU
 from transformers import SchedulerType, Seq2SeqTrainingArguments
 
 from ..errors import UserError
+from ..evaluation.bleu import create_bleu
 from ..models import RSkipConfig
 from .arguments import CommonTrainingArguments, check_at_least, make_model_arguments
 
@@ -92,8 +92,12 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
     )
-    bleu_tokenize: str = field(
-        default="13a", metadata={"help": "sacreBLEU's `tokenize`; `none` for text that is tokenized already."}
+    bleu_tokenize: str | None = field(
+        default=None,
+        metadata={
+            "help": "sacreBLEU's `tokenize`, by default that of the target language; `none` for text that is tokenized "
+            "already."
+        },
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate, reached after warmup_steps."})
     lr_scheduler_type: SchedulerType = field(
@@ -120,10 +124,8 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
         if self.global_batch_tokens is not None:
             check_at_least("global_batch_tokens", self.global_batch_tokens, 1)
             self._share_out_global_batch()
-        try:
-            BLEU(tokenize=self.bleu_tokenize)
-        except (KeyError, RuntimeError, ImportError) as error:
-            raise UserError(f"bleu_tokenize {self.bleu_tokenize!r} is not to be had from sacreBLEU.") from error
+        if self.bleu_tokenize is not None:
+            create_bleu(self.bleu_tokenize)
         if self.predict_with_generate:
             self.check_metric_for_best_model(("bleu", "chrf", "loss"))
         else:

@@ -61,7 +61,8 @@ def test_a_model_and_files_in_a_process_of_their_own(run_cli, compare, trained, 
         metric = {"BLEU": sacrebleu.corpus_bleu, "chrF": sacrebleu.corpus_chrf}[row["metric"]]
         assert row["score"] == f"{metric(translations[row['system']], [references]).score:.2f}"
     assert (table[0]["difference"], table[0]["p boot."], table[2]["score"]) == ("baseline", "", "100.00")
-    assert table[2]["p boot."] == table[2]["p rand."] == f"{1 / 101:.4f}" and table[2]["wins"] == "100.0%"
+    assert (table[2]["p boot."], table[2]["p rand."]) == (f"{2 / 101:.4f}", f"{1 / 101:.4f}")
+    assert table[2]["wins"] == "100.0%"
     assert "nrefs:1|bs:100|seed:12345|case:mixed|" in result.out and "nrefs:1|ar:100|seed:12345|" in result.out
 
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -134,6 +135,17 @@ def test_odd_sentences(compare, tmp_path):
         (row,) = csv.DictReader(file)
     assert row["c.txt translation"] == row["source"] == odd[:-1] and row["a|$b.txt translation"] == ""
     assert f"    source     {' '.join(odd.split())}\n" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_the_target_language_decides_how_bleu_counts(compare, trained, tmp_path, capfd):
+    """Whatever the model says, of which the sentences would be single words of 13a."""
+    (tmp_path / "test.zh").write_text("他们明天去北京。\n我喜欢猫。\n")
+    (tmp_path / "zh.txt").write_text("他们明天去上海。\n我喜欢猫。\n")
+    files = ("--test_files", "test.zh", "test.zh", "--target_lang", "zh")
+    code, out, err = compare("zh.txt", "test.zh", "--n_samples", "20", test_set=files)
+    assert code == 0 and "|tok:zh|" in out and float(read_table(out)[0]["score"]) > 50, err
+    assert main(["evaluate", str(trained.folder), *files]) == 0
+    assert "|tok:zh|" in json.loads(capfd.readouterr().out)["bleu_signature"]
 
 
 def test_evaluate_prints_each_form_of_bleu(trained, corpus_folder, pairs, capfd):

@@ -110,6 +110,23 @@ def test_the_first_so_many(folder):
     assert [len(splits[split]) for split in ("train", "test")] == [7, 2]
 
 
+def test_a_folder_sorted_by_class_keeps_its_classes(tmp_path, caplog):
+    """The first so many would be of one class only; row numbers stay those of the whole split."""
+    labels = [0] * 10 + [1] * 10 + [2] * 10
+    save(tmp_path, "train", labels)
+    save(tmp_path, "test", labels)
+    limits = {"max_train_samples": 6, "max_predict_samples": 2, "max_eval_samples": 4, "validation_size": 3}
+    splits = load_image_dataset(arguments(tmp_path, **limits)).splits
+    assert sorted(splits["train"]["label"][:] + splits["validation"]["label"][:]) == [0, 0, 1, 1, 2, 2]
+    assert sorted(splits["train"]["row"][:] + splits["validation"]["row"][:]) == [0, 5, 10, 15, 20, 25]
+    assert (splits["test"]["label"][:], splits["test"]["row"][:]) == ([0, 1], [0, 15])
+    assert [record.message.split(", ", 1)[1] for record in caplog.records] == [
+        "split 'train', has no image of bee, cat among its first 6: 6 at even distances are used.",
+        "split 'test', has no image of bee, cat among its first 2: 2 at even distances are used, which have none of "
+        "cat.",
+    ]
+
+
 # Held-out images
 
 

@@ -2,14 +2,21 @@
 
 import itertools
 import math
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
-from sacrebleu.metrics import CHRF
+from sacrebleu.metrics import BLEU, CHRF
 
 from hf_rskip.errors import UserError
 from hf_rskip.evaluation.comparison import compare_systems
+from hf_rskip.evaluation.significance import (
+    bootstrap_p_value,
+    compute_scores,
+    draw_resamples,
+    randomization_p_value,
+)
 
 N_SAMPLES = 400
 
@@ -96,14 +103,14 @@ def test_equals_the_formulas_on_the_same_resamples(monkeypatch, metric, seed):
         assert found.score == pytest.approx(real, abs=1e-9)
         assert found.interval == pytest.approx(np.percentile(samples, [2.5, 97.5]), abs=1e-9)
         assert found.wins == (samples > 0).mean()
-        centred = np.abs(samples) - np.abs(samples).mean()
-        assert found.p_bootstrap == pytest.approx(((centred > abs(real)).sum() + 1) / (N_SAMPLES + 1))
+        tail = min((samples <= 0).sum(), (samples >= 0).sum())
+        assert found.p_bootstrap == pytest.approx(min(1, 2 * (tail + 1) / (N_SAMPLES + 1)))
         first, second = (
             np.where(swap[:, :, None], statistics["A"], statistics[system.name]).sum(1) for swap in (swaps, ~swaps)
         )
         shuffled = np.array([abs(score(a) - score(b)) for a, b in zip(first, second, strict=True)])
-        # Sums of floats in another order: the difference itself, when it is drawn, is not beyond itself.
-        beyond = (shuffled > abs(real) + 1e-9).sum()
+        # Sums of floats in another order.
+        beyond = (shuffled >= abs(real) - 1e-9).sum()
         assert found.p_randomization == pytest.approx((beyond + 1) / (N_SAMPLES + 1))
 
 
@@ -115,7 +122,7 @@ def test_randomisation_approaches_the_exact_test():
     real = abs(score(a.sum(0)) - score(b.sum(0)))
     exact = np.mean(
         [
-            abs(score(np.where(swap, a, b).sum(0)) - score(np.where(swap, b, a).sum(0))) > real + 1e-9
+            abs(score(np.where(swap, a, b).sum(0)) - score(np.where(swap, b, a).sum(0))) >= real - 1e-9
             for swap in (np.array(bits)[:, None] for bits in itertools.product([False, True], repeat=9))
         ]
     )
@@ -142,9 +149,51 @@ def test_a_clear_difference_and_its_direction():
         assert better.interval[0] > 0 and better.wins == 1
         assert lower.interval[1] < 0 and lower.wins == 0
         for difference in (better, lower):
-            # The least that 200 resamples can give.
-            assert difference.p_bootstrap == difference.p_randomization == pytest.approx(1 / 201)
+            # The least that 200 resamples can give, of two tails and of absolute values.
+            assert difference.p_bootstrap == pytest.approx(2 / 201)
+            assert difference.p_randomization == pytest.approx(1 / 201)
     assert good.sentence_chrf.mean() > comparison.systems[0].sentence_chrf.mean() > worse.sentence_chrf.mean()
+
+
+@pytest.mark.parametrize("scorer", [BLEU(tokenize="none", force=True), CHRF()], ids=["BLEU", "chrF"])
+def test_the_null_and_the_alternative(scorer):
+    """At .05, 3% to 7% of comparisons are significant if each sentence is of either system by chance, and most if the
+    systems differ."""
+    references, systems = make_systems(120, {"A": 0.25, "B": 0.25, "better": 0.2}, seed=4)
+    a, b, better = (np.array(scorer._extract_corpus_statistics(system, [references])) for system in systems.values())
+    weights, rng = draw_resamples(120, 79), np.random.default_rng(0)
+
+    def p_values(first, second):
+        samples = compute_scores(scorer, weights @ first) - compute_scores(scorer, weights @ second)
+        return bootstrap_p_value(samples), randomization_p_value(scorer, first, second, 79)
+
+    swaps = rng.integers(2, size=(300, 120, 1), dtype=bool)
+    rejected = np.mean([np.array(p_values(np.where(swap, a, b), np.where(swap, b, a))) <= 0.05 for swap in swaps], 0)
+    assert all(0.03 <= rate <= 0.07 for rate in rejected), rejected
+    assert max(p_values(a, better)) <= 0.05
+
+
+def test_one_sentence_does_not_tell_systems_apart():
+    references, systems = make_systems(40, {"A": 0.2})
+    systems["B"] = [references[0], *systems["A"][1:]]
+    comparison = compare_systems(references, references, systems, n_samples=200)
+    for difference in comparison.systems[1].differences.values():
+        assert difference.score > 0 and difference.p_bootstrap > 0.3 and difference.p_randomization == 1
+
+
+def test_both_sides_are_compared_in_one_form():
+    references, systems = make_systems(20, {"A": 0.2, "B": 0.3})
+    references, *systems = ([text.replace("w1", "Ä") for text in texts] for texts in (references, *systems.values()))
+    systems = dict(zip("AB", systems, strict=True))
+    plain = compare_systems(references, references, systems, n_samples=20)
+    decomposed = [unicodedata.normalize("NFD", text) for text in references]
+    other = compare_systems(references, decomposed, systems, n_samples=20)
+    lowered = {name: [text.lower() for text in texts] for name, texts in systems.items()}
+    uncased = compare_systems(references, decomposed, lowered, n_samples=20, lowercase=True)
+    assert [system.scores for system in other.systems] == [system.scores for system in plain.systems]
+    assert [system.scores for system in uncased.systems] == [system.scores for system in plain.systems]
+    assert "unicode" not in plain.signatures["chrF"]["ar"] and "|unicode:nfc|" in other.signatures["chrF"]["ar"]
+    assert "|case:lc|" in uncased.signatures["BLEU"]["bs"] and "|case:mixed|" in other.signatures["BLEU"]["bs"]
 
 
 def test_sentences_and_lengths():

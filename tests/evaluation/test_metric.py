@@ -1,14 +1,22 @@
 """The metric: sacreBLEU's numbers, through the interface of `evaluate`, without a network."""
 
+import copy
+import importlib.util
 import logging
 import socket
+import unicodedata
 
 import evaluate
 import pytest
 import sacrebleu
 from sacrebleu.metrics import BLEU, CHRF
+from tokenizers import normalizers
+from transformers.utils import logging as transformers_logging
 
-from hf_rskip.evaluation.evaluate import evaluate_translation, split_languages
+from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.errors import UserError
+from hf_rskip.evaluation.bleu import choose_tokenizer
+from hf_rskip.evaluation.evaluate import evaluate_translation, lowercases, split_languages
 from hf_rskip.evaluation.metric import TranslationMetric
 
 PREDICTIONS = ["The cat sat, on the mat.", "A dog", "", "Ünïcode “quotes” – and 1,000.5 numbers!"]
@@ -43,6 +51,57 @@ def test_defaults_are_those_of_sacrebleu():
     assert scores["bleu"] == sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score
     assert scores["chrf"] == sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES]).score
     assert scores["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
+@pytest.mark.parametrize(
+    ("language", "tokenize", "own"),
+    [("zh", "zh", True), ("zh_TW", "zh", True), ("zho_Hans", "zh", True), ("de", "13a", True), ("th", "char", True)]
+    + [
+        ("ja", "ja-mecab", importlib.util.find_spec("MeCab")),
+        ("kor", "ko-mecab", importlib.util.find_spec("mecab_ko")),
+    ],
+)
+def test_the_tokenizer_is_that_of_the_language(language, tokenize, own, caplog):
+    transformers_logging.get_logger("hf_rskip.evaluation.bleu").warning_once.cache_clear()
+    assert choose_tokenizer(None, language) == (tokenize if own else "char")
+    assert [record.levelname for record in caplog.records] == ([] if own else ["WARNING"])
+    assert own or f"as {tokenize} is not installed: `pip install 'sacrebleu[{tokenize[:2]}]'`" in caplog.text
+    assert choose_tokenizer("intl", language) == "intl"
+    with pytest.raises(UserError, match="bleu_tokenize 'no_such' is not to be had from sacreBLEU"):
+        choose_tokenizer("no_such", language)
+
+
+def test_sentences_without_spaces_have_a_score():
+    predictions, references = ["他们明天去北京。", "我喜欢猫。"], ["他们明天去上海。", "我喜欢猫。"]
+    scores = TranslationMetric().compute(
+        predictions=predictions, references=references, tokenize=choose_tokenizer(None, "zh")
+    )
+    assert scores["bleu"] == sacrebleu.corpus_bleu(predictions, [references], tokenize="zh").score > 50
+    assert "|tok:zh|" in scores["bleu_signature"]
+
+
+def test_both_sides_are_scored_in_one_form():
+    sentences = ["Tôi đã đọc quyển sách này rồi.", "Ngày mai trời sẽ đẹp."]
+    decomposed = [unicodedata.normalize("NFD", sentence) for sentence in sentences]
+    scores = TranslationMetric().compute(predictions=sentences, references=decomposed, target_lang="vi")
+    assert [scores[name] for name in ("bleu", "bleu_intl", "chrf")] == pytest.approx([100] * 3)
+    assert all("|unicode:nfc|version:" in scores[f"{name}_signature"] for name in ("bleu", "bleu_intl", "chrf"))
+    plain = TranslationMetric().compute(predictions=sentences, references=sentences)
+    assert plain["bleu"] == pytest.approx(100) and "unicode" not in plain["bleu_signature"] + plain["chrf_signature"]
+
+
+def test_case_does_not_count_where_the_tokenizer_gives_none(model_and_tokenizer, pairs):
+    model, cased = model_and_tokenizer
+    uncased = copy.deepcopy(cased)
+    tokenizer = uncased.backend_tokenizer
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), tokenizer.normalizer])
+    assert (lowercases(cased), lowercases(uncased)) == (False, True)
+    assert not lowercases(train_tokenizer([], 260)) and lowercases(train_tokenizer([], 260, lowercase=True))
+    sources, references = (["the cat sees a mouse ."], ["DIE KATZE SIEHT EINE MAUS ."])
+    scores, translations = evaluate_translation(model, uncased, sources, references)
+    lowered = [translations[0].lower()], [[references[0].lower()]]
+    assert scores["chrf"] == sacrebleu.corpus_chrf(*lowered).score > 20
+    assert "|case:lc|" in scores["bleu_signature"] and "|case:lc|" in scores["chrf_signature"]
 
 
 def test_is_a_metric_of_evaluate_that_takes_batches():

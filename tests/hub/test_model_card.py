@@ -7,12 +7,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from transformers import TrainerState
 
+from hf_rskip.decoding.loading import load_model
 from hf_rskip.hub.training_curve import Curve, draw_training_curve
 from hf_rskip.hub.translation_model_card import write_model_card
-from hf_rskip.training.recipe import parse_recipe
+from hf_rskip.training.recipe import parse_recipe, parse_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +34,23 @@ def test_the_metadata(card, trained):
         assert results[f"test_{name}_signature"] in result.metric_name
     # Written and read again it is the same.
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_the_scores_are_those_of_the_test_files(trained, tmp_path):
+    """Not of the files that the model was trained on; and of how many pairs."""
+    files = {split: [f"{split}.en", f"{split}.de"] for split in ("train", "validation", "test")}
+    keys = yaml.safe_load(trained.recipe.read_text()) | {f"{split}_files": names for split, names in files.items()}
+    del keys["dataset_name"]
+    recipe = parse_values(keys | {"max_predict_samples": 5, "output_dir": str(tmp_path)}, [], "recipe")
+    model, _ = load_model(str(trained.folder))
+    metrics = json.loads((trained.folder / "all_results.json").read_text())
+    state = TrainerState.load_from_json(str(trained.folder / "trainer_state.json"))
+    write_model_card(tmp_path, recipe, model, state, metrics, "the cat")
+    card = ModelCard.load(tmp_path / "README.md")
+    for score in card.data.eval_results:
+        assert score.dataset_name == score.dataset_type == "test.en and test.de" and score.dataset_split is None
+    assert "Data: `train.en and train.de`" in card.text
+    assert "| test.en and test.de, at most its first 5 pairs | BLEU |" in card.text
 
 
 def test_the_hub_accepts_it(hub, card, run_with_package, trained):
@@ -112,9 +131,8 @@ def test_the_card_of_a_resnet(hub, cli, run_with_package, run_without_package, t
     """Valid metadata, and code that runs with the package and without."""
     card = ModelCard.load(trained_resnet.folder / "README.md")
     results = json.loads((trained_resnet.folder / "all_results.json").read_text())
-    assert [score.metric_value for score in card.data.eval_results] == [
-        round(results[f"test_{name}"], 4) for name in ("accuracy", "top5_accuracy")
-    ]
+    (score,) = card.data.eval_results  # of four classes there is no top-5 accuracy
+    assert score.metric_value == round(results["test_accuracy"], 4) and "top-5" not in card.text
     assert cli("push", trained_resnet.folder, "resnet", "--with-code").code == 0
     files = hub.files("user/resnet")
     assert files.keys() >= {"preprocessor_config.json", "model.safetensors", "modeling_rskip_resnet.py"}

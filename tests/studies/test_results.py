@@ -94,8 +94,29 @@ def test_bootstrap_is_that_of_sacrebleu_on_resampled_sentences(make_study, pairs
     everything = [bootstrap._resample(result) for result in cells]
     samples = (everything[2] + everything[3] - everything[0] - everything[1]) / 2
     assert difference.interval == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
-    beyond = np.count_nonzero(abs(samples - samples.mean()) > abs(difference.score))
-    assert difference.p_bootstrap == pytest.approx((beyond + 1) / (N_SAMPLES + 1))
+    tail = min(np.count_nonzero(samples <= 0), np.count_nonzero(samples >= 0))
+    assert difference.p_bootstrap == pytest.approx(min(1, 2 * (tail + 1) / (N_SAMPLES + 1)))
+
+
+@pytest.mark.parametrize("by", ["chrf", "loss"])
+def test_equal_settings_are_told_apart(make_study, by):
+    """As where BLEU is 0 for all of them; a cell that diverged is worse than any other."""
+    study = make_study(forms={"a": {}}, grid={"learning_rate": [0.1, 0.2, 0.3]}, seeds=[1, 2])
+    scores = {0.1: {"chrf": 30.0, "loss": 3.0}, 0.2: {"chrf": 30.0, "loss": 2.0}, 0.3: {"chrf": 30.0, "loss": 1.0}}
+    if by == "chrf":
+        scores[0.2] = {"chrf": 40.0, "loss": 9.0}
+    for cell in study.cells:
+        rate = dict(cell.setting)["learning_rate"]
+        if (rate, cell.seed) == (0.3, 2):
+            diverge(cell, 9)
+            continue
+        finish(cell, 0.0, [0.0])
+        result = cell.folder / "result.json"
+        record = json.loads(result.read_text())
+        record["validation"][0] |= scores[rate]
+        result.write_text(json.dumps(record))
+    (best,) = gather_results(study).best
+    assert dict(best.group.setting) == {"learning_rate": 0.2}
 
 
 def test_equal_systems_do_not_differ(make_study):

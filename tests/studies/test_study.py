@@ -92,6 +92,7 @@ WRONG = {
     "key in overrides": ({"overrides": {"dropuot": 0.1}}, [], "in the overrides of "),
     "key in the grid": ({"grid": {"dropuot": [0.1]}}, [], "in the grid of "),
     "list in a form": ({"forms": {"a": {"dropout": [0.1]}}}, [], "takes one value, not a list, in the form 'a' of"),
+    "tokenizers": ({"forms": {"a": {}, "b": {"bleu_tokenize": "char"}}}, [], "bleu_tokenize must be one for all cells"),
     "names": ({"forms": {"a b": {}, "a/b": {}}}, [], "would share a folder"),
     "no recipe": ({"recipe": "none.yaml"}, [], "There is no recipe"),
 }  # fmt: skip

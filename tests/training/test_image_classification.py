@@ -50,7 +50,9 @@ def test_the_folder_of_a_finished_run(trained_resnet):
         "trainer_state.json",
     }
     results = json.loads((trained_resnet.folder / "all_results.json").read_text())
-    assert results["test_accuracy"] > 0.9 and results["test_top5_accuracy"] == 1
+    assert results["test_accuracy"] > 0.9
+    # Of four classes all are among the best five; the other two the Trainer would only guess.
+    assert not results.keys() & {"test_top5_accuracy", "train_samples_per_second", "total_flos"}
     config = json.loads((trained_resnet.folder / "config.json").read_text())
     assert config["id2label"] == {"0": "blue", "1": "green", "2": "red", "3": "yellow"}
     for line in ("images: train 280, test 40, validation 40; 4 classes", "skip_recursions: 2", "images/s", "top-1"):
@@ -406,6 +408,7 @@ def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
         ({"num_train_epochs": 0}, "num_train_epochs must be a number above 0"),
         ({"image_size": 2, "crop_padding": 0, "per_device_train_batch_size": 29}, "A batch of one image occurs"),
         ({"test_split": "train"}, "train_split and test_split are both 'train'"),
+        ({"metric_for_best_model": "top5_accuracy"}, "top5_accuracy is always 1 for 4 classes: choose accuracy"),
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model must be one of accuracy, top5_accuracy, loss"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback, set_seed
 
+from hf_rskip.data.augmentation import normalize
 from hf_rskip.data.image_arguments import ImageDataArguments
 from hf_rskip.data.pixels import ImageTensors
 from hf_rskip.models import RSkipResNetConfig, RSkipResNetForImageClassification
@@ -178,6 +179,32 @@ def test_the_moving_average(tmp_path):
     assert trainer.evaluate()["eval_loss"] == accuracy
 
 
+# Evaluation
+
+
+def mean_loss(data, model):
+    """Over the 12 images at once."""
+    images = create_images(12)
+    pixel_values = normalize(images.pixel_values, data.image_mean, data.image_std)
+    return F.cross_entropy(model.eval()(pixel_values).logits, images.labels).item()
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_the_validation_loss_is_the_mean_over_images(tmp_path, size):
+    trainer = create_trainer(tmp_path, per_device_eval_batch_size=size)
+    expected = mean_loss(trainer.data_args, create_model())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_validation_loss_is_that_of_any_number_of_processes(two_processes):
+    data = ImageDataArguments(dataset_name="none")
+    for result in two_processes:
+        model = create_model()
+        model.load_state_dict(result["average"])
+        expected = mean_loss(data, model)
+        assert [scores["eval_loss"] for scores in result["eval"]] == pytest.approx([expected] * 2, rel=1e-5)
+
+
 # Augmentation
 
 
@@ -209,7 +236,13 @@ def test_a_resumed_run_draws_what_the_whole_one_draws(tmp_path):
 def run_two(folder):
     """Two steps with the moving average, evaluated and saved."""
     trainer = create_trainer(
-        folder, per_device_train_batch_size=4, num_train_epochs=1, count=16, ema_decay=0.5, save_strategy="epoch"
+        folder,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=5,
+        num_train_epochs=1,
+        count=16,
+        ema_decay=0.5,
+        save_strategy="epoch",
     )
     trainer.train()
     before = trainer.evaluate()

@@ -5,6 +5,7 @@ This file is also the program of the two processes: `torchrun --nproc_per_node 2
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
 from hf_rskip.data.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
 from hf_rskip.models import RSkipConfig, RSkipForConditionalGeneration
+from hf_rskip.training.averaging import choose_checkpoints
 from hf_rskip.training.trainer import RSkipTrainer
 from hf_rskip.training.translation_arguments import RSkipTrainingArguments
 
@@ -131,9 +133,19 @@ def weights_of(trainer):
     }
 
 
+def evaluate_in_batches(folder):
+    """The validation loss of four sentences of different lengths, by the size of the batches."""
+    trainers = (
+        create_trainer(folder, STEP_LENGTHS, per_device_eval_batch_size=size, chunked_cross_entropy=chunked)
+        for size in (1, 3, 4)
+        for chunked in (False, True)
+    )
+    return [trainer.evaluate()["eval_loss"] for trainer in trainers]
+
+
 def work(folder):
     """What each of the two processes does."""
-    results = {"drawn": draw_epochs(folder / "drawn")}
+    results = {"drawn": draw_epochs(folder / "drawn"), "losses": evaluate_in_batches(folder / "evaluation")}
     for smoothing in SMOOTHING:
         results[f"step {smoothing}"] = weights_after_one_step(folder / "step", smoothing, HALF, 1)
     torch.save(results, folder / f"rank-{torch.distributed.get_rank()}.pt")
@@ -199,6 +211,27 @@ def test_two_processes_are_accumulation(two_processes, tmp_path, smoothing):
         torch.testing.assert_close(own_weights, weights, rtol=0, atol=1e-5)
 
 
+def expected_loss(folder):
+    """The mean over all tokens, of one sentence at a time."""
+    trainer, total, count = create_trainer(folder, STEP_LENGTHS), 0.0, 0
+    for row in trainer.eval_dataset:
+        labels = torch.tensor([row["labels"]])
+        logits = trainer.model.eval()(input_ids=torch.tensor([row["input_ids"]]), labels=labels).logits
+        loss = torch.nn.functional.cross_entropy(logits[0], labels[0], label_smoothing=0.1, reduction="sum")
+        total, count = total + loss.item(), count + len(row["labels"])
+    return total / count
+
+
+def test_the_validation_loss_is_the_mean_over_tokens(tmp_path):
+    assert evaluate_in_batches(tmp_path) == pytest.approx([expected_loss(tmp_path)] * 6, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_validation_loss_is_that_of_any_number_of_processes(two_processes, tmp_path):
+    for results in two_processes:
+        assert results["losses"] == pytest.approx([expected_loss(tmp_path)] * 6, rel=1e-5)
+
+
 @pytest.mark.parametrize("end", ["patience", "max_steps"])
 def test_a_finished_run_does_not_go_on_when_it_is_resumed(tmp_path, end):
     """As after a kill between the last checkpoint and the end."""
@@ -231,6 +264,56 @@ def test_a_finished_run_does_not_go_on_when_it_is_resumed(tmp_path, end):
         return [{"step": entry["step"], "bleu": entry.get("eval_bleu")} for entry in trainer.state.log_history]
 
     assert history(resumed) == history(whole)
+
+
+@pytest.mark.parametrize("interrupted", [False, True], ids=["whole", "resumed"])
+@pytest.mark.parametrize("key", ["bleu", "chrf"])
+def test_ties_are_broken_by_chrf_and_then_by_loss(tmp_path, key, interrupted, caplog):
+    """A metric that never moves, as BLEU for targets without spaces, and four evaluations, of which the third is best;
+    the patience of two counts from there."""
+    scores = {"bleu": [0.0] * 6, "chrf": [33.0, 93.0, 100.0, 100.0, 99.0, 98.0]}
+    losses = [4.0, 1.0, 2.0, 3.0, 1.0, 1.0]
+
+    class Scores(RSkipTrainer):
+        def evaluation_loop(self, *args, **kwargs):
+            output = super().evaluation_loop(*args, **kwargs)
+            output.metrics["eval_loss"] = losses[self.state.global_step - 1]
+            return output
+
+    def create():
+        trainer = create_trainer(
+            tmp_path,
+            COVERAGE_LENGTHS[:20],
+            callbacks=[EarlyStoppingCallback(2)],
+            metrics=lambda model: {name: values[trainer.state.global_step - 1] for name, values in scores.items()},
+            per_device_train_batch_tokens=80,
+            max_steps=6,
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            save_total_limit=None,
+            load_best_model_at_end=True,
+            metric_for_best_model=key,
+        )
+        trainer.__class__ = Scores
+        return trainer
+
+    trainer = create()
+    trainer.train()
+    if interrupted:
+        shutil.rmtree(tmp_path / "checkpoint-5")
+        caplog.clear()
+        trainer = create()
+        trainer.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-4")
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (5, 3)
+    assert trainer.state.best_metric == scores[key][2]
+    assert trainer.state.best_model_checkpoint == f"{tmp_path}/checkpoint-3"
+    # Loss decides between the third and the fourth.
+    best = [choose_checkpoints(tmp_path, count, "best", trainer.state, key) for count in (1, 3)]
+    assert best == [[tmp_path / f"checkpoint-{step}" for step in steps] for steps in ([3], [3, 4, 5])]
+    warned = "bleu was 0 at all 5 evaluations, so the best model was chosen by chrf and loss" in caplog.text
+    assert warned == (key == "bleu")
 
 
 def test_a_resumed_run_can_be_given_more_epochs(tmp_path):

@@ -42,6 +42,7 @@ def test_the_folder_of_a_finished_run(trained):
     }
     results = json.loads((trained.folder / "all_results.json").read_text())
     assert results.keys() >= {"test_bleu", "test_chrf", "test_bleu_signature", "test_chrf_signature", "train_loss"}
+    assert not results.keys() & {"train_samples_per_second", "total_flos"}, "the Trainer does not know them"
     assert 0 < results["test_bleu"] <= 100 and "tok:13a" in results["test_bleu_signature"]
     config = json.loads((trained.folder / "config.json").read_text())
     assert (config["source_lang"], config["target_lang"]) == ("en", "de")

@@ -1,0 +1,83 @@
+"""sacreBLEU's BLEU for a target language, and the one form in which text is scored."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.base import Metric
+from transformers.utils import logging
+
+from ..errors import UserError
+
+logger = logging.get_logger(__name__)
+
+_OWN_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+_ALIASES = {"zho": "zh", "cmn": "zh", "yue": "zh", "jpn": "ja", "kor": "ko"}
+_WITHOUT_SPACES = {"th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bo", "bod", "dz", "dzo"}
+
+
+def choose_tokenizer(tokenize: str | None, target_lang: str | None) -> str:
+    """sacreBLEU's `tokenize`: the given one, or that of the target language.
+
+    Chinese, Japanese and Korean have their own, as on sacreBLEU's command line; `char` is that of other languages that
+    do not put spaces between words, and stands in for a tokenizer that is not installed, with a warning; of all others
+    it is `13a`.
+
+    Args:
+        tokenize: `None` to choose.
+        target_lang: a code such as `zh`, `zh_TW` or `zho_Hans`.
+
+    Raises:
+        [`UserError`]: if sacreBLEU has no such tokenizer.
+    """
+    if tokenize is not None:
+        create_bleu(tokenize)
+        return tokenize
+    code = re.split("[-_]", target_lang or "")[0].lower()
+    if code in _WITHOUT_SPACES:
+        return "char"
+    own = _OWN_TOKENIZERS.get(_ALIASES.get(code, code), "13a")
+    try:
+        create_bleu(own)
+    except UserError:
+        logger.warning_once(
+            f"BLEU counts characters (tok:char), as {own} is not installed: `pip install 'sacrebleu[{own[:2]}]'`"
+        )
+        return "char"
+    return own
+
+
+def create_bleu(tokenize: str, lowercase: bool = False, references: Sequence[str] | None = None) -> BLEU:
+    """sacreBLEU's BLEU, which looks at `references` once only if they are given here.
+
+    Raises:
+        [`UserError`]: if sacreBLEU has no such tokenizer.
+    """
+    try:
+        # Not forced, it warns of text that looks tokenized, once a test and system.
+        return BLEU(lowercase, force=True, tokenize=tokenize, references=None if references is None else [references])
+    # An unknown name, a package that is not installed, a model that cannot be downloaded.
+    except (KeyError, ValueError, ImportError, RuntimeError, OSError) as error:
+        raise UserError(f"bleu_tokenize {tokenize!r} is not to be had from sacreBLEU.") from error
+
+
+def scored_form(*texts: Sequence[str], lowercase: bool = False) -> list[list[str]]:
+    """Texts in Unicode NFC, the form that tokenizers of this package put out; with `lowercase`, in lower case, too."""
+    forms = ([unicodedata.normalize("NFC", sentence) for sentence in text] for text in texts)
+    return [[sentence.lower() for sentence in form] if lowercase else form for form in forms]
+
+
+def describe_metric(metric: Metric, normalized: bool, **values: Any) -> str:
+    """sacreBLEU's signature of a metric that was computed.
+
+    Args:
+        metric: of sacreBLEU.
+        normalized: whether [`scored_form`] changed a sentence: sacreBLEU alone would give another score.
+        values: what else belongs to it.
+    """
+    signature = metric.get_signature()
+    for name, value in (values | ({"unicode": "nfc"} if normalized else {})).items():
+        signature.update(name, value)
+    return str(signature)

@@ -1,0 +1,67 @@
+"""Which evaluation of a run is the best: by its metric, and where that is equal by other ones."""
+
+import math
+from collections.abc import Mapping
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SCORES = ("bleu", "chrf", "accuracy", "top5_accuracy", "loss")
+"""Among which a recipe chooses its `metric_for_best_model`."""
+TIE_BREAKERS = ("chrf", "accuracy", "loss")
+"""Decide in this order between evaluations that are equal by the metric."""
+
+
+def rank_scores(scores: Mapping[str, float], metric: str) -> tuple[float, ...]:
+    """A tuple that is the greater the better the scores are; a score that is missing or not a number is the worst.
+
+    Args:
+        scores: by name, with or without `eval_`.
+        metric: that decides first.
+    """
+    scores = {name.removeprefix("eval_"): value for name, value in scores.items()}
+    names = [metric.removeprefix("eval_"), *TIE_BREAKERS]
+    values = [-scores[name] if name == "loss" else scores[name] for name in names if name in scores]
+    return tuple(-math.inf if math.isnan(value) else value for value in values)
+
+
+class BestModelCallback(TrainerCallback):
+    """Breaks ties of `metric_for_best_model`, where the Trainer alone keeps the first of equal evaluations.
+
+    It stands before `EarlyStoppingCallback`, for which an evaluation that wins a tie is an improvement, too. Warns at
+    the end of a training in which the metric never moved.
+    """
+
+    def __init__(self):
+        self._is_training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._is_training = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        metric = args.metric_for_best_model
+        if self._is_training and metric is not None:
+            *earlier, last = (rank_scores(log, metric) for log in list_evaluations(state))
+            if all(last > rank for rank in earlier):
+                state.best_metric = None  # what the Trainer and early stopping compare with: anything is better
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._is_training = False
+        if args.metric_for_best_model is None or not state.is_world_process_zero:
+            return
+        name = args.metric_for_best_model.removeprefix("eval_")
+        values = [log[f"eval_{name}"] for log in list_evaluations(state)]
+        if len(values) > 1 and len(set(values)) == 1:
+            others = " and ".join(part for part in TIE_BREAKERS if f"eval_{part}" in list_evaluations(state)[0])
+            logger.warning(
+                f"{name} was {values[0]:.4g} at all {len(values)} evaluations, so the best model was chosen by "
+                f"{others}: set metric_for_best_model to what tells models apart."
+            )
+
+
+def list_evaluations(state: TrainerState) -> list[dict[str, float]]:
+    """The evaluations of a run in its log, with their `step`."""
+    return [log for log in state.log_history if "eval_loss" in log]
