@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
+from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .growth import grow_recursions
 from .output import new_folder
@@ -127,6 +128,7 @@ def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions
         model = grow_recursions(model, recursions)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    write_manifest(output, MODEL_FILES)
 
 
 def _new_name(name: str) -> str:

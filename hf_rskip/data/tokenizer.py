@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
+from ..manifest import TOKENIZER_FILES, check_model
 
 PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -99,6 +100,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: if there is none, or if it cannot serve translation: it needs a padding token, and an
             end-of-sequence token that it puts into every sequence (without it a model never learns to stop).
     """
+    check_model(name, TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

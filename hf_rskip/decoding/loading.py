@@ -17,6 +17,7 @@ from transformers import (
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
+from ..manifest import check_model
 from .ensemble import Ensemble
 
 _MODELS = {
@@ -33,8 +34,10 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
         name: the folder or id.
 
     Raises:
-        [`UserError`]: if there is no such model, it is of another kind, or weights are missing.
+        [`UserError`]: if there is no such model, it is of another kind, weights are missing, or a file is not as it was
+            written.
     """
+    check_model(name)
     try:
         config = AutoConfig.from_pretrained(name)
         if type(config) not in _MODELS[auto_class]:

@@ -16,7 +16,8 @@ from transformers.utils import CONFIG_NAME
 from ..conversion.output import new_folder
 from ..errors import UserError
 from ..hub.push import RESULT_FILES, collect_files
-from .checkpoints import checkpoint_step, list_checkpoints
+from ..manifest import MODEL_FILES, write_manifest
+from .checkpoints import checkpoint_step, list_checkpoints, read_state
 
 
 def average_models(output: str | Path, folders: Sequence[str | Path]) -> None:
@@ -36,6 +37,7 @@ def average_models(output: str | Path, folders: Sequence[str | Path]) -> None:
         if name not in RESULT_FILES and not name.startswith("model"):
             shutil.copyfile(path, output / name)
     save_torch_state_dict(weights, output, max_shard_size="50GB")
+    write_manifest(output, MODEL_FILES)
 
 
 def average_weights(folders: Sequence[str | Path]) -> dict[str, torch.Tensor]:
@@ -125,8 +127,5 @@ def choose_checkpoints(run: str | Path, count: int, by: str, state: TrainerState
 
 def is_out_of_turn(checkpoint: Path) -> bool:
     """Whether a checkpoint was written at a step at which none was due."""
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return not state["stateful_callbacks"]["TrainerControl"]["args"]["should_save"]
-    except (OSError, ValueError, KeyError):
-        return False
+    control = read_state(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
+    return not control.get("args", {}).get("should_save", True)

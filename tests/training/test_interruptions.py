@@ -201,7 +201,7 @@ def create(folder, *steps):
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 1}')
-        for name in ("model.safetensors", "scheduler.pt", "rng_state.pth"):
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             (folder / f"checkpoint-{step}" / name).write_text(f"of {step}")
 
 
