@@ -31,14 +31,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
-MODEL_FILES = (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    "model*.safetensors",
-    *TOKENIZER_FILES,
-    IMAGE_PROCESSOR_NAME,
-)
+CONFIGURATIONS = (CONFIG_NAME, GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME)
+MODEL_FILES = (*CONFIGURATIONS, SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors", *TOKENIZER_FILES)
 """Patterns of the names of what makes a model, as it is loaded and pushed."""
 
 
@@ -60,12 +54,8 @@ def write_manifest(folder: str | Path, patterns: Collection[str] | None = None) 
     written.replace(folder / MANIFEST_NAME)
 
 
-def check_manifest(folder: str | Path, patterns: Collection[str] | None = None) -> bool:
-    """Checks that the files are those of the manifest, if there is one.
-
-    Args:
-        folder: any; that of a model from elsewhere, or a Hub id, has no manifest.
-        patterns: of the names of the files to check; all that are listed unless given.
+def check_manifest(folder: str | Path) -> bool:
+    """Checks that all files are those of the manifest, if there is one.
 
     Returns:
         Whether there is a manifest.
@@ -73,47 +63,95 @@ def check_manifest(folder: str | Path, patterns: Collection[str] | None = None) 
     Raises:
         [`UserError`]: names a file that is missing, cannot be read, or is not as it was written.
     """
-    manifest = Path(folder, MANIFEST_NAME)
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        listed = {name: (file["size"], file["crc32"]) for name, file in files.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise UserError(f"{str(manifest)!r} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(manifest)!r} is damaged") from error
-    for name, expected in listed.items():
-        if patterns is not None and not any(fnmatch(name, pattern) for pattern in patterns):
-            continue
-        path = Path(folder, name)
-        try:
-            size = path.stat().st_size
-            if size != expected[0]:
-                raise UserError(
-                    f"{str(path)!r} is damaged: it has {size:,} bytes, and was written with {expected[0]:,}"
-                )
-            if _describe(path)["crc32"] != expected[1]:
-                raise UserError(f"{str(path)!r} is not as it was written: its checksum differs from {MANIFEST_NAME}'s")
-        except FileNotFoundError as error:
-            raise UserError(f"{str(path)!r} is missing, and {MANIFEST_NAME} lists it") from error
-        except OSError as error:
-            raise UserError(f"{str(path)!r} cannot be read ({error.strerror})") from error
-    return True
+    listed = _read_manifest(folder)
+    for name, expected in (listed or {}).items():
+        _check_file(Path(folder, name), expected)
+    return listed is not None
 
 
 def check_model(name: str | Path, patterns: Collection[str] = MODEL_FILES) -> None:
-    """[`check_manifest`] of a model or tokenizer that is to be used, which may also be a Hub id.
+    """Checks the files of a model or a tokenizer that is to be used; a Hub id passes.
+
+    Configurations may have been edited: they must be there if the manifest lists them, and be JSON.
+
+    Args:
+        name: the folder or id.
+        patterns: of the names of the files.
 
     Raises:
-        [`UserError`]: names the wrong file, and says what to do if it was changed on purpose.
+        [`UserError`]: names a file that is missing, cannot be read, or is not as it was written.
     """
+    listed = _read_manifest(name) or {}
+    present = {file for file in CONFIGURATIONS if Path(name, file).exists()}
+    for file in sorted(present | listed.keys()):
+        if not any(fnmatch(file, pattern) for pattern in patterns):
+            continue
+        path = Path(name, file)
+        if file in CONFIGURATIONS:
+            _check_json(path)
+            continue
+        try:
+            _check_file(path, listed[file])
+        except UserError as error:
+            hint = f"if you changed it yourself, remove {str(Path(name, MANIFEST_NAME))!r}"
+            raise UserError(f"{error}; {hint}") from error
+
+
+def _read_manifest(folder: str | Path) -> dict[str, tuple[int, str]] | None:
+    """Size and checksum of each file, or `None` where there is no manifest."""
+    path = Path(folder, MANIFEST_NAME)
     try:
-        check_manifest(name, patterns)
-    except UserError as error:
-        raise UserError(
-            f"{error}; if you changed it yourself, remove {str(Path(name, MANIFEST_NAME))!r}, which notices"
-        ) from error
+        files = json.loads(_read(path))["files"]
+        return {name: (file["size"], file["crc32"]) for name, file in files.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(path)!r} is damaged") from error
+
+
+def _check_json(path: Path) -> None:
+    try:
+        json.loads(_read(path))
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _check_file(path: Path, expected: tuple[int, str]) -> None:
+    try:
+        size = path.stat().st_size
+        checksum = _describe(path)["crc32"] if size == expected[0] else None
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if size != expected[0]:
+        raise UserError(f"{str(path)!r} is not as it was written: it has {size:,} bytes, not {expected[0]:,}")
+    if checksum != expected[1]:
+        raise UserError(f"{str(path)!r} is not as it was written: its checksum is another")
+
+
+def _missing(path: Path) -> UserError:
+    return UserError(f"{str(path)!r} is missing")
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    """What to say where a file or folder could not be read."""
+    return UserError(f"{str(path)!r} cannot be read ({error.strerror})")
 
 
 def _describe(path: Path) -> dict[str, int | str]:

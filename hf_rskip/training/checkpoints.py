@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..errors import UserError
-from ..manifest import MANIFEST_NAME, check_manifest, write_manifest
+from ..manifest import MANIFEST_NAME, check_manifest, unreadable, write_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -175,7 +175,7 @@ def read_state(checkpoint: Path) -> dict:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged") from error
     if not isinstance(state, dict) or "global_step" not in state:
@@ -189,11 +189,7 @@ def _list_names(folder: str | Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{str(path)!r} cannot be read ({error.strerror})")
+        raise unreadable(folder, error) from error
 
 
 def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterable[str]) -> None:

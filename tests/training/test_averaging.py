@@ -71,7 +71,7 @@ def test_half_precision_is_accumulated_in_double(run, tmp_path):
     folders = []
     for number, path in enumerate(numbered(run, 8, 16, 20)):
         folders.append(tmp_path / str(number))
-        shutil.copytree(path, folders[-1])
+        shutil.copytree(path, folders[-1], ignore=shutil.ignore_patterns("manifest.json"))
         weights = load_file(folders[-1] / "model.safetensors")
         save_file(
             {name: value.astype(np.float16) for name, value in weights.items()}, folders[-1] / "model.safetensors"
@@ -95,7 +95,7 @@ def test_half_precision_is_accumulated_in_double(run, tmp_path):
 )
 def test_what_cannot_be_averaged(change, message, run, tmp_path, capfd):
     first, second = numbered(run, 8, 16)
-    shutil.copytree(second, tmp_path / "second")
+    shutil.copytree(second, tmp_path / "second", ignore=shutil.ignore_patterns("manifest.json"))
     change(tmp_path / "second")
     assert main(["average", str(tmp_path / "mean"), str(first), str(tmp_path / "second")]) == 2
     assert message in capfd.readouterr().err

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from itertools import product
 
 import pytest
+import torch
 
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.errors import UserError
 from hf_rskip.hub.push import collect_files
+from hf_rskip.manifest import CONFIGURATIONS
 from hf_rskip.training.averaging import average_weights
 from hf_rskip.training.checkpoints import STAGING_NAME, find_checkpoint, list_checkpoints, rotate_checkpoints
 
@@ -157,26 +159,39 @@ def test_a_damaged_file_of_a_checkpoint_is_named_with_the_newest_checkpoint_that
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
 def test_a_damaged_file_of_a_model_is_named(damage, copied):
-    """Whoever loads it: from its folder, as the start of a training, as a part of an average, or to push it."""
+    """Whoever loads it: from its folder, as a part of an average, or to push it. Configurations may be edited."""
     loaders = (load_model, lambda folder: average_weights([folder]), collect_files)
     names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     for load, name in product(loaders, names):
-        with damaged(copied / name, damage), pytest.raises(UserError, match=name.replace(".", "[.]")) as error:
-            load(str(copied))
-        assert "\n" not in str(error.value)
+        if damage != "flipped" or name not in CONFIGURATIONS:
+            with damaged(copied / name, damage), pytest.raises(UserError, match=name.replace(".", "[.]")) as error:
+                load(str(copied))
+            assert "\n" not in str(error.value)
     load_model(str(copied))
 
 
-def test_a_model_that_was_changed_on_purpose_loads_without_its_manifest(copied, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_truncated_file_of_a_model_without_a_manifest_is_one_sentence(name, copied, tmp_path):
+    folder = shutil.copytree(copied, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*", "manifest.json"))
+    load_model(str(folder))
+    with damaged(folder / name, "truncated"), pytest.raises(UserError) as error:
+        load_model(str(folder))
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_were_changed_on_purpose_load_without_the_manifest(copied, tmp_path):
     folder = shutil.copytree(copied, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
-    path = folder / "generation_config.json"
-    path.write_text(path.read_text().replace('"num_beams": 2', '"num_beams": 3'))
+    model, _ = load_model(str(folder))
+    model.lm_head.weight.data += 1
+    model.save_pretrained(folder)
     with pytest.raises(
-        UserError, match="generation_config.json' .*if you changed it yourself, remove '.*manifest.json'"
+        UserError, match="model.safetensors' is not as .*if you changed it yourself, remove '.*manifest"
     ):
         load_model(str(folder))
     (folder / "manifest.json").unlink()
-    assert load_model(str(folder))[0].generation_config.num_beams == 3
+    assert torch.equal(load_model(str(folder))[0].lm_head.weight, model.lm_head.weight)
 
 
 def test_a_fresh_start_beside_a_finished_model_is_refused(tmp_path):
