@@ -62,7 +62,11 @@ def average_weights(folders: Sequence[str | Path]) -> dict[str, torch.Tensor]:
         for folder, shape in zip(folders, shapes, strict=True):
             if shape != shapes[0]:
                 raise UserError(f"{str(folder)!r} has other weights than {str(folders[0])!r}")
-        return {name: _mean([model[name].get_tensor(name) for model in models]) for name in models[0]}
+        means = {name: _mean([model[name].get_tensor(name) for model in models]) for name in models[0]}
+    bad = next((name for name, mean in means.items() if not mean.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"The mean of {bad} is not finite")
+    return means
 
 
 def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -91,6 +91,7 @@ def test_half_precision_is_accumulated_in_double(run, tmp_path):
         (lambda folder: edit(folder / "config.json", dropout=0.7), "has dropout 0.7, but"),
         (lambda folder: edit(folder / "tokenizer.json", version="2.0"), "has another tokenizer than"),
         (lambda folder: lose_a_tensor(folder / "model.safetensors"), "has other weights than"),
+        (lambda folder: spoil_a_tensor(folder / "model.safetensors"), "The mean of model.decoder"),
     ],
 )
 def test_what_cannot_be_averaged(change, message, run, tmp_path, capfd):
@@ -109,6 +110,12 @@ def edit(path, **values):
 def lose_a_tensor(path):
     weights = load_file(path)
     weights.popitem()
+    save_file(weights, path)
+
+
+def spoil_a_tensor(path):
+    weights = load_file(path)
+    next(value for name, value in sorted(weights.items()) if name.startswith("model.decoder")).flat[0] = np.inf
     save_file(weights, path)
 
 
