@@ -155,7 +155,8 @@ def unreadable(path: str | Path, error: OSError) -> UserError:
 
 
 def _describe(path: Path) -> dict[str, int | str]:
-    """Size in bytes and CRC-32: 3 times as fast as SHA-256 here, and enough against accidents."""
+    """Size in bytes and CRC-32, which takes less than half the time of SHA-256 and is enough against accidents: .18 to
+    .28 of the time of writing 400 MB of weights and optimizer state, on two busy cores."""
     checksum, size = 0, 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
