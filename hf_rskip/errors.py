@@ -9,10 +9,10 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """A training was stopped because its loss or gradient was no number, or had jumped.
+    """A training was stopped because its loss, gradient or weights were not finite, or its loss had jumped.
 
     Attributes:
-        step: the optimizer step, from 1, that was not made.
+        step: the optimizer step, from 1, that was not made, or that made the weights so.
     """
 
     def __init__(self, step: int, what: str):

@@ -67,7 +67,7 @@ PRIVATE = [
     ("transformers:Trainer", "_prepare_for_training", (), "tied embeddings are sharded together by FSDP2"),
     ("transformers:Trainer", "_save_optimizer_and_scheduler", ("output_dir",), "the moving average of a checkpoint"),
     ("transformers:Trainer", "_load_optimizer_and_scheduler", ("checkpoint",), "the moving average of a checkpoint"),
-    ("transformers:Trainer", "_load_best_model", (), "the moving average of the best checkpoint"),
+    ("transformers:Trainer", "_load_best_model", (), "the best checkpoint is whole; its moving average"),
     ("evaluate:EvaluationModule", "_compute", (), "the metric of this package"),
     ("evaluate:EvaluationModule", "_info", (), "the metric of this package"),
     ("sacrebleu.metrics:BLEU", "_compute_score_from_stats", ("stats",), "scores of bootstrap resamples"),

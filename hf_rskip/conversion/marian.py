@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ..data.tokenizer import find_tokenizer
 from ..decoding.loading import load_config, not_loaded
 from ..errors import UserError
+from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .growth import grow_recursions
 from .output import new_folder
@@ -131,6 +132,7 @@ def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions
         logger.warning(f"No tokenizer is written, since there is none in {source!r}: translating needs one in {output}")
     else:
         tokenizer.save_pretrained(output)
+    write_manifest(output, MODEL_FILES)
 
 
 def _new_name(name: str) -> str:

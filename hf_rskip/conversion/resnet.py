@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, log
 
 from ..data.names import check_name
 from ..errors import UserError
+from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from .output import new_folder
 from .resnet_state_dicts import convert_resnet_state_dict, first_sentence, read_state_dict
@@ -117,6 +118,7 @@ def convert_resnet_checkpoint(source: str, output: str | os.PathLike) -> None:
         logger.warning(f"No image processor is written, since none is known that fits {source!r}")
     else:
         processor.save_pretrained(output)
+    write_manifest(output, MODEL_FILES)
 
 
 def _convert_folder(source: str) -> tuple[RSkipResNetForImageClassification, BaseImageProcessor | None]:

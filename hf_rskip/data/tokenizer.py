@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
+from ..manifest import TOKENIZER_FILES, check_model
 from .names import check_name
 
 PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
@@ -130,6 +131,7 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     check_name(name, "tokenizer")
     if os.path.isfile(name):
         return _load_file(name)
+    check_model(name, TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(name)
     except ImportError as error:

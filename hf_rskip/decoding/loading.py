@@ -22,6 +22,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..data.names import check_name
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
+from ..manifest import check_model
 from .ensemble import Ensemble
 
 _TASKS = {
@@ -38,9 +39,11 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
         name: the folder or id.
 
     Raises:
-        [`UserError`]: if there is no such model, it is of another kind, or weights are missing.
+        [`UserError`]: if there is no such model, it is of another kind, weights are missing, or a file is not as it was
+            written.
     """
     load_config(name, auto_class)
+    check_model(name)
     try:
         model, info = auto_class.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:

@@ -17,33 +17,17 @@ from transformers.utils import (
 )
 
 from ..errors import UserError
+from ..manifest import MODEL_FILES, check_model
 from ..models import RSkipConfig, RSkipResNetConfig
 from .remote_code import find_code
 from .training_curve import CURVE_NAME
 
 CARD_NAME = "README.md"
 
-# What is not listed stays at home: training_args.bin, optimizer, scheduler and random states are pickles, and none of
-# the Hub's business.
-_MODEL_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors")
 _COMPANIONS = {
     RSkipConfig.model_type: (GENERATION_CONFIG_NAME, "tokenizer_config.json"),
     RSkipResNetConfig.model_type: (IMAGE_PROCESSOR_NAME,),
 }
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "source.spm",
-    "target.spm",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-)
 RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
 
 
@@ -63,7 +47,7 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
     Raises:
         [`UserError`]: if the folder is no complete model: a configuration, safetensors weights with all their shards,
             and what a model of its kind needs beside them: a tokenizer and a generation configuration, or an image
-            processor.
+            processor; or if one of them is not as it was written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -80,8 +64,10 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
         raise UserError(f"{str(folder)!r} has weights that are not safetensors")
     if missing:
         raise UserError(f"{str(folder)!r} is not a complete model: it has no {', '.join(missing)}")
-    patterns = (*_MODEL_FILES, *_TOKENIZER_FILES, IMAGE_PROCESSOR_NAME, *RESULT_FILES)
-    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    check_model(folder)
+    # What is not listed stays at home: training_args.bin, optimizer, scheduler and random states are pickles, and none
+    # of the Hub's business.
+    paths = sorted(path for pattern in (*MODEL_FILES, *RESULT_FILES) for path in folder.glob(pattern))
     return {path.name: path for path in paths if path.suffix != ".safetensors" or path.name in weights}
 
 

@@ -11,6 +11,8 @@ y_k = LN(s x + y_{k-1}), output y_K.
 | `triton` | the same as two kernels for GPUs | CUDA; float32, bfloat16, float16 |
 | `auto` | the fastest one that was measured not to be slower than `reference` | |
 
+Where one value is normalised alone, and where s is 0, it is `reference` whatever was asked for.
+
 All but the reference keep one activation whatever K is, and take the closed form where gain and bias come only at the
 last step; their numbers are those of float32 throughout, rounded once at the end. Dropout of F is part of them, from a
 seed (see `dropout.py`) rather than a mask that is kept. Derivatives of any order are those of reverse mode: under
@@ -123,7 +125,8 @@ def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dro
     _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend, axes)
     if backend == "auto":
         backend = choose_backend(x, branch, recursions, affine, axes, seeded=seed is not None)
-    if not x.shape[-1]:
+    # Of their gradients rounding alone is left, which the other implementations multiply from step to step.
+    if scale == 0 or (x.shape[1:].numel() if axes == "sample" else x.shape[-1]) <= 1:
         backend = "reference"
     if dropout and (backend == "reference" or axes == "sample"):
         if seed is None:

@@ -1,6 +1,6 @@
 """Checks of configurations and of keyword arguments: a wrong one raises one sentence that names it."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import transformers
 from transformers.activations import ACT2FN
@@ -14,6 +14,9 @@ LOWEST_TRANSFORMERS = "5.24"
 """The release that calls a cache of keys and values `cache`, which was `past_key_values` before."""
 ENCODER_KEYWORDS = ("logits_to_keep", "return_dict")
 """What `generate` passes on to an encoder that takes any keyword."""
+# Beyond what anybody trains, but not beyond what builds: a configuration of the Hub cannot hang a program.
+MOST_OF_A_SIZE, MOST_LABELS, MOST_LAYERS, MOST_RECURSIONS, MOST_NORMS = 10_000_000, 100_000, 10_000, 1_000, 20_000
+MOST_VALUES = 10**11
 _KNOWN_KEYWORDS = TransformersKwargs.__optional_keys__ | FlashAttentionKwargs.__optional_keys__
 _IS_TOO_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, LOWEST_TRANSFORMERS.split(".")))
 
@@ -54,9 +57,41 @@ def is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_counts(config, fields: Iterable[str]) -> None:
+def check_counts(config, fields: Iterable[str], most: int = MOST_OF_A_SIZE) -> None:
     for field in fields:
         check(config, field, is_count, "an integer of at least 1")
+        check(config, field, lambda value: value <= most, f"at most {most:,}")
+
+
+def check_num_labels(config, keywords: Mapping[str, object]) -> None:
+    """Checks the number of classes, which is `num_labels` of `keywords` or the length of `id2label`."""
+    given = keywords.get("num_labels")
+    for field, number in (("num_labels", given), ("id2label", config.id2label and len(config.id2label))):
+        if number is not None and not (number == 0 or is_count(number) and number <= MOST_LABELS):
+            raise ValueError(f"`{field}` must be of 0 to {MOST_LABELS:,} classes, not {number!r}")
+
+
+def check_size(config, layers: dict[str, int], values: dict[str, int]) -> None:
+    """Checks what no field decides alone: how many layers are built, with how many norms each, and how much they hold.
+
+    Args:
+        config: the configuration.
+        layers: the number of layers, by the fields that give it.
+        values: the approximate number of weights and positions, by the fields whose product each is.
+    """
+    count, fields = sum(layers.values()), " and ".join(layers)
+    if count > MOST_LAYERS:
+        raise ValueError(f"{fields} must make at most {MOST_LAYERS:,} layers, not {count:,}")
+    if count * config.skip_recursions > MOST_NORMS:
+        raise ValueError(
+            f"`skip_recursions` times the number of layers must be at most {MOST_NORMS:,}, not "
+            f"{config.skip_recursions:,} times {count:,}"
+        )
+    if sum(values.values()) > MOST_VALUES:
+        raise ValueError(
+            f"{max(values, key=values.get)} must make a model of at most {MOST_VALUES:.0e} weights, not "
+            f"{sum(values.values()):.1e}"
+        )
 
 
 def check_rates(config, fields: Iterable[str]) -> None:
@@ -84,7 +119,7 @@ def check_activation(config, field: str) -> None:
 
 def check_skip_fields(config) -> None:
     """Checks the `skip_*` fields and `layer_norm_eps`, which all configurations have."""
-    check_counts(config, ["skip_recursions"])
+    check_counts(config, ["skip_recursions"], MOST_RECURSIONS)
     check(config, "skip_scale", lambda value: is_number(value) and abs(value) < float("inf"), "a finite number")
     check(config, "layer_norm_eps", lambda value: is_number(value) and 0 < value < float("inf"), "a positive number")
     check_name(config, "skip_type", SKIP_CONNECTIONS, ", or a kind whose module was imported")

@@ -2,7 +2,17 @@
 
 from transformers import PreTrainedConfig
 
-from .checks import check, check_activation, check_counts, check_rates, check_skip_fields, is_count
+from .checks import (
+    MOST_LAYERS,
+    check,
+    check_activation,
+    check_counts,
+    check_num_labels,
+    check_rates,
+    check_size,
+    check_skip_fields,
+    is_count,
+)
 
 
 class RSkipConfig(PreTrainedConfig):
@@ -116,6 +126,7 @@ class RSkipConfig(PreTrainedConfig):
         if self.decoder_vocab_size is None:
             self.decoder_vocab_size = self.vocab_size
         self._check_values()
+        check_num_labels(self, kwargs)
         if not self.is_remote_code():
             kwargs.pop("auto_map", None)  # of a checkpoint with code, which this class does not need or save
         super().__post_init__(**kwargs)
@@ -127,15 +138,14 @@ class RSkipConfig(PreTrainedConfig):
                 "vocab_size",
                 "decoder_vocab_size",
                 "d_model",
-                "encoder_layers",
                 "encoder_attention_heads",
                 "encoder_ffn_dim",
-                "decoder_layers",
                 "decoder_attention_heads",
                 "decoder_ffn_dim",
                 "max_position_embeddings",
             ],
         )
+        check_counts(self, ["encoder_layers", "decoder_layers"], MOST_LAYERS)
         check_rates(self, ["dropout", "attention_dropout", "activation_dropout"])
         check_activation(self, "activation_function")
         check_skip_fields(self)
@@ -167,6 +177,22 @@ class RSkipConfig(PreTrainedConfig):
                 f"`decoder_vocab_size` must equal `vocab_size` with `share_encoder_decoder_embeddings`, but "
                 f"{self.decoder_vocab_size} is not {self.vocab_size}"
             )
+        encoder, decoder, width = self.encoder_layers, self.decoder_layers, self.d_model
+        check_size(
+            self,
+            {"`encoder_layers`": encoder, "`decoder_layers`": decoder},
+            {
+                "`vocab_size` times `d_model`": self.vocab_size * width,
+                "`decoder_vocab_size` times `d_model`": self.decoder_vocab_size * width,
+                "`max_position_embeddings` times `d_model`": self.max_position_embeddings * width,
+                "`d_model`, squared, times the number of layers": 4 * width**2 * (encoder + 2 * decoder),
+                "`encoder_ffn_dim` times `d_model` times `encoder_layers`": 2 * self.encoder_ffn_dim * width * encoder,
+                "`decoder_ffn_dim` times `d_model` times `decoder_layers`": 2 * self.decoder_ffn_dim * width * decoder,
+                "`skip_recursions` times `d_model` times the number of layers": (
+                    2 * self.skip_recursions * width * (2 * encoder + 3 * decoder)
+                ),
+            },
+        )
 
 
 __all__ = ["RSkipConfig"]

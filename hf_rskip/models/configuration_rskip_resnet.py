@@ -1,5 +1,8 @@
 """Configuration of the ResNet, and the architectures of the literature by name."""
 
+from itertools import pairwise
+from math import prod
+
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
@@ -9,7 +12,9 @@ from .checks import (
     check_counts,
     check_flags,
     check_name,
+    check_num_labels,
     check_rates,
+    check_size,
     check_skip_fields,
     is_count,
 )
@@ -168,6 +173,7 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._check_values()
+        check_num_labels(self, kwargs)
         self.hidden_sizes, self.depths = list(self.hidden_sizes), list(self.depths)
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, len(self.depths) + 1))]
         self.set_output_features_output_indices(
@@ -233,6 +239,18 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`hidden_sizes` must not fall from stage to stage (the stem has {self.embedding_size}) with "
                 f"`shortcut_type` 'A', which can only add channels, but they are {list(self.hidden_sizes)!r}"
             )
+        # A basic block has two convolutions of 3 x 3; a bottleneck one, between a quarter of the channels.
+        weights = 18 if self.layer_type == "basic" else 1
+        check_size(
+            self,
+            {"`depths`": sum(self.depths)},
+            {
+                "`num_channels` times `embedding_size`": 49 * self.num_channels * self.embedding_size,
+                "`depths` times `hidden_sizes`, squared,": weights
+                * sum(depth * size**2 for depth, size in zip(self.depths, self.hidden_sizes, strict=True)),
+                "`hidden_sizes` from stage to stage": sum(map(prod, pairwise(sizes))),
+            },
+        )
 
 
 __all__ = ["RSkipResNetConfig"]

@@ -10,6 +10,7 @@ from ..data.images import load_image_dataset
 from ..data.pixels import decode_images, stream_images
 from ..data.preprocessing import filter_by_length, tokenize_corpus
 from ..errors import UserError
+from ..manifest import check_model
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..training.image_classification import create_model as create_image_model
 from ..training.recipe import Recipe
@@ -33,6 +34,8 @@ def begin_recipe(
     Raises:
         [`UserError`]: if the data or the configuration cannot be used.
     """
+    if recipe.training.model_name_or_path:
+        check_model(recipe.training.model_name_or_path)
     if random_size is not None:
         set_seed(recipe.training.seed)
         model = _model_without_data(recipe)

@@ -40,12 +40,16 @@ _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "seed": 0,
+    "dataloader_num_workers": 0,
     "learning_rate": 0,
     "label_smoothing_factor": 0,
     "weight_decay": 0,
     "warmup_steps": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "logging_steps": 0,
 }
+_LARGEST_SEED = 2**32 - 1  # of numpy
 
 
 @dataclass
@@ -88,6 +92,10 @@ class CommonTrainingArguments(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()  # a file is no place for a bar
         # Without an accelerator the Trainer would not see the other processes, nor take bf16, unless it is told so.
         self.use_cpu |= not torch.accelerator.is_available()
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{part.name} must be a finite number, not {value}.")
         super().__post_init__()
         self.logging_nan_inf_filter = False  # such a loss ends the run
         if "tensorboard" in self.report_to and not is_tensorboard_available():
@@ -95,6 +103,15 @@ class CommonTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         for key, least in _LEAST.items():
             check_at_least(key, getattr(self, key), least)
+        for key in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} must be a number from 0 to below 1, not {getattr(self, key)}.")
+        for key in ("seed", "data_seed"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= _LARGEST_SEED:
+                raise UserError(f"{key} must be from 0 to {_LARGEST_SEED}, not {value}.")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise UserError("dataloader_persistent_workers needs workers: set dataloader_num_workers.")
         if not self.num_train_epochs > 0:
             raise UserError(f"num_train_epochs must be a number above 0, not {self.num_train_epochs}.")
         if not self.label_smoothing_factor < 1:

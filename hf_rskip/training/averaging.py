@@ -16,8 +16,9 @@ from transformers.utils import CONFIG_NAME
 from ..conversion.output import new_folder
 from ..errors import UserError
 from ..hub.push import RESULT_FILES, collect_files
+from ..manifest import MODEL_FILES, write_manifest
 from .best_model import SCORES, list_evaluations, rank_scores
-from .checkpoints import checkpoint_step, list_checkpoints
+from .checkpoints import checkpoint_step, list_checkpoints, read_state
 
 
 def average_models(output: str | Path, folders: Sequence[str | Path]) -> None:
@@ -37,6 +38,7 @@ def average_models(output: str | Path, folders: Sequence[str | Path]) -> None:
         if name not in RESULT_FILES and not name.startswith("model"):
             shutil.copyfile(path, output / name)
     save_torch_state_dict(weights, output, max_shard_size="50GB")
+    write_manifest(output, MODEL_FILES)
 
 
 def average_weights(folders: Sequence[str | Path]) -> dict[str, torch.Tensor]:
@@ -61,7 +63,11 @@ def average_weights(folders: Sequence[str | Path]) -> dict[str, torch.Tensor]:
         for folder, shape in zip(folders, shapes, strict=True):
             if shape != shapes[0]:
                 raise UserError(f"{str(folder)!r} has other weights than {str(folders[0])!r}")
-        return {name: _mean([model[name].get_tensor(name) for model in models]) for name in models[0]}
+        means = {name: _mean([model[name].get_tensor(name) for model in models]) for name in models[0]}
+    bad = next((name for name, mean in means.items() if not mean.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"The mean of {bad} is not finite")
+    return means
 
 
 def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -128,8 +134,5 @@ def choose_checkpoints(
 
 def is_out_of_turn(checkpoint: Path) -> bool:
     """Whether a checkpoint was written at a step at which none was due."""
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return not state["stateful_callbacks"]["TrainerControl"]["args"]["should_save"]
-    except (OSError, ValueError, KeyError):
-        return False
+    control = read_state(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
+    return not control.get("args", {}).get("should_save", True)

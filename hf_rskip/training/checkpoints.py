@@ -13,20 +13,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..errors import UserError
+from ..manifest import MANIFEST_NAME, check_manifest, unreadable, write_manifest
 
 logger = logging.get_logger(__name__)
 
 STAGING_NAME = ".incomplete"
 """The folder, in that of the run, for checkpoints that are being written or removed."""
 _REPLACED_NAME = "replaced"
+_KINDS = {"model": "*model*", "optimizer": "*optim*", "scheduler": "*scheduler*", "rng_state": "rng_state*"}
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run in the order of their steps."""
-    return sorted(
-        (path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.search(r"-\d+$", path.name)),
-        key=checkpoint_step,
-    )
+    """The checkpoints of a run in the order of their steps.
+
+    Raises:
+        [`UserError`]: if the folder cannot be read, which is not the same as one without checkpoints.
+    """
+    names = [name for name in _list_names(output_dir) if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
+    return sorted((Path(output_dir, name) for name in names), key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -35,7 +39,11 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def publish_checkpoint(staged: Path, final: Path) -> None:
-    """Gives a finished checkpoint its name, once all of it has reached the disk; one of that name is replaced."""
+    """Gives a finished checkpoint its manifest and, once all of it has reached the disk, its name.
+
+    One of that name is replaced.
+    """
+    write_manifest(staged)
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
     if final.exists():
@@ -45,8 +53,8 @@ def publish_checkpoint(staged: Path, final: Path) -> None:
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Removes the oldest checkpoints beyond `limit`, but none of `keep`."""
-    checkpoints = list_checkpoints(output_dir)
+    """Removes the oldest checkpoints beyond `limit`, but none of `keep`, and no folder that only has such a name."""
+    checkpoints = [path for path in list_checkpoints(output_dir) if (path / TRAINER_STATE_NAME).exists()]
     keep = {path.name for path in keep}
     excess = 0 if limit is None or limit <= 0 else len(checkpoints) - max(limit, len(keep))
     remove_checkpoints(output_dir, [path for path in checkpoints if path.name not in keep][: max(0, excess)])
@@ -87,11 +95,13 @@ def _sync(path: Path) -> None:
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
     """The checkpoint to resume from, or `None` for a fresh start.
 
-    With `resume_from_checkpoint="true"` it is the last complete checkpoint of `output_dir`; incomplete ones, left by a
-    run killed while it saved, are removed. With a path it is that checkpoint.
+    With `resume_from_checkpoint="true"` it is the last checkpoint of `output_dir`, with a path it is that checkpoint.
+    All its files must be as they were written; one without a manifest, from an earlier version, is taken with a warning
+    if no kind of file is missing. Nothing is removed but what the program itself left under [`STAGING_NAME`].
 
     Raises:
-        [`UserError`]: if the path is not a complete checkpoint, or if a fresh start would mix with an earlier run.
+        [`UserError`]: if the checkpoint cannot be gone on from: names the file, and the newest one that is whole; if a
+            folder has the name of a checkpoint and is none; or if a fresh start would mix with an earlier run.
     """
     is_fresh = resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false"
     # A fresh start that is about to be refused must not touch what another run may be writing at this moment.
@@ -109,27 +119,77 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
                 "`--resume_from_checkpoint true`, remove the folder, or choose another `output_dir`"
             )
         return None
-    if str(resume_from_checkpoint).lower() == "true":
-        while checkpoints and not _is_complete(checkpoints[-1]):
-            logger.warning(f"Removing the incomplete {checkpoints[-1]}")
-            shutil.rmtree(checkpoints.pop())
-        checkpoint = checkpoints[-1] if checkpoints else None
-        if checkpoint is None:
-            logger.warning(f"There is no checkpoint to resume from in {str(output_dir)!r}: the run starts anew")
-    else:
+    for path in checkpoints:
+        if not {TRAINER_STATE_NAME, MANIFEST_NAME} & set(_list_names(path)):
+            raise UserError(f"{str(path)!r} has the name of a checkpoint, but no {TRAINER_STATE_NAME}: move it away")
+    if str(resume_from_checkpoint).lower() != "true":
         checkpoint = Path(resume_from_checkpoint)
-        if not _is_complete(checkpoint):
-            raise UserError(f"{str(checkpoint)!r} is not a complete checkpoint")
-    # Without one of these the Trainer goes on with a fresh one. Under FSDP and DeepSpeed they have longer names.
-    for pattern in ("*model*", "*scheduler*", "rng_state*"):
-        if checkpoint is not None and not any(checkpoint.glob(pattern)):
-            raise UserError(f"{str(checkpoint)!r} cannot be resumed from: it has no {pattern.strip('*')}")
+    elif checkpoints:
+        checkpoint = checkpoints[-1]
+    else:
+        logger.warning(f"There is no checkpoint to resume from in {str(output_dir)!r}: the run starts anew")
+        return None
+    try:
+        if not _check_whole(checkpoint):
+            logger.warning(
+                f"{checkpoint} has no {MANIFEST_NAME}: that its files are as they were written is not checked"
+            )
+    except UserError as error:
+        whole = next((path for path in reversed(checkpoints) if path != checkpoint and _is_whole(path)), None)
+        advice = "no other checkpoint is whole" if whole is None else f"go on with `--resume_from_checkpoint {whole}`"
+        raise UserError(f"{str(checkpoint)!r} cannot be resumed from: {error}; {advice}") from error
     return checkpoint
+
+
+def _check_whole(checkpoint: Path) -> bool:
+    """Whether it has a manifest; raises a [`UserError`] if something is missing or wrong."""
+    has_manifest = check_manifest(checkpoint)
+    read_step(checkpoint)
+    # Without one of these the Trainer goes on with a fresh one. Under FSDP and DeepSpeed they have longer names.
+    for kind, pattern in _KINDS.items():
+        if not any(checkpoint.rglob(pattern)):
+            raise UserError(f"it has no {kind}")
+    return has_manifest
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        _check_whole(checkpoint)
+    except UserError:
+        return False
+    return True
 
 
 def read_step(checkpoint: Path) -> int:
     """After how many steps a checkpoint was saved."""
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    return read_state(checkpoint)["global_step"]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What `trainer_state.json` of a checkpoint holds.
+
+    Raises:
+        [`UserError`]: if it cannot be read, or is not the state of a Trainer.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged") from error
+    if not isinstance(state, dict) or "global_step" not in state:
+        raise UserError(f"{str(path)!r} is not the state of a training")
+    return state
+
+
+def _list_names(folder: str | Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterable[str]) -> None:
@@ -143,11 +203,3 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterabl
         old, new = getattr(before, field), getattr(config, field)
         if old != new:
             raise UserError(f"{checkpoint} was trained with {field} {old!r} and cannot go on with {new!r}.")
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    # The Trainer writes its state last.
-    try:
-        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False

@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 from ..errors import UserError
 from ..models import RSkipResNetConfig
 from ..models.configuration_rskip_resnet import ARCHITECTURES
-from .arguments import CommonTrainingArguments, check_at_least, make_model_arguments
+from .arguments import CommonTrainingArguments, make_model_arguments
 
 # What the data decide.
 _NOT_IN_RECIPES = {"num_channels", "image_column", "label_column"}
@@ -75,7 +75,6 @@ class ImageTrainingArguments(CommonTrainingArguments):
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # the Trainer averages the running statistics of all processes
         super().__post_init__()
-        check_at_least("max_grad_norm", self.max_grad_norm, 0)
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
         if self.nesterov and self.momentum == 0:

@@ -1,4 +1,4 @@
-"""Stops a training whose loss has become no number, or has jumped, before the step does harm."""
+"""Stops a training whose loss is not finite, or has jumped, before the update; saves no weights that are not finite."""
 
 import math
 from collections import deque
@@ -7,12 +7,13 @@ from statistics import median
 
 import torch
 from accelerate.utils import gather_object, reduce
+from torch.distributed.tensor import DTensor
 
 from ..errors import Diverged
 
 
 class LossGuardMixin:
-    """For a Trainer. Loss and gradient norm are looked at before each update.
+    """For a Trainer. Loss and gradient norm are looked at before each update, weights before they are saved.
 
     What is not finite stops the run; so does what exceeds `loss_spike_factor` times its median over the last
     `loss_spike_window` steps, if there is such a factor. The median begins anew when a run is resumed. A gradient norm
@@ -39,6 +40,22 @@ class LossGuardMixin:
             loss = reduce(torch.stack([loss for loss, _ in batches]).sum(), "mean").item()
             self._check({"loss": loss, "gradient norm": float(norm)}, batches)
         return norm
+
+    def save_model(self, *args, **kwargs) -> None:
+        self._check_weights()
+        super().save_model(*args, **kwargs)
+
+    def _check_weights(self) -> None:
+        """For the last update, after which no loss is computed, and for means of weights."""
+        tensors = self.accelerator.unwrap_model(self.model).state_dict()
+        bad = [name for name, tensor in tensors.items() if not _local(tensor).isfinite().all()]
+        bad = gather_object(bad) if self.is_fsdp_enabled else bad  # otherwise all processes have the same weights
+        if bad:
+            raise Diverged(
+                self.state.global_step,
+                f"after the update weights are not finite, such as {bad[0]}; they were not saved, and the checkpoints "
+                "are from before it",
+            )
 
     def _check(self, values: dict[str, float], batches: list[tuple[torch.Tensor, dict]]) -> None:
         for name, value in values.items():
@@ -68,3 +85,8 @@ class LossGuardMixin:
         batches = list(batches)
         bad = [inputs for loss, inputs in batches if not math.isfinite(loss)] or [inputs for _, inputs in batches]
         return "; ".join(self.describe_batch(inputs) for inputs in bad)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

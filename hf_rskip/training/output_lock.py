@@ -1,6 +1,8 @@
 """One run at a time in a folder: two would overwrite and remove each other's checkpoints."""
 
+import errno
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +20,17 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     Where the file system has no locks nobody is kept out.
 
     Raises:
-        [`UserError`]: if another process is in it, or it cannot be written into.
+        [`UserError`]: if another process is in it, or it cannot be created or written into.
     """
     path = Path(output_dir, LOCK_NAME)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("wb")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        file = path.open("wb")
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r} cannot be written into: {error.strerror}.") from error
-    with opened as file:
+    with file:
         try:
             # Of this process alone: with `flock`, workers that outlive a killed run for a moment would have it too.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from ..errors import Preempted, UserError
+from ..manifest import MODEL_FILES, check_manifest, write_manifest
 from .averaging import average_weights, choose_checkpoints, is_out_of_turn
 from .checkpoints import (
     STAGING_NAME,
@@ -49,6 +50,22 @@ class SafeCheckpointMixin:
         if not self._is_saving:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not self._is_saving and folder.is_dir():
+            write_manifest(folder, MODEL_FILES)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if not best.exists():  # the folder of the run was moved
+            best = Path(self.args.output_dir, best.name)
+            self.state.best_model_checkpoint = str(best)
+        if not best.exists():
+            raise UserError(f"The best model is lost: there is no {str(best)!r}")
+        check_manifest(best)
+        super()._load_best_model()
+
     def _save_checkpoint(self, model, trial) -> None:
         run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run / STAGING_NAME / name, run / name
@@ -79,7 +96,8 @@ class SafeCheckpointMixin:
             self._push_from_checkpoint(str(final))
 
     def _remove_checkpoints(self, run: Path, last: Path) -> None:
-        remove_checkpoints(run, [path for path in list_checkpoints(run) if path != last and is_out_of_turn(path)])
+        written = [path for path in list_checkpoints(run) if path != last and (path / TRAINER_STATE_NAME).exists()]
+        remove_checkpoints(run, filter(is_out_of_turn, written))
         keep = {last}
         if self.state.best_model_checkpoint is not None:
             keep.add(Path(self.state.best_model_checkpoint))

@@ -167,6 +167,17 @@ def test_a_problem_type_that_there_is_not():
             {"skip_type": "pre_norm", "skip_norm": "none"},
             "`skip_norm` must be one of layer_norm, rms_norm, batch_norm with `skip_type` 'pre_norm', not 'none'",
         ),
+        ({"skip_recursions": 100_000}, "`skip_recursions` must be at most 1,000, not 100000"),
+        ({"depths": [10**9] * 4}, "`depths` must make at most 10,000 layers, not 4,000,000,000"),
+        (
+            {"hidden_sizes": [10**6] * 4},
+            "`depths` times `hidden_sizes`, squared, must make a model of at most 1e+11 weights, not 1.9e+13",
+        ),
+        ({"num_labels": 10**6}, "`num_labels` must be of 0 to 100,000 classes, not 1000000"),
+        (
+            {"id2label": dict.fromkeys(range(10**6), "class")},
+            "`id2label` must be of 0 to 100,000 classes, not 1000000",
+        ),
         (
             {"depths": [1, 2]},
             "`depths` must have a number for each of the 4 `hidden_sizes`, not [1, 2]",

@@ -71,7 +71,7 @@ def test_half_precision_is_accumulated_in_double(run, tmp_path):
     folders = []
     for number, path in enumerate(numbered(run, 8, 16, 20)):
         folders.append(tmp_path / str(number))
-        shutil.copytree(path, folders[-1])
+        shutil.copytree(path, folders[-1], ignore=shutil.ignore_patterns("manifest.json"))
         weights = load_file(folders[-1] / "model.safetensors")
         save_file(
             {name: value.astype(np.float16) for name, value in weights.items()}, folders[-1] / "model.safetensors"
@@ -91,11 +91,12 @@ def test_half_precision_is_accumulated_in_double(run, tmp_path):
         (lambda folder: edit(folder / "config.json", dropout=0.7), "has dropout 0.7, but"),
         (lambda folder: edit(folder / "tokenizer.json", version="2.0"), "has another tokenizer than"),
         (lambda folder: lose_a_tensor(folder / "model.safetensors"), "has other weights than"),
+        (lambda folder: spoil_a_tensor(folder / "model.safetensors"), "The mean of model.decoder"),
     ],
 )
 def test_what_cannot_be_averaged(change, message, run, tmp_path, capfd):
     first, second = numbered(run, 8, 16)
-    shutil.copytree(second, tmp_path / "second")
+    shutil.copytree(second, tmp_path / "second", ignore=shutil.ignore_patterns("manifest.json"))
     change(tmp_path / "second")
     assert main(["average", str(tmp_path / "mean"), str(first), str(tmp_path / "second")]) == 2
     assert message in capfd.readouterr().err
@@ -109,6 +110,12 @@ def edit(path, **values):
 def lose_a_tensor(path):
     weights = load_file(path)
     weights.popitem()
+    save_file(weights, path)
+
+
+def spoil_a_tensor(path):
+    weights = load_file(path)
+    next(value for name, value in sorted(weights.items()) if name.startswith("model.decoder")).flat[0] = np.inf
     save_file(weights, path)
 
 

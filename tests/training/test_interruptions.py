@@ -201,7 +201,7 @@ def create(folder, *steps):
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 1}')
-        for name in ("model.safetensors", "scheduler.pt", "rng_state.pth"):
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             (folder / f"checkpoint-{step}" / name).write_text(f"of {step}")
 
 
@@ -222,3 +222,21 @@ def test_rotation_keeps_what_it_must(tmp_path, limit, kept):
     create(tmp_path, 4, 8, 12, 100)
     rotate_checkpoints(tmp_path, limit, [tmp_path / "checkpoint-8", tmp_path / "checkpoint-100"])
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_the_best_model_of_a_run_that_was_moved_is_its_own_and_whole(write_image_recipe, tmp_path, capfd):
+    """The state of the Trainer has the old path; the last model was kept in its place without a word."""
+    recipe = write_image_recipe(num_train_epochs=1, load_best_model_at_end=True, metric_for_best_model="loss")
+    assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
+    folder = (recipe.parent / "output").rename(tmp_path / "moved")
+    kept = load_file(folder / "model.safetensors")
+    best = folder / f"checkpoint-{evaluations(folder)[1]}"
+    last = list_checkpoints(folder)[-1]
+    (folder / "model.safetensors").unlink()
+    words = ["train", str(recipe), "--output_dir", str(folder)]
+    assert main([*words, *RESUME]) == 0, capfd.readouterr().err
+    assert all(torch.equal(value, kept[name]) for name, value in load_file(folder / "model.safetensors").items())
+    best.rename(tmp_path / "lost")
+    if best != last:
+        assert main([*words, *RESUME]) == 2
+        assert f"The best model is lost: there is no {str(best)!r}" in capfd.readouterr().err

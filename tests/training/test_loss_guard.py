@@ -101,6 +101,24 @@ def test_one_batch_of_several_is_named(write_image_recipe, spoil, capfd, monkeyp
     assert torch.tensor(calls).shape == (4, 8)
 
 
+@pytest.mark.parametrize("save", [True, False], ids=["with a checkpoint", "without"])
+@pytest.mark.parametrize("images", [False, True], ids=["translation", "images"])
+def test_weights_of_the_last_update_that_are_not_finite_are_not_saved(
+    images, save, write_recipe, write_image_recipe, capfd
+):
+    """The second of two updates is far too large, and no loss comes after it."""
+    kept = {} if save else {"save_strategy": "no", "load_best_model_at_end": False}
+    huge = {"learning_rate": 3e38, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "max_steps": 2}
+    huge |= {"eval_steps": 2, "save_steps": 2, "weight_decay": 10.0, **kept}
+    recipe = (write_image_recipe if images else write_recipe)(**huge)
+    assert main(["train", str(recipe)]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.match(r"hf-rskip: error: Step 2: after the update weights are not finite, such as \S+; they", error), (
+        error
+    )
+    assert not [*recipe.parent.glob("output/*.safetensors"), *recipe.parent.glob("output/checkpoint-*")]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -5,6 +5,7 @@ import fcntl
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,41 @@ def test_a_killed_run_holds_nothing(holder, tmp_path):
     with locked(folder):
         pass
     holder(folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "read-only"])
+def test_a_folder_that_cannot_be_written_into(kind, write_recipe, tmp_path, capfd):
+    """Before the corpus, which is not there, is looked for."""
+    folder = tmp_path / "output"
+    if kind == "file":
+        folder.write_text("mine")
+    elif kind == "loop":
+        folder.symlink_to(folder)
+    else:
+        folder = Path("/proc/hf_rskip")  # where not even the administrator may create one
+    recipe = write_recipe(output_dir=str(folder), dataset_name=str(tmp_path / "no_corpus"))
+    assert main(["train", str(recipe)]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"hf-rskip: error: output_dir {str(folder)!r} cannot be written into: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim 'sgd' cannot be made with optim_args 'momentum=-1': "),
+        ({"dataloader_num_workers": 10**6}, "dataloader_num_workers 1000000 may need 32000064 open files"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_said_before_the_corpus_is_read(changes, message, write_recipe, tmp_path, capfd):
+    recipe = write_recipe(dataset_name=str(tmp_path / "no_corpus"), **changes)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        assert main(["train", str(recipe)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert not (recipe.parent / "output").exists()
 
 
 def test_a_file_system_without_locks(write_image_recipe, monkeypatch, capfd):
