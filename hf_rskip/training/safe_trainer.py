@@ -23,6 +23,7 @@ from .checkpoints import (
     rotate_checkpoints,
 )
 from .preemption import TerminationSignal, outlive_signal
+from .resuming import write_record
 
 
 class SafeCheckpointMixin:
@@ -38,6 +39,8 @@ class SafeCheckpointMixin:
         super().__init__(**kwargs)
         self._termination_signal = TerminationSignal()
         self._is_saving = False
+        self.record: dict | None = None
+        """What [`begin_record`] says of the run, for every checkpoint."""
 
     # Checkpoints
 
@@ -59,6 +62,8 @@ class SafeCheckpointMixin:
                 self.state.best_model_checkpoint = str(final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self.record is not None:
+                    write_record(staged, self.record, self.state.global_step)
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 publish_checkpoint(staged, final)
         except (OSError, RuntimeError, SafetensorError) as error:
