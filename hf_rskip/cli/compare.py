@@ -16,10 +16,10 @@ from .translate import generation_kwargs, open_file, read_lines
 def compare(args: argparse.Namespace) -> None:
     """Prints how systems differ from the first one, and writes the details to `--output_dir`."""
     names = _name_systems(args.systems)
+    check_settings(args.bleu_tokenize)
     files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
     models = [system for system in args.systems if system not in files]
     sources, references = load_test_set(args, *(_language(args, key, models) for key in ("source_lang", "target_lang")))
-    check_settings(args.bleu_tokenize)
     for system, lines in files.items():
         check_translations(system, lines, references)
     folder = create_folder(args.output_dir) if args.output_dir else None

@@ -10,9 +10,10 @@ from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
 from ..decoding.loading import load_ensemble, not_loaded
 from ..evaluation.evaluate import evaluate_translation, split_languages
+from ..evaluation.metric import check_bleu_tokenize
 from ..models import RSkipResNetConfig
 from . import evaluate_images
-from .translate import generation_kwargs, open_file, write_lines
+from .translate import generation_kwargs, new_file, write_lines
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -48,13 +49,21 @@ def load_test_set(
 
 
 def _evaluate_translation(args: argparse.Namespace) -> None:
-    """With the signatures and what decoding used."""
+    """With the signatures."""
+    check_bleu_tokenize(args.bleu_tokenize)
+    with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:
+        scores, translations = _score_translations(args)
+        if file:
+            write_lines(file, translations)
+    print(json.dumps({**scores, "sentences": len(translations)}, indent=2))
+
+
+def _score_translations(args: argparse.Namespace) -> tuple[dict[str, float | str], list[str]]:
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     source_lang = args.source_lang or getattr(model.config, "source_lang", None)
     target_lang = args.target_lang or getattr(model.config, "target_lang", None)
     sources, references = load_test_set(args, source_lang, target_lang)
-    output = open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext()
-    scores, translations = evaluate_translation(
+    return evaluate_translation(
         model,
         tokenizer,
         sources,
@@ -64,7 +73,3 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         max_batch_tokens=args.max_batch_tokens,
         **generation_kwargs(args),
     )
-    with output as file:
-        if file:
-            write_lines(file, translations)
-    print(json.dumps({**scores, "sentences": len(sources)}, indent=2))

@@ -4,9 +4,19 @@ import datasets
 import evaluate
 from sacrebleu.metrics import BLEU, CHRF
 
+from ..errors import UserError
+
 _CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018."
 
 _DESCRIPTION = "Corpus BLEU and chrF of translations, with the signatures of sacreBLEU."
+
+
+def check_bleu_tokenize(name: str) -> None:
+    """Raises a [`UserError`] unless it is a tokenizer that sacreBLEU has, and whose packages are installed."""
+    try:
+        BLEU(tokenize=name, force=True)
+    except (KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"bleu_tokenize {name!r} is not to be had from sacreBLEU.") from error
 
 
 class TranslationMetric(evaluate.Metric):

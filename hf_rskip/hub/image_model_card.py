@@ -14,7 +14,12 @@ _SCORES = {"accuracy": "accuracy (top-1)", "top5_accuracy": "accuracy (top-5)"}
 
 
 def write_image_model_card(
-    folder: str | Path, recipe: Recipe, model: PreTrainedModel, state: TrainerState, metrics: dict[str, float]
+    folder: str | Path,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    state: TrainerState,
+    metrics: dict[str, float],
+    record: dict,
 ) -> None:
     """Writes `README.md` and the picture in it: what the model is, how to use it, its scores, and how it was made.
 
@@ -22,6 +27,7 @@ def write_image_model_card(
         folder: where the model was saved.
         recipe, model, state: of the training.
         metrics: `train_runtime` in seconds, and `test_accuracy` and `test_top5_accuracy` from 0 to 1.
+        record: of [`~hf_rskip.training.resuming.begin_record`].
     """
     data, config = recipe.data, model.config
     test_split = f"Split `{data.test_split}`"
@@ -53,6 +59,7 @@ def write_image_model_card(
             for key, title in _SCORES.items()
         ],
         metrics=metrics,
+        record=record,
         packages=("pillow",),
         architecture=recipe.model.architecture or f"ResNet of {config.layer_type} blocks",
         depths=" + ".join(map(str, config.depths)),

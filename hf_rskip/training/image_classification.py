@@ -93,7 +93,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     metrics = {**result.metrics, **test_metrics}
     if trainer.is_world_process_zero():
         write_predictions(training.output_dir, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
-        write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics)
+        write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, record)
         write_record(training.output_dir, record, trainer.state.global_step)
         print(f"model, card and scores: {training.output_dir}", flush=True)
     if training.push_to_hub:

@@ -18,11 +18,15 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     Where the file system has no locks nobody is kept out.
 
     Raises:
-        [`UserError`]: if another process is in it.
+        [`UserError`]: if another process is in it, or it cannot be written to.
     """
     path = Path(output_dir, LOCK_NAME)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("wb")
+    except OSError as error:
+        raise UserError(f"output_dir {str(output_dir)!r} cannot be written to: {error.strerror}.") from error
+    with file:
         try:
             # Of this process alone: with `flock`, workers that outlive a killed run for a moment would have it too.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

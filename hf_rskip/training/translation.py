@@ -119,7 +119,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         _, references = split_languages(corpus["test"], data.source_lang, data.target_lang)
         write_predictions(training.output_dir, translations, references)
         example = corpus["test"][0]["translation"][data.source_lang]
-        write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, example)
+        write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, record, example)
         write_record(training.output_dir, record, trainer.state.global_step)
         print(f"model, card and scores: {training.output_dir}", flush=True)
     if training.push_to_hub:

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sacrebleu.metrics import BLEU
 from transformers import SchedulerType, Seq2SeqTrainingArguments
 
 from ..errors import UserError
+from ..evaluation.metric import check_bleu_tokenize
 from ..models import RSkipConfig
 from .arguments import CommonTrainingArguments, check_at_least, make_model_arguments
 
@@ -126,10 +126,7 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
         if self.global_batch_tokens is not None:
             check_at_least("global_batch_tokens", self.global_batch_tokens, 1)
             self._share_out_global_batch()
-        try:
-            BLEU(tokenize=self.bleu_tokenize)
-        except (KeyError, RuntimeError, ImportError) as error:
-            raise UserError(f"bleu_tokenize {self.bleu_tokenize!r} is not to be had from sacreBLEU.") from error
+        check_bleu_tokenize(self.bleu_tokenize)
         if self.predict_with_generate:
             self.check_metric_for_best_model(("bleu", "chrf", "loss"))
         else:

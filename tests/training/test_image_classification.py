@@ -271,7 +271,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(trained_resnet, start_c
     resumed = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert history(folder) == history(trained_resnet.folder)
-    assert "(since it was resumed at step " in (folder / "README.md").read_text()
+    assert "(since it was last resumed; it was at step " in (folder / "README.md").read_text()
     assert "resumed" not in (trained_resnet.folder / "README.md").read_text()
 
 
