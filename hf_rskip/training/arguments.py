@@ -1,5 +1,6 @@
 """What the training keys of all tasks have in common."""
 
+import copy
 import inspect
 import math
 import re
@@ -160,6 +161,10 @@ class CommonTrainingArguments(TrainingArguments):
         try:
             optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self)
             optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+            without = copy.copy(self)
+            without.optim_args = None
+            if self.optim_args and Trainer.get_optimizer_cls_and_kwargs(without) == (optimizer_class, options):
+                raise ValueError(f"it takes nothing from optim_args {self.optim_args!r}")
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"optim {self.optim.value} cannot be used: {_one_line(error)}") from error
         steps = self.max_steps if self.max_steps > 0 else 1000
@@ -168,8 +173,9 @@ class CommonTrainingArguments(TrainingArguments):
                 self.lr_scheduler_type, optimizer, self.get_warmup_steps(steps), steps, self.lr_scheduler_kwargs
             )
         except (ValueError, TypeError, OverflowError) as error:
+            said = "" if self.lr_scheduler_kwargs is None else f" with lr_scheduler_kwargs {self.lr_scheduler_kwargs}"
             raise UserError(
-                f"lr_scheduler_type {self.lr_scheduler_type.value} cannot be used: {_one_line(error)}"
+                f"lr_scheduler_type {self.lr_scheduler_type.value}{said} cannot be used: {_one_line(error)}"
             ) from error
 
     def _check_averaging(self) -> None:

@@ -65,6 +65,10 @@ class ImageTrainingArguments(CommonTrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("nesterov needs a momentum above 0.")
         if self.optim == OptimizerNames.SGD:
             own = f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}"
             self.optim_args = own if self.optim_args is None else f"{own},{self.optim_args}"
@@ -72,10 +76,6 @@ class ImageTrainingArguments(CommonTrainingArguments):
             self.ddp_broadcast_buffers = False  # the Trainer averages the running statistics of all processes
         super().__post_init__()
         check_at_least("max_grad_norm", self.max_grad_norm, 0)
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
-        if self.nesterov and self.momentum == 0:
-            raise UserError("nesterov needs a momentum above 0.")
         if self.lr_milestones is not None and (
             sorted(set(self.lr_milestones)) != list(self.lr_milestones)
             or not all(0 < epoch < float("inf") for epoch in self.lr_milestones)

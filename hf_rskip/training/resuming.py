@@ -58,7 +58,7 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     """
     training = recipe.training
     folder, resume = Path(training.output_dir), str(training.resume_from_checkpoint or "false").lower()
-    if resume == "false" or not (folder / RECORD_NAME).exists():
+    if resume == "false" or not ((folder / RECORD_NAME).exists() and any(folder.glob("model*.safetensors"))):
         return None
     record = _read_record(folder / RECORD_NAME)
     checkpoint = list_checkpoints(folder)[-1:] if resume == "true" else [Path(training.resume_from_checkpoint)]

@@ -138,7 +138,7 @@ def test_a_failure_leaves_the_output_file_as_it_was(fail, trained, tmp_path, com
     assert output.read_text() == "of an earlier run\n" and list(tmp_path.iterdir()) == [output]
     # And what cannot be written is found before there is any work.
     corpus = [] if command == "translate" else words
-    assert str(folder / "output.txt") in fail(command, "/no/model", *corpus, "--output_file", folder / "output.txt")
+    assert str(folder / "output.txt") in fail(command, trained.folder, *corpus, "--output_file", folder / "output.txt")
 
 
 def test_an_output_dir_that_cannot_be_written_is_found_first(fail, write_recipe, tmp_path):

@@ -80,7 +80,7 @@ def test_values_reach_their_group_and_the_command_line_wins(parse):
         ("save_total_limit: 3", "save_total_limit", 3),
         ("run_name: 'with spaces = and --dashes'", "run_name", "with spaces = and --dashes"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint", "True"),
-        ("optim_args: 'a=1,b=2'", "optim_args", "a=1,b=2"),
+        ("optim: sgd\noptim_args: 'momentum=0.5'", "optim_args", "momentum=0.5"),
         ("lr_scheduler_kwargs: {timescale: 100}", "lr_scheduler_kwargs", {"timescale": 100}),
     ],
 )

@@ -213,6 +213,7 @@ def test_a_resumed_stream_is_read_anew(write_image_recipe, imagenet_folder):
     folder = path.parent / "output"
     assert main(["train", str(path)]) == 0
     shutil.rmtree(folder / "checkpoint-5")
+    (folder / "recipe.json").unlink()  # as if it had not finished
     assert main(["train", str(path), "--resume_from_checkpoint", "true"]) == 0
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["global_step"] == 5
