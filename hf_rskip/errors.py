@@ -1,5 +1,7 @@
 """The exceptions a user is meant to read."""
 
+import signal
+
 
 class UserError(ValueError):
     """A mistake in what the user gave (file, configuration, command line).
@@ -21,7 +23,14 @@ class Diverged(UserError):
 
 
 class Preempted(Exception):
-    """A run was asked to stop by SIGTERM, and has saved a checkpoint to go on from."""
+    """A run was asked to stop by a signal, and has saved a checkpoint to go on from.
 
-    exit_code = 143
-    """Of a shell for a process that SIGTERM has ended."""
+    Attributes:
+        exit_code: of a shell for a process that the signal has ended.
+    """
+
+    exit_code = 128 + signal.SIGTERM
+
+    def __init__(self, message: str, signum: int = signal.SIGTERM):
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -8,11 +8,11 @@ from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
 from ..decoding.loading import load_config, load_ensemble
 from ..errors import UserError
-from ..evaluation.bleu import choose_tokenizer
+from ..evaluation.bleu import choose_tokenizer, create_bleu
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
 from . import evaluate_images
-from .translate import generation_kwargs, open_file, write_lines
+from .translate import generation_kwargs, new_file, write_lines
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -44,14 +44,22 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
     for option in ("image_column", "label_column"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for models that classify images, and {args.model!r} translates.")
-    generation = generation_kwargs(args)
+    if args.bleu_tokenize is not None:
+        create_bleu(args.bleu_tokenize)
+    with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:
+        scores, translations = _score_translations(args, generation_kwargs(args))
+        if file:
+            write_lines(file, translations)
+    print(json.dumps({**scores, "sentences": len(translations)}, indent=2))
+
+
+def _score_translations(args: argparse.Namespace, generation: dict) -> tuple[dict[str, float | str], list[str]]:
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     source_lang = args.source_lang or getattr(model.config, "source_lang", None)
     target_lang = args.target_lang or getattr(model.config, "target_lang", None)
     bleu_tokenize = choose_tokenizer(args.bleu_tokenize, target_lang)
     sources, references = load_test_set(args, source_lang, target_lang)
-    output = open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext()
-    scores, translations = evaluate_translation(
+    return evaluate_translation(
         model,
         tokenizer,
         sources,
@@ -61,7 +69,3 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         max_batch_tokens=args.max_batch_tokens,
         **generation,
     )
-    with output as file:
-        if file:
-            write_lines(file, translations)
-    print(json.dumps({**scores, "sentences": len(sources)}, indent=2))

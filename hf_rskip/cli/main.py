@@ -251,13 +251,20 @@ def _probe(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _add_keys_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", nargs="?", default="translation", choices=["translation", "image-classification"])
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="TASK | WORD",
+        help="translation (default) or image-classification, and a word of the keys to be printed (default: all)",
+    )
+    parser.usage = "hf-rskip keys [translation | image-classification] [WORD]"
 
 
 def _keys(args: argparse.Namespace, rest: list[str]) -> None:
-    from ..training.recipe import describe_keys
+    from ..training.recipe import TASKS, describe_keys
 
-    print(describe_keys(args.task))
+    task = args.words.pop(0) if args.words and args.words[0] in TASKS else "translation"
+    print(describe_keys(task, " ".join(args.words) or None))
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -368,7 +375,7 @@ def _create_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `hf-rskip`; returns its exit code: 0, or 2 after one sentence on standard error.
 
-    Training that was stopped by SIGTERM returns 143.
+    Training that was stopped by SIGTERM returns 143, by Ctrl-C 130.
     """
     parser = _create_parser()
     args, rest = parser.parse_known_args(argv)

@@ -1,7 +1,6 @@
 """`hf-rskip score`."""
 
 import argparse
-import contextlib
 import math
 import sys
 
@@ -11,7 +10,7 @@ from ..decoding.loading import load_ensemble
 from ..decoding.score import score
 from ..errors import UserError
 from ..evaluation.evaluate import split_languages
-from .translate import open_file, read_lines, write_lines
+from .translate import new_file, open_file, read_lines, write_lines
 
 _COLUMNS = ("log_probability", "token_count", "token_log_probabilities", "tokens")
 
@@ -24,6 +23,11 @@ def score_translations(args: argparse.Namespace) -> None:
     """
     if bool(args.source_file) != bool(args.target_file):
         raise UserError("--source_file and --target_file need each other")
+    with new_file(args.output_file) as file:
+        write_lines(file, _score_lines(args))
+
+
+def _score_lines(args: argparse.Namespace) -> list[str]:
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     if args.source_file:
         sources, targets = _read(args.source_file), _read(args.target_file)
@@ -53,10 +57,9 @@ def score_translations(args: argparse.Namespace) -> None:
             tokens = tokenizer.convert_ids_to_tokens(tokenizer(text_target=target).input_ids)
             row += [" ".join(f"{value:.6f}" for value in values), " ".join(tokens)]
         lines.append("\t".join(row))
-    with open_file(args.output_file, "wb") if args.output_file else contextlib.nullcontext(sys.stdout.buffer) as file:
-        write_lines(file, lines)
     total, count = sum(map(sum, log_probs)), sum(map(len, log_probs))
     print(f"perplexity: {math.exp(-total / count):.4f} over {count:,} tokens", file=sys.stderr)
+    return lines
 
 
 def _read(path: str) -> list[str]:

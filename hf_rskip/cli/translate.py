@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +36,8 @@ def translate_lines(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as files:
         # Only \n ends a line, so that the numbers of lines agree whatever else a sentence contains.
         source = files.enter_context(open_file(args.input_file, "rb")) if args.input_file else sys.stdin.buffer
+        target = files.enter_context(new_file(args.output_file))
         model, tokenizer = load_ensemble([args.model, *args.ensemble])
-        target = files.enter_context(open_file(args.output_file, "wb")) if args.output_file else sys.stdout.buffer
         for lines in read_lines(source, args.input_file or "standard input"):
             if args.n_best:
                 n_best = translate_n_best(model, tokenizer, lines, args.n_best, args.max_batch_tokens, **options)
@@ -62,6 +63,35 @@ def open_file(path: str, mode: str) -> BinaryIO:
         return open(path, mode)
     except OSError as error:
         raise UserError(f"{path!r} cannot be opened: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def new_file(path: str | None) -> Iterator[BinaryIO]:
+    """A file that gets its name when all of it is written; standard output without a path.
+
+    A failure leaves an older file as it was, and what was written so far in `PATH.part`.
+
+    Raises:
+        [`UserError`]: if it cannot be written.
+    """
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device has no older content
+        with open_file(path, "wb") as file:
+            yield file
+        return
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UserError(f"{path!r} cannot be written to.")
+    part = f"{path}.part"
+    try:
+        with open_file(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part) and not os.path.getsize(part):
+            os.unlink(part)
 
 
 def read_lines(source: BinaryIO, name: str) -> Iterator[list[str]]:

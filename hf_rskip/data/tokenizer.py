@@ -1,6 +1,7 @@
 """The joint subword vocabulary of both languages."""
 
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -92,7 +93,7 @@ def _train_backend(texts: Iterable[str], vocab_size: int, lowercase: bool) -> To
         min_frequency=2,  # a subword that occurs once cannot be learned
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(

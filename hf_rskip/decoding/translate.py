@@ -1,11 +1,13 @@
 """Translates sentences in batches of similar length."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -125,11 +127,17 @@ def search(
         key=lambda index: -len(sources[index]),
     )
     model.eval()
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    bar = tqdm(
+        total=len(order), unit=" sentences", leave=False, disable=None if is_first else True
+    )  # `None`: no terminal
     for batch in _batches(order, sources, max_batch_tokens // beams):
         inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
         with torch.inference_mode():
             output = model.generate(**inputs.to(model.device), **generate_kwargs)
+        bar.update(len(batch))
         yield batch, [sources[index] for index in batch], output
+    bar.close()
 
 
 def _batches(order: list[int], sources: list[list[int]], max_tokens: int) -> Iterator[list[int]]:

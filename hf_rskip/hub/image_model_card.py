@@ -14,7 +14,12 @@ _SCORES = {"accuracy": "accuracy (top-1)", "top5_accuracy": "accuracy (top-5)"}
 
 
 def write_image_model_card(
-    folder: str | Path, recipe: Recipe, model: PreTrainedModel, state: TrainerState, metrics: dict[str, float]
+    folder: str | Path,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    state: TrainerState,
+    metrics: dict[str, float],
+    record: dict,
 ) -> None:
     """Writes `README.md` and the picture in it: what the model is, how to use it, its scores, and how it was made.
 
@@ -23,6 +28,7 @@ def write_image_model_card(
         recipe, model, state: of the training.
         metrics: `train_runtime` in seconds, `test_accuracy` from 0 to 1 and, of more than five classes, the same of
             `test_top5_accuracy`.
+        record: of [`~hf_rskip.training.resuming.begin_record`].
     """
     data, config = recipe.data, model.config
     test_split = f"Split `{data.test_split}`"
@@ -55,6 +61,7 @@ def write_image_model_card(
             for key, title in scores.items()
         ],
         metrics=metrics,
+        record=record,
         packages=("pillow",),
         architecture=recipe.model.architecture or f"ResNet of {config.layer_type} blocks",
         depths=" + ".join(map(str, config.depths)),

@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerState
 from ..data.names import is_path
 from ..models import SKIP_CONNECTIONS
 from ..training.recipe import Recipe
+from ..training.resuming import describe_resumption
 
 _VERSIONS = ("hf_rskip", "torch", "transformers", "datasets", "accelerate")
 
@@ -28,6 +29,7 @@ def save_card(
     dataset: str,
     scores: list[EvalResult],
     metrics: dict,
+    record: dict,
     language: list[str] | None = None,
     packages: tuple[str, ...] = (),
     **values,
@@ -42,7 +44,8 @@ def save_card(
         recipe, model, state: of the training.
         dataset: what the model was trained on; a path is shown by its last part.
         scores: for the metadata.
-        metrics: `train_runtime` in seconds and, of a run that was resumed, `train_resumed_at_step`.
+        metrics: `train_runtime` in seconds.
+        record: of [`~hf_rskip.training.resuming.begin_record`].
         language: codes of the languages, for the metadata.
         packages: whose versions matter beside those of all tasks.
         values: what else the template names.
@@ -73,7 +76,7 @@ def save_card(
         steps=f"{state.global_step:,}",
         epochs=f"{state.epoch:.1f}",
         minutes=f"{metrics['train_runtime'] / 60:.1f}",
-        resumed_at=f"{metrics['train_resumed_at_step']:,}" if "train_resumed_at_step" in metrics else None,
+        resumed="; ".join(map(describe_resumption, record["resumed"])),
         processes=recipe.training.world_size,
         device=_device_name(),
         versions=", ".join(f"{package} {version(package)}" for package in (*_VERSIONS, *packages)),

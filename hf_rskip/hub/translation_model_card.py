@@ -22,6 +22,7 @@ def write_model_card(
     model: PreTrainedModel,
     state: TrainerState,
     metrics: dict[str, float | str],
+    record: dict,
     example: str,
 ) -> None:
     """Writes `README.md` and the picture in it: what the model is, how to use it, its scores, and how it was made.
@@ -30,6 +31,7 @@ def write_model_card(
         folder: where the model was saved.
         recipe, model, state: of the training.
         metrics: `train_runtime` in seconds and the `test_` scores with their signatures.
+        record: of [`~hf_rskip.training.resuming.begin_record`].
         example: a source sentence for the code to translate.
     """
     data, config = recipe.data, model.config
@@ -66,6 +68,7 @@ def write_model_card(
             for key, title in _SCORES.items()
         ],
         metrics=metrics,
+        record=record,
         # The Hub refuses a card with anything else.
         language=[code for code in (data.source_lang, data.target_lang) if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)],
         packages=("sacrebleu",),

@@ -1,13 +1,16 @@
 """What the training keys of all tasks have in common."""
 
+import copy
+import inspect
 import math
+import re
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Literal
 
 import torch
-from transformers import TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import UserError
@@ -22,18 +25,29 @@ def check_at_least(key: str, value: float, least: float) -> None:
 def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> type:
     """A dataclass of the fields that `config_class` itself defines, under their own names and with their defaults."""
     own = [part for part in fields(config_class) if part.name in config_class.__annotations__]
+    about = _read_docstring(config_class)
     return make_dataclass(
         name,
         [
             # A tuple is no default of a command line: `None` stands for that of the configuration.
-            (part.name, list[int] | None, field(default=None))
+            (part.name, list[int] | None, field(default=None, metadata={"help": about[part.name]}))
             if isinstance(part.default, tuple)
-            else (part.name, part.type, field(default=part.default))
+            else (part.name, part.type, field(default=part.default, metadata={"help": about[part.name]}))
             for part in own
             if part.name not in excluded
         ],
         namespace={"__doc__": f"The fields of [`{config_class.__name__}`] under their own names."},
     )
+
+
+def _read_docstring(config_class: type) -> dict[str, str]:
+    """What the docstring of a configuration says of each field."""
+    entries = re.findall(r"^    ([\w, ]+) \(`.*\):\n((?: {8}.+\n)+)", inspect.getdoc(config_class), re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") + "."
 
 
 _LEAST = {
@@ -83,9 +97,20 @@ class CommonTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Start from this model, with all that belongs to it; model keys override its configuration."},
     )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Whether early stopping goes on counting when a run is resumed."}
+    logging_steps: float = field(
+        default=50,
+        metadata={"help": "Log every so many steps, or this fraction of all; at least twenty times in a run."},
     )
+    eval_steps: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate every so many steps, or this fraction of all, by eval_strategy steps."},
+    )
+    logging_first_step: bool = field(default=True, metadata={"help": "Whether to log the first step, too."})
+    disable_tqdm: bool | None = field(
+        default=None,
+        metadata={"help": "Print lines in place of a progress bar; unless given, where there is no terminal."},
+    )
+    restore_callback_states_from_checkpoint: bool = True
 
     def __post_init__(self):
         if self.disable_tqdm is None:
@@ -96,10 +121,13 @@ class CommonTrainingArguments(TrainingArguments):
             value = getattr(self, part.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{part.name} must be a finite number, not {value}.")
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise UserError("eval_strategy steps needs eval_steps.")
+        if self.fp16 and self.use_cpu:
+            raise UserError("fp16 needs a GPU: on a CPU it is bf16 that trains in half precision.")
         super().__post_init__()
         self.logging_nan_inf_filter = False  # such a loss ends the run
-        if "tensorboard" in self.report_to and not is_tensorboard_available():
-            raise UserError("report_to: tensorboard needs the package: `pip install 'hf_rskip[tensorboard]'`.")
+        self._check_reporting()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         for key, least in _LEAST.items():
             check_at_least(key, getattr(self, key), least)
@@ -133,6 +161,39 @@ class CommonTrainingArguments(TrainingArguments):
             check_at_least("probe_steps", self.probe_steps, 1)
         if self.average_checkpoints is not None:
             self._check_averaging()
+        self._check_optimization()
+
+    def _check_reporting(self) -> None:
+        installed = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in installed:
+                package = "hf_rskip[tensorboard]" if name == "tensorboard" else name
+                raise UserError(
+                    f"report_to {name} is not installed (try `pip install '{package}'`); there is "
+                    f"{', '.join(installed) or 'nothing'} here."
+                )
+
+    def _check_optimization(self) -> None:
+        """Makes the optimizer and the schedule of a model of one weight."""
+        try:
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self)
+            optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+            without = copy.copy(self)
+            without.optim_args = None
+            if self.optim_args and Trainer.get_optimizer_cls_and_kwargs(without) == (optimizer_class, options):
+                raise ValueError(f"it takes nothing from optim_args {self.optim_args!r}")
+        except (ImportError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"optim {self.optim.value} cannot be used: {_one_line(error)}") from error
+        steps = self.max_steps if self.max_steps > 0 else 1000
+        try:
+            get_scheduler(
+                self.lr_scheduler_type, optimizer, self.get_warmup_steps(steps), steps, self.lr_scheduler_kwargs
+            )
+        except (ValueError, TypeError, OverflowError) as error:
+            said = "" if self.lr_scheduler_kwargs is None else f" with lr_scheduler_kwargs {self.lr_scheduler_kwargs}"
+            raise UserError(
+                f"lr_scheduler_type {self.lr_scheduler_type.value}{said} cannot be used: {_one_line(error)}"
+            ) from error
 
     def _check_averaging(self) -> None:
         check_at_least("average_checkpoints", self.average_checkpoints, 1)

@@ -46,9 +46,9 @@ class ImageTrainingArguments(CommonTrainingArguments):
     channels_last: bool = field(
         default=False, metadata={"help": "Whether tensors of images lie in memory with the channels last."}
     )
-    optim: OptimizerNames | str = field(default=OptimizerNames.SGD, metadata={"help": "The optimizer."})
+    optim: OptimizerNames = field(default=OptimizerNames.SGD, metadata={"help": "The optimizer."})
     learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate, reached after warmup_steps."})
-    lr_scheduler_type: SchedulerType | str = field(
+    lr_scheduler_type: SchedulerType = field(
         default=SchedulerType.COSINE, metadata={"help": "Learning-rate schedule, where there are no lr_milestones."}
     )
     weight_decay: float = field(
@@ -65,10 +65,13 @@ class ImageTrainingArguments(CommonTrainingArguments):
     metric_for_best_model: str | None = field(
         default="accuracy", metadata={"help": "By which metric the best model is chosen, where it is."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect: there are none."})
+    remove_unused_columns: bool = False
 
     def __post_init__(self):
-        self.remove_unused_columns = False
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("nesterov needs a momentum above 0.")
         if self.optim == OptimizerNames.SGD:
             own = f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}"
             self.optim_args = own if self.optim_args is None else f"{own},{self.optim_args}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -19,10 +19,11 @@ from ..hub.image_model_card import write_image_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from ..studies.probe_callback import ProbeCallback
 from ..studies.probe_data import training_images
-from .checkpoints import check_same_model, find_checkpoint, read_step
+from .checkpoints import check_same_model, find_checkpoint
 from .describe import describe_model
 from .image_trainer import ImageTrainer
 from .recipe import Recipe
+from .resuming import CurrentSteps, EarlyStopping, begin_record, check_progress, describe_resumption, write_record
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -38,6 +39,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     data, training = recipe.data, recipe.training
     with training.main_process_first(desc="preparing the images"):
         checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
+        record = begin_record(recipe, checkpoint)
         images = load_image_dataset(data)
         if "validation" not in images.splits:
             _do_without_validation(recipe)
@@ -48,14 +50,14 @@ def train(recipe: Recipe) -> dict[str, float]:
     set_seed(training.seed)
     model = create_model(recipe, images.class_names)
     if checkpoint:
-        check_same_model(model.config, checkpoint, [*RSkipResNetConfig.__annotations__, "id2label"])
+        check_same_model(model.config, checkpoint, ["id2label"])
     _check_last_batch(model.config, sets["train"], recipe)
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    callbacks = []
+    callbacks = [CurrentSteps()]
     if training.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+        callbacks.append(EarlyStopping(training.early_stopping_patience))
     if training.probe_steps:
         batch = training_images(sets["train"], data)
         callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
@@ -74,11 +76,15 @@ def train(recipe: Recipe) -> dict[str, float]:
         shape = f"{' + '.join(map(str, model.config.depths))} blocks of {model.config.hidden_sizes} channels"
         describe_model(model, recipe, recipe.model.architecture or shape)
         if checkpoint:
-            print(f"resuming from {checkpoint}", flush=True)
+            print(f"resuming from {checkpoint}, {describe_resumption(record['resumed'][-1])}", flush=True)
 
-    resumed = {"train_resumed_at_step": read_step(checkpoint)} if checkpoint else {}
+    trainer.record = record
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    result.metrics.update(resumed)
+    if checkpoint:
+        check_progress(recipe, trainer.state.global_step)
+        result.metrics["train_resumed_at_step"] = start = record["resumed"][-1]["step"]
+        if trainer.state.global_step == start:
+            del result.metrics["train_loss"]  # of no step
     trainer.use_moving_average()
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
@@ -91,7 +97,8 @@ def train(recipe: Recipe) -> dict[str, float]:
     metrics = {**result.metrics, **test_metrics}
     if trainer.is_world_process_zero():
         write_predictions(training.output_dir, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
-        write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics)
+        write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, record)
+        write_record(training.output_dir, record, trainer.state.global_step)
         print(f"model, card and scores: {training.output_dir}", flush=True)
     if training.push_to_hub:
         trainer.push_to_hub()

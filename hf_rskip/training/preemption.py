@@ -1,5 +1,6 @@
-"""The signal by which a scheduler takes a machine away."""
+"""The signals by which a scheduler, or a user by Ctrl-C, asks a run to stop."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -8,36 +9,48 @@ from functools import partial
 
 from torch.utils.data import DataLoader
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-class TerminationSignal:
-    """Remembers SIGTERM, which would otherwise end the process at once."""
+
+class StopSignal:
+    """Remembers SIGTERM and the first Ctrl-C, which would otherwise end the process at once; the second one does."""
 
     def __init__(self):
-        self.received = False
+        self.received: int | None = None
+        """The number of the signal."""
 
     @contextmanager
     def caught(self):
-        """Inside this context the signal is only remembered; outside the main thread Python has no say in it."""
+        """Inside this context a signal is only remembered; outside the main thread Python has no say in it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.received = False
-        previous = signal.signal(signal.SIGTERM, self._handle)
+        self.received = None
+        previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number in _SIGNALS:
+            if previous[number] != signal.SIG_IGN:  # a study's Ctrl-C is not for its cells
+                signal.signal(number, self._handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, signum, frame) -> None:
-        self.received = True
+        self.received = signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # A signal may come while something else is being printed, which `print` does not allow.
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 
 
 def outlive_signal(dataloader: DataLoader) -> None:
-    """Lets the workers of a loader ignore the signal, which schedulers send to them too: the last step needs them."""
-    dataloader.worker_init_fn = partial(_ignore_signal, dataloader.worker_init_fn)
+    """Lets the workers of a loader ignore the signals, which reach them too: the last step needs them."""
+    dataloader.worker_init_fn = partial(_ignore_signals, dataloader.worker_init_fn)
 
 
-def _ignore_signal(worker_init_fn: Callable[[int], None] | None, worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker_init_fn: Callable[[int], None] | None, worker: int) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if worker_init_fn is not None:
         worker_init_fn(worker)

@@ -4,20 +4,21 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from enum import Enum
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from enum import Enum, EnumType
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers import HfArgumentParser
 
 from ..data.arguments import DataArguments
 from ..data.image_arguments import ImageDataArguments
 from ..decoding.loading import load_config
 from ..errors import UserError
-from .arguments import CommonTrainingArguments
+from ..models import RSkipConfig, RSkipResNetConfig
 from .image_arguments import ImageModelArguments, ImageTrainingArguments
+from .keys import is_supported, why_refused
 from .translation_arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments
 
 
@@ -33,6 +34,8 @@ class Recipe(NamedTuple):
     """`None` where the task generates nothing."""
     keys: dict[str, Any]
     """What was said, by key: the recipe that makes the model again."""
+    values: dict[str, Any]
+    """The value of every key, said or not, but for `hub_token`."""
 
 
 TASKS: dict[str, dict[str, type]] = {
@@ -68,12 +71,18 @@ class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UserError(message.removeprefix("argument "))
 
-    def keys(self) -> list[str]:
-        return [part.name for arguments in self.dataclass_types for part in fields(arguments) if part.init]
+    def fields(self) -> list[Field]:
+        return [part for arguments in self.dataclass_types for part in fields(arguments) if part.init]
+
+    def keys(self, task: str) -> list[str]:
+        return [part.name for part in self.fields() if is_supported(part.name, task)]
+
+    def refuses(self, key: str, task: str) -> bool:
+        """Whether it is a key of the task, but one that has no effect, or a wrong one."""
+        return not is_supported(key, task) and any(part.name == key for part in self.fields())
 
     def list_keys(self) -> list[str]:
-        parts = [part for arguments in self.dataclass_types for part in fields(arguments)]
-        return [part.name for part in parts if "list[" in str(part.type).lower()]
+        return [part.name for part in self.fields() if "list[" in str(part.type).lower()]
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -128,7 +137,7 @@ def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -
     _check_values(values, parser, where, task)
     for word in overrides:
         if word.startswith("--"):
-            _check_key(word[2:].split("=")[0], parser.keys(), "the command line", task, prefix="--")
+            _check_key(word[2:].split("=")[0], parser, "the command line", task, prefix="--")
     words = [*_as_command_line(values), *overrides]
     try:
         _, *parsed, rest = parser.parse_args_into_dataclasses(
@@ -145,7 +154,15 @@ def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -
         for part in (TaskArguments(task), *parsed)
         if hasattr(part, key) and key not in _NOT_REPEATED
     }
-    recipe = Recipe(task=task, keys=keys, **{"generation": None, **dict(zip(TASKS[task], parsed, strict=True))})
+    values = {
+        key: _plain(getattr(part, key))
+        for part in (TaskArguments(task), *parsed)
+        for key in [part.name for part in fields(part)]
+        if is_supported(key, task) and key != "hub_token"
+    }
+    parts = {"generation": None, **dict(zip(TASKS[task], parsed, strict=True))}
+    recipe = Recipe(task=task, keys=keys, values=values, **parts)
+    _check_model(recipe)
     if recipe.training.model_name_or_path and getattr(recipe.data, "tokenizer_name", None):
         raise UserError("tokenizer_name cannot be set with model_name_or_path, which brings its own.")
     return recipe
@@ -168,6 +185,25 @@ def _languages_of_start(values: dict[str, Any], overrides: list[str]) -> dict[st
     return {key: language for key in missing if (language := getattr(config, key, None))}
 
 
+def _check_model(recipe: Recipe) -> None:
+    """Raises a [`UserError`] if the model keys do not make a configuration, where no other model completes them."""
+    if recipe.training.model_name_or_path is not None:
+        return
+    said = {key: value for key, value in asdict(recipe.model).items() if value is not None}
+    architecture = said.pop("architecture", None)
+    try:
+        if recipe.task == "translation":
+            RSkipConfig(**said)
+        elif architecture is None:
+            RSkipResNetConfig(**said)
+        else:
+            RSkipResNetConfig.from_name(
+                architecture, **{key: value for key, value in said.items() if key in recipe.keys}
+            )
+    except ValueError as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+
+
 def check_values(values: dict[str, Any], where: str, task: str | None = None) -> None:
     """Raises a [`UserError`] if a key is unknown to the task, or has a list of values where one is meant.
 
@@ -182,7 +218,7 @@ def check_values(values: dict[str, Any], where: str, task: str | None = None) ->
 
 def _check_values(values: dict[str, Any], parser: _Parser, where: str, task: str) -> None:
     for key, value in values.items():
-        _check_key(key, parser.keys(), where, task)
+        _check_key(key, parser, where, task)
         if isinstance(value, list) and key not in parser.list_keys():
             raise UserError(f"{key} takes one value, not a list, in {where}")
 
@@ -224,28 +260,31 @@ def _plain(value):
     return value if isinstance(value, (int, float, str, list, dict, type(None))) else str(value)
 
 
-def describe_keys(task: str) -> str:
-    """All keys of a task with their defaults, and the help of those that Transformers does not document."""
-    parts = TASKS[task]
-    base = Seq2SeqTrainingArguments if issubclass(parts["training"], Seq2SeqTrainingArguments) else TrainingArguments
-    training = {part.name: part for part in fields(parts["training"])}
-    own = [*parts["training"].__annotations__, *CommonTrainingArguments.__annotations__]
-    groups = {
-        "Task": fields(TaskArguments),
-        "Model": fields(parts["model"]),
-        "Data": fields(parts["data"]),
-        "Generation": fields(parts["generation"]) if "generation" in parts else (),
-        "Training": [training.pop(name) for name in own],
-        f"Training (see {base.__name__})": training.values(),
-    }
+def describe_keys(task: str, word: str | None = None) -> str:
+    """The keys of a task, with default, meaning and choices of each; with a `word`, those in which it occurs.
+
+    Raises:
+        [`UserError`]: if it occurs in none.
+    """
     lines = []
-    for title, group in groups.items():
-        lines += ["", title] if group else []
-        for part in group:
-            about = "" if title.endswith("TrainingArguments)") else part.metadata.get("help", "")
-            default = part.default if part.default_factory is MISSING else part.default_factory()
-            lines.append(f"  {part.name} ({_plain(default)}) {about}".rstrip())
+    for title, part in {"task": TaskArguments, **TASKS[task]}.items():
+        types = get_type_hints(part)
+        group = [_describe_key(key, types[key.name]) for key in fields(part) if is_supported(key.name, task)]
+        group = [line for line in group if word is None or word.lower() in line.lower()]
+        lines += ["", title.capitalize(), *group] if group else []
+    if not lines:
+        raise UserError(f"No key of the task {task} has {word!r} in its name or description.")
     return "\n".join(lines[1:])
+
+
+def _describe_key(key: Field, type_hint: Any) -> str:
+    sentence = re.split(r"(?<=\.) ", " ".join(key.metadata["help"].split()))[0].replace("%%", "%")
+    default = key.default if key.default_factory is MISSING else key.default_factory()
+    kinds = [type_hint, *get_args(type_hint)]  # `Literal`, an `Enum`, or one of them or something else
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    choices += [choice.value for kind in kinds if isinstance(kind, EnumType) for choice in kind]
+    choices = choices or key.metadata.get("choices", [])
+    return f"  {key.name} ({_plain(default)}) {sentence}" + (f" One of {', '.join(choices)}." if choices else "")
 
 
 def read_yaml(path: Path, what: str = "recipe") -> dict:
@@ -263,8 +302,10 @@ def read_yaml(path: Path, what: str = "recipe") -> dict:
     return values
 
 
-def _check_key(key: str, known: list[str], where: str, task: str, prefix: str = "") -> None:
-    name = str(key).replace("-", "_")
+def _check_key(key: str, parser: _Parser, where: str, task: str, prefix: str = "") -> None:
+    name, known = str(key).replace("-", "_"), parser.keys(task)
+    if parser.refuses(name, task):
+        raise UserError(f"{prefix}{name} is not supported in {where} (task: {task}): {why_refused(name, task)}.")
     if name not in known:
         for other, parts in TASKS.items():
             if name in (part.name for group in parts.values() for part in fields(group)):

@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
@@ -23,22 +24,25 @@ from .checkpoints import (
     remove_checkpoints,
     rotate_checkpoints,
 )
-from .preemption import TerminationSignal, outlive_signal
+from .preemption import StopSignal, outlive_signal
+from .resuming import write_record
 
 
 class SafeCheckpointMixin:
     """For a Trainer. A checkpoint is written under another name, and gets its own when every process has written its
     part and all of it has reached the disk: a folder `checkpoint-N` is complete.
 
-    After SIGTERM to one of the processes all of them finish the step, save a checkpoint and raise [`Preempted`]. An
-    evaluation that was due at that step is made up for by the run that goes on, which so ends as if it had not been
-    interrupted.
+    After SIGTERM or Ctrl-C to one of the processes all of them finish the step, save a checkpoint and raise
+    [`Preempted`]. An evaluation that was due at that step is made up for by the run that goes on, which so ends as if
+    it had not been interrupted.
     """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self._termination_signal = TerminationSignal()
+        self._stop_signal = StopSignal()
         self._is_saving = False
+        self.record: dict | None = None
+        """What [`begin_record`] says of the run, for every checkpoint."""
 
     # Checkpoints
 
@@ -76,6 +80,8 @@ class SafeCheckpointMixin:
                 self.state.best_model_checkpoint = str(final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self.record is not None:
+                    write_record(staged, self.record, self.state.global_step)
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 publish_checkpoint(staged, final)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -127,7 +133,7 @@ class SafeCheckpointMixin:
     # Pre-emption
 
     def train(self, *args, **kwargs):
-        with self._termination_signal.caught():
+        with self._stop_signal.caught():
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -135,13 +141,17 @@ class SafeCheckpointMixin:
         outlive_signal(dataloader)
         return dataloader
 
-    def _is_told_to_stop(self) -> bool:
+    def _told_to_stop(self) -> int | None:
+        """The number of the signal that one of the processes has received."""
+        received = self._stop_signal.received
         if self.args.world_size == 1:
-            return self._termination_signal.received
-        return bool(reduce(torch.tensor(float(self._termination_signal.received), device=self.args.device), "sum"))
+            return received
+        numbers = gather(torch.tensor([received or 0], device=self.args.device))
+        return int(numbers.max()) or None
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
-        if not self._is_told_to_stop():
+        signum = self._told_to_stop()
+        if signum is None:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
             return
         step, is_last = self.state.global_step, self.state.global_step >= self.state.max_steps
@@ -151,7 +161,8 @@ class SafeCheckpointMixin:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if not is_last or not Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{step}").exists():
             self._save_checkpoint(model, trial)  # with `self.control`, which says what was due
-        raise Preempted(f"stopped by SIGTERM after step {step}; go on with `--resume_from_checkpoint true`")
+        how = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        raise Preempted(f"stopped by {how} after step {step}; go on with `--resume_from_checkpoint true`", signum)
 
     def _run_epoch(self, *, model, trial, ignore_keys_for_eval, resume_from_checkpoint, **kwargs) -> None:
         if resume_from_checkpoint is not None and self.control.should_evaluate:

@@ -9,7 +9,6 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import (
     DataCollatorForSeq2Seq,
-    EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,11 +28,11 @@ from ..hub.translation_model_card import write_model_card
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..studies.probe_callback import ProbeCallback
 from ..studies.probe_data import training_sentences
-from .checkpoints import check_same_model, find_checkpoint, read_step
+from .checkpoints import find_checkpoint
 from .describe import describe_model
 from .recipe import Recipe
+from .resuming import CurrentSteps, EarlyStopping, begin_record, check_progress, describe_resumption, write_record
 from .trainer import RSkipTrainer
-from .translation_arguments import ModelArguments
 
 _CHECKED_PAIRS = 1000
 """Pairs, at even distances in the corpus, of which a tokenizer must know most."""
@@ -51,6 +50,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     data, training = recipe.data, recipe.training
     with training.main_process_first(desc="preparing the corpus"):
         checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
+        record = begin_record(recipe, checkpoint)
         corpus = load_translation_dataset(data)
         # What is no longer referred to is no longer mapped into memory.
         train_set, unclean = clean_corpus(corpus.pop("train"), data)
@@ -70,8 +70,6 @@ def train(recipe: Recipe) -> dict[str, float | str]:
             f"pad_to_multiple_of {training.pad_to_multiple_of} must divide max_position_embeddings "
             f"{model.config.max_position_embeddings}, so that no padding goes beyond it."
         )
-    if checkpoint:
-        check_same_model(model.config, checkpoint, [*asdict(ModelArguments()), "source_lang", "target_lang"])
     model.set_attn_implementation(training.attn_implementation)
 
     bleu_tokenize = choose_tokenizer(training.bleu_tokenize, data.target_lang)
@@ -84,9 +82,9 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         scores, _ = score(model, "validation", num_beams=training.generation_num_beams)
         return {name: scores[name] for name in ("bleu", "chrf")}
 
-    callbacks = []
+    callbacks = [CurrentSteps()]
     if training.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+        callbacks.append(EarlyStopping(training.early_stopping_patience))
     if training.probe_steps:
         batch = training_sentences(model, tokenizer, train_set)
         callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
@@ -106,11 +104,15 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         describe_model(trainer.model, recipe, f"vocabulary of {model.config.vocab_size:,}")
         print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
         if checkpoint:
-            print(f"resuming from {checkpoint}", flush=True)
+            print(f"resuming from {checkpoint}, {describe_resumption(record['resumed'][-1])}", flush=True)
 
-    resumed = {"train_resumed_at_step": read_step(checkpoint)} if checkpoint else {}
+    trainer.record = record
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    result.metrics.update(resumed)
+    if checkpoint:
+        check_progress(recipe, trainer.state.global_step)
+        result.metrics["train_resumed_at_step"] = start = record["resumed"][-1]["step"]
+        if trainer.state.global_step == start:
+            del result.metrics["train_loss"]  # of no step
     trainer.use_moving_average()
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
@@ -125,7 +127,8 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         _, references = split_languages(corpus["test"], data.source_lang, data.target_lang)
         write_predictions(training.output_dir, *scored_form(translations, references, lowercase=lowercases(tokenizer)))
         example = corpus["test"][0]["translation"][data.source_lang]
-        write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, example)
+        write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, record, example)
+        write_record(training.output_dir, record, trainer.state.global_step)
         print(f"model, card and scores: {training.output_dir}", flush=True)
     if training.push_to_hub:
         trainer.push_to_hub()

@@ -61,6 +61,10 @@ class GenerationArguments:
                 raise UserError(f"{key} must be a finite number of at least 0, not {value}.")
         if self.gnmt_length_penalty is not None and self.length_penalty != 1.0:
             raise UserError("length_penalty and gnmt_length_penalty are two forms of one thing: give one of them.")
+        if self.num_beams == 1:
+            for key in ("length_penalty", "gnmt_length_penalty", "early_stopping"):
+                if getattr(self, key) != GenerationArguments.__dataclass_fields__[key].default:
+                    raise UserError(f"{key} has no effect with num_beams 1, which is greedy search.")
 
 
 @dataclass
@@ -102,6 +106,9 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate, reached after warmup_steps."})
     lr_scheduler_type: SchedulerType = field(
         default=SchedulerType.INVERSE_SQRT, metadata={"help": "Learning-rate schedule."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps in which the learning rate rises to its peak, or this fraction of all."}
     )
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of Adam."})
     adam_epsilon: float = field(default=1e-9, metadata={"help": "Epsilon of Adam."})

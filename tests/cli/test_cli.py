@@ -126,6 +126,32 @@ def test_evaluate_mistakes(fail, trained, corpus_folder):
         "evaluate", trained.folder, "--dataset_name", corpus_folder, "--label_column", "label"
     )
     assert "'dev'" in fail("evaluate", trained.folder, "--dataset_name", corpus_folder, "--split", "dev")
+    # Before the corpus is read.
+    assert "bleu_tokenize 'nope'" in fail(
+        "evaluate", trained.folder, "--dataset_name", "/no", "--bleu_tokenize", "nope"
+    )
+    assert "'nope'" in fail(
+        "compare", trained.folder, trained.recipe, "--dataset_name", "/no", "--bleu_tokenize", "nope"
+    )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "translate", "score"])
+def test_a_failure_leaves_the_output_file_as_it_was(fail, trained, tmp_path, command):
+    output, folder = tmp_path / "output.txt", tmp_path / "no"
+    output.write_text("of an earlier run\n")
+    words = ["--input_file", "/no/such"] if command == "translate" else ["--dataset_name", "/no/such"]
+    fail(command, trained.folder, *words, "--output_file", output)
+    assert output.read_text() == "of an earlier run\n" and list(tmp_path.iterdir()) == [output]
+    # And what cannot be written is found before there is any work.
+    corpus = [] if command == "translate" else words
+    assert str(folder / "output.txt") in fail(command, trained.folder, *corpus, "--output_file", folder / "output.txt")
+
+
+def test_an_output_dir_that_cannot_be_written_is_found_first(fail, write_recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output_dir in (tmp_path / "file", tmp_path / "file" / "output"):
+        recipe = write_recipe(dataset_name="/no/such/folder", output_dir=str(output_dir))
+        assert f"output_dir '{output_dir}' cannot be written to: " in fail("train", recipe)
 
 
 def test_translate_mistakes(fail, trained, tmp_path):
@@ -336,6 +362,7 @@ def test_keys_are_printed_with_their_defaults(capsys):
     for line in (
         "skip_recursions (2)",
         "train_files (None) Two UTF-8",
+        "d_model (512) Width of the model",
         "num_beams (5)",
         "lr_scheduler_type (inverse_sqrt)",
     ):

@@ -3,11 +3,14 @@
 from dataclasses import fields
 
 import pytest
+import torch
 import yaml
+from transformers import get_scheduler
 
 from hf_rskip.data.arguments import DataArguments
 from hf_rskip.errors import UserError
 from hf_rskip.models import RSkipConfig
+from hf_rskip.training.describe import describe_schedule
 from hf_rskip.training.recipe import check_values, parse_recipe
 from hf_rskip.training.translation_arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments
 
@@ -78,7 +81,7 @@ def test_values_reach_their_group_and_the_command_line_wins(parse):
         ("save_total_limit: 3", "save_total_limit", 3),
         ("run_name: 'with spaces = and --dashes'", "run_name", "with spaces = and --dashes"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint", "True"),
-        ("optim_args: 'a=1,b=2'", "optim_args", "a=1,b=2"),
+        ("optim: sgd\noptim_args: 'momentum=0.5'", "optim_args", "momentum=0.5"),
         ("lr_scheduler_kwargs: {timescale: 100}", "lr_scheduler_kwargs", {"timescale": 100}),
     ],
 )
@@ -220,11 +223,43 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
         ("dataloader_num_workers", -1),
         ("dataloader_persistent_workers", "true"),
         ("bleu_tokenize", "no_such"),
+        ("report_to", "wandb"),
+        ("report_to", "no_such"),
+        ("optim", "lion_8bit"),
+        ("optim_args", "no_such_option=1"),
+        ("lr_scheduler_type", "cosine_with_min_lr"),  # needs a minimum
+        ("lr_scheduler_kwargs", '{"no_such": 1}'),
+        ("fp16", "true"),
+        ("eval_steps", "null"),  # which Transformers takes from logging_steps
+        ("d_model", 33),
+        ("skip_type", "no_such"),
     ],
 )
 def test_values_that_would_fail_after_hours_fail_at_once(write_recipe, key, value):
     with pytest.raises(UserError, match=key):
         parse_recipe(write_recipe(), [f"--{key}", str(value)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("length_penalty", 0.6), ("gnmt_length_penalty", 0.6), ("early_stopping", "true")]
+)
+def test_greedy_search_has_no_use_for_beam_search_keys(write_recipe, key, value):
+    """Transformers refuses them at the first save."""
+    with pytest.raises(UserError, match=f"{key} has no effect with num_beams 1"):
+        parse_recipe(write_recipe(), ["--num_beams", "1", f"--{key}", str(value)])
+
+
+def test_the_default_schedule_warms_up_and_decays(write_recipe):
+    training = parse_recipe(write_recipe(warmup_steps=None), []).training
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], training.learning_rate)
+    schedule = get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(400), 400)
+    rates = []
+    for _ in range(400):
+        rates.append(schedule.get_last_lr()[0] / training.learning_rate)
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0 and rates[40] == 1 and rates[160] == pytest.approx(0.5)
+    assert describe_schedule(training, 400) == "learning rate: 0.01, inverse_sqrt, warm-up in 40 of 400 steps"
 
 
 def test_a_key_that_stands_twice_is_an_error(write_recipe):

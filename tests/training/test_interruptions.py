@@ -44,13 +44,13 @@ def without_times(values):
 @pytest.fixture
 def terminate_at(monkeypatch):
     """Sends this process SIGTERM in the middle of the steps with these numbers, counted from 1."""
+    training_step = Trainer.training_step
 
-    def set_steps(*steps):
-        training_step = Trainer.training_step
-
+    def set_steps(*steps, number=signal.SIGTERM, times=1):
         def step_under_fire(self, *args, **kwargs):
             if self.state.global_step + 1 in steps:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
             return training_step(self, *args, **kwargs)
 
         monkeypatch.setattr(Trainer, "training_step", step_under_fire)
@@ -95,6 +95,20 @@ def test_sigterm_in_image_classification(strategy, write_image_recipe, terminate
     terminate_at(5, 6, 9)
     run_until_the_end(stopped, (5, 6, 9), capfd)
     assert_same_end(stopped.parent / "output", whole.parent / "output")
+
+
+def test_the_first_ctrl_c_saves_and_the_second_ends_at_once(write_image_recipe, terminate_at, capfd):
+    recipe = write_image_recipe(num_train_epochs=1)
+    terminate_at(4, number=signal.SIGINT)
+    assert main(["train", str(recipe)]) == 130
+    error = capfd.readouterr().err
+    assert "stopping after this step, with a checkpoint; Ctrl-C again stops at once\n" in error
+    assert error.endswith("hf-rskip: stopped by Ctrl-C after step 4; go on with `--resume_from_checkpoint true`\n")
+    terminate_at(5, number=signal.SIGINT, times=2)
+    assert main(["train", str(recipe), *RESUME]) == 130
+    assert capfd.readouterr().err.endswith("hf-rskip: interrupted\n")
+    assert list_checkpoints(recipe.parent / "output")[-1].name == "checkpoint-4"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigterm_in_the_last_step(write_image_recipe, terminate_at, capfd):

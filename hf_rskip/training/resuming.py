@@ -1,0 +1,141 @@
+"""What a checkpoint and a finished model say of their training, and whether a run may go on from there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from ..errors import UserError
+from .checkpoints import checkpoint_step, list_checkpoints, read_step
+from .describe import describe_schedule
+from .keys import MAY_CHANGE, MUST_STAY
+from .recipe import Recipe
+
+RECORD_NAME = "recipe.json"
+"""In every checkpoint, and in the folder of a run as the last file that is written there."""
+_OF_A_DEVICE = {"processes", "per_device_train_batch_tokens", "gradient_accumulation_steps"}
+"""What `global_batch_tokens` makes up for: the same sentences form a step whatever these are."""
+_LENGTHEN = ("num_train_epochs", "max_steps", "early_stopping_patience")
+"""What may give a finished run more to do."""
+
+
+def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
+    """What is to be written beside the weights: the value of every key, and how the run was resumed.
+
+    Returns:
+        `values` by key, with the number of `processes`, and `resumed`: for each start from a checkpoint its `step` and
+        what was `changed`, `[before, now]` by key.
+
+    Raises:
+        [`UserError`]: if the run cannot go on from the checkpoint with this recipe.
+    """
+    record = {"values": _values(recipe), "resumed": []}
+    if checkpoint is not None:
+        before = _read_record(checkpoint / RECORD_NAME)
+        changed = _find_changes(before["values"], record["values"], str(checkpoint))
+        record["resumed"] = [*before["resumed"], {"step": read_step(checkpoint), "changed": changed}]
+    return record
+
+
+def write_record(folder: str | Path, record: dict[str, Any], step: int) -> None:
+    """Writes [`begin_record`]'s record with the number of steps after which it holds."""
+    content = json.dumps({"step": step, **record}, indent=2, ensure_ascii=False)
+    Path(folder, RECORD_NAME).write_text(content + "\n", encoding="utf-8")
+
+
+def describe_resumption(resumption: dict[str, Any]) -> str:
+    """One entry of a record's `resumed`, as `step 4 with num_train_epochs 8 (before: 4)`."""
+    changes = [f"{key} {now} (before: {before})" for key, (before, now) in resumption["changed"].items()]
+    return f"step {resumption['step']:,}" + (f" with {', '.join(changes)}" if changes else "")
+
+
+def finished_results(recipe: Recipe) -> dict[str, Any] | None:
+    """The results of a run that is to be resumed although it has finished, or `None` if there is something to train.
+
+    Raises:
+        [`UserError`]: if the recipe asks a finished run for something else than a longer training.
+    """
+    training = recipe.training
+    folder, resume = Path(training.output_dir), str(training.resume_from_checkpoint or "false").lower()
+    if resume == "false" or not ((folder / RECORD_NAME).exists() and any(folder.glob("model*.safetensors"))):
+        return None
+    record = _read_record(folder / RECORD_NAME)
+    checkpoint = list_checkpoints(folder)[-1:] if resume == "true" else [Path(training.resume_from_checkpoint)]
+    if any(checkpoint_step(path) > record["step"] for path in checkpoint):
+        return None  # of a longer training, which has not finished
+    changed = _find_changes(record["values"], _values(recipe), str(folder))
+    if any(key in changed for key in _LENGTHEN):
+        return None
+    if changed:
+        key, (before, now) = next(iter(changed.items()))
+        raise UserError(
+            f"{str(folder)!r} holds a finished run of {key} {before!r}, which cannot become {now!r}: "
+            f"`hf-rskip evaluate` scores it otherwise, and {', '.join(_LENGTHEN)} train it on."
+        )
+    if training.process_index == 0:
+        print(f"{folder} holds a finished run of {record['step']:,} steps: nothing is left to do", flush=True)
+    return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+
+
+def check_progress(recipe: Recipe, step: int) -> None:
+    """Keeps the record of a finished run that was to train on, and ended at once.
+
+    Args:
+        step: at which the training has ended.
+
+    Raises:
+        [`UserError`]: if the finished run in `output_dir` had as many.
+    """
+    path = Path(recipe.training.output_dir, RECORD_NAME)
+    if path.exists() and _read_record(path)["step"] >= step:
+        raise UserError(
+            f"{recipe.training.output_dir!r} holds a finished run of {step:,} steps, and with this recipe nothing is "
+            "left to train: its results stay as they are."
+        )
+
+
+class CurrentSteps(TrainerCallback):
+    """Evaluates, saves and logs as the recipe says, also in a resumed run, where the Trainer takes this from the
+    checkpoint; and logs at least twenty times in a run, for a curve needs points. Says the schedule."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(describe_schedule(args, state.max_steps), flush=True)
+        state.compute_steps(args, state.max_steps)
+        state.logging_steps = max(1, min(state.logging_steps, state.max_steps // 20))
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Stops after as many evaluations as the recipe says, also in a resumed run, which goes on counting."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience = args.early_stopping_patience
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.values, "processes": recipe.training.world_size}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read, so nothing says how that was trained: {error}.") from error
+
+
+def _find_changes(before: dict[str, Any], now: dict[str, Any], where: str) -> dict[str, list]:
+    """`[before, now]` of each key that differs and may; raises a [`UserError`] for one that may not."""
+    differing = {key: [old, now[key]] for key, old in before.items() if key in now and old != now[key]}
+    may_change = MAY_CHANGE
+    if before.get("global_batch_tokens") is not None:
+        may_change = may_change | _OF_A_DEVICE
+    for key in MUST_STAY | {"processes"}:
+        if key in differing and key not in may_change:
+            old, new = differing[key]
+            raise UserError(
+                f"{where} was trained with {key} {old!r} and cannot go on with {new!r}: a new run can start from its "
+                "weights, by model_name_or_path."
+            )
+    return {key: values for key, values in differing.items() if key in may_change}

@@ -1,0 +1,147 @@
+"""A resumed run: what it may change it does, what it must keep is checked, and a finished one stays as it is."""
+
+import json
+
+import pytest
+import yaml
+
+from hf_rskip.cli.main import main
+from hf_rskip.errors import UserError
+from hf_rskip.training.checkpoints import list_checkpoints
+from hf_rskip.training.recipe import parse_recipe
+from hf_rskip.training.resuming import (
+    RECORD_NAME,
+    begin_record,
+    describe_resumption,
+    finished_results,
+    write_record,
+)
+
+RESUME = ["--resume_from_checkpoint", "true"]
+
+
+@pytest.fixture
+def resume(write_recipe, tmp_path):
+    """Resumes a run of `write_recipe(**before)`, at step 4, with other keys and number of processes."""
+
+    def resume(*words, processes=1, **before):
+        path, checkpoint = write_recipe(**before), tmp_path / "checkpoint-4"
+        record = begin_record(parse_recipe(path, []), None)
+        record["values"]["processes"] = processes
+        checkpoint.mkdir()
+        write_record(checkpoint, record, 4)
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
+        return begin_record(parse_recipe(path, list(words)), checkpoint)["resumed"]
+
+    return resume
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("learning_rate", 0.01, 1e-5),
+        ("weight_decay", 0, 0.1),
+        ("adam_beta2", 0.98, 0.9),
+        ("seed", 3, 4),
+        ("per_device_train_batch_tokens", 512, 256),
+        ("gradient_accumulation_steps", 1, 2),
+        ("global_batch_tokens", None, 512),
+        ("lr_scheduler_type", "inverse_sqrt", "linear"),
+        ("dropout", 0.1, 0.2),
+        ("max_source_length", 32, 30),
+        ("max_train_samples", None, 100),
+        ("dataset_name", "{corpus}", "elsewhere"),
+        ("bf16", "False", "True"),
+    ],
+)
+def test_what_must_stay_is_refused_with_both_values(resume, corpus_folder, key, old, new):
+    with pytest.raises(UserError) as error:
+        resume(f"--{key}", str(new))
+    old = corpus_folder if old == "{corpus}" else old
+    message = str(error.value).replace("'False'", "False").replace("'True'", "True")
+    old, new = (value if value in ("True", "False") else repr(value) for value in (old, new))
+    assert f"checkpoint-4 was trained with {key} {old} and cannot go on with {new}: " in message
+
+
+def test_other_training_files_are_refused(resume, tmp_path):
+    names = {part: [f"{part}.en", f"{part}.de"] for part in ("train_files", "validation_files", "test_files")}
+    with pytest.raises(
+        UserError, match=r"trained with train_files \['train_files.en'.* cannot go on with \['other.en'"
+    ):
+        resume("--train_files", "other.en", "other.de", dataset_name=None, **names)
+
+
+def test_another_number_of_processes_is_refused_unless_the_steps_are_the_same(resume):
+    with pytest.raises(UserError, match="trained with processes 2 and cannot go on with 1"):
+        resume(processes=2)
+
+
+def test_a_global_batch_is_the_same_on_any_number_of_processes(resume):
+    (resumed,) = resume("--per_device_train_batch_tokens", "256", processes=2, global_batch_tokens=1024)
+    assert resumed["changed"]["processes"] == [2, 1]
+    assert resumed["changed"]["per_device_train_batch_tokens"] == [512, 256]
+
+
+def test_what_may_change_is_said(resume):
+    (resumed,) = resume("--num_train_epochs", "8", "--run_name", "another", "--num_beams", "3")
+    assert resumed == {"step": 4, "changed": {"num_train_epochs": [4, 8], "num_beams": [2, 3]}}
+    said = describe_resumption(resumed)
+    assert said.startswith("step 4 with ") and "num_train_epochs 8 (before: 4)" in said and "num_beams 3" in said
+
+
+def test_what_cannot_matter_is_not_mentioned(resume):
+    assert resume("--run_name", "another", "--dataloader_num_workers", "1") == [{"step": 4, "changed": {}}]
+
+
+def test_a_checkpoint_that_does_not_say_its_recipe_is_refused(write_recipe, tmp_path):
+    with pytest.raises(UserError, match="recipe.json' cannot be read, so nothing says how that was trained"):
+        begin_record(parse_recipe(write_recipe(), []), tmp_path)
+
+
+# Whole runs
+
+
+def test_a_finished_run_stays_as_it_is(trained, capfd):
+    before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*") if path.name != ".lock"}
+    assert main(["train", str(trained.recipe), *RESUME]) == 0
+    out = capfd.readouterr().out
+    assert out.endswith("nothing is left to do\n") and "holds a finished run of " in out
+    assert main(["train", str(trained.recipe), *RESUME, "--num_beams", "3"]) == 2
+    error = capfd.readouterr().err
+    assert "holds a finished run of num_beams 2, which cannot become 3" in error
+    assert main(["train", str(trained.recipe), *RESUME, "--learning_rate", "1e-5"]) == 2
+    assert "trained with learning_rate 0.01 and cannot go on with 1e-05" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    results = json.loads((trained.folder / "all_results.json").read_text())
+    recipe = parse_recipe(trained.recipe, RESUME)
+    assert finished_results(recipe) == results and results["train_loss"] > 0
+    assert finished_results(parse_recipe(trained.recipe, [*RESUME, "--num_train_epochs", "5"])) is None
+
+
+def test_a_resumed_run_follows_what_may_change(write_image_recipe, capfd):
+    """Steps of evaluation, saving and logging, patience and length, which the Trainer takes from the checkpoint."""
+    recipe = write_image_recipe(num_train_epochs=1, early_stopping_patience=5)
+    folder = recipe.parent / "output"
+    assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
+    assert json.loads((folder / RECORD_NAME).read_text())["step"] == 9
+    steps = {"eval_steps": 2, "save_steps": 2, "logging_steps": 1, "save_total_limit": 4}
+    words = [word for key, value in {**steps, "max_steps": 13}.items() for word in (f"--{key}", str(value))]
+    assert main(["train", str(recipe), *RESUME, *words, "--early_stopping_patience", "7"]) == 0, capfd.readouterr().err
+    out = capfd.readouterr().out
+    assert "resuming from " in out and "eval_steps 2 (before: 3)" in out
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 13
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [3, 6, 9, 10, 12, 13]
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry][-3:] == [11, 12, 13]
+    assert state["stateful_callbacks"]["EarlyStopping"]["args"]["early_stopping_patience"] == 7
+    assert [path.name for path in list_checkpoints(folder)][-1] == "checkpoint-13"
+    record = json.loads((folder / RECORD_NAME).read_text())
+    assert record["step"] == 13 and record["resumed"][0]["changed"]["max_steps"] == [-1, 13]
+    card = (folder / "README.md").read_text()
+    assert "it was at step 9 with " in card and "early_stopping_patience 7 (before: 5)" in card
+    keys = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert keys["eval_steps"] == 2 and keys["learning_rate"] == 0.05
+    # And a longer training that has nothing to do leaves the record.
+    assert main(["train", str(recipe), *RESUME, *words, "--early_stopping_patience", "9"]) == 2
+    assert "with this recipe nothing is left to train" in capfd.readouterr().err
+    assert json.loads((folder / RECORD_NAME).read_text()) == record
