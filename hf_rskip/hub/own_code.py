@@ -1,7 +1,6 @@
 """Modules of one's own that travel with a checkpoint: made siblings of the model's files, or refused."""
 
 import ast
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,11 +13,15 @@ _HOMES = (skip_connections, skip_norms)
 """Where a copy finds the names that it imports from the package or from `models`."""
 
 
+_STANDARD = ("__future__", "collections", "copy", "dataclasses", "functools", "itertools", "math", "typing")
+"""Of the standard library, what neither reads files nor starts programs."""
+
+
 def own_modules(module: ModuleType, taken: set[str]) -> dict[str, str]:
     """The source of a module and of the siblings that it needs, by file name, with imports that a checkpoint has.
 
-    Allowed are imports of torch, transformers, the standard library, siblings (`from .x import y`), and of names of
-    `hf_rskip` that are in the files that travel: those are rewritten to imports of siblings.
+    Allowed are imports of torch, transformers, siblings (`from .x import y`), the few modules of [`_STANDARD`], and of
+    names of `hf_rskip` that are in [`_HOMES`]: those are rewritten to imports of siblings.
 
     Args:
         module: of a kind of one's own.
@@ -57,7 +60,7 @@ def _rewrite(path: Path) -> tuple[str, set[str]]:
             lines[first:last] = [before.decode() + statement + after.decode()]
         else:
             roots = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            known = {"torch", "transformers", *sys.stdlib_module_names}
+            known = {"torch", "transformers", *_STANDARD}
             if getattr(node, "level", 0) or not {root.partition(".")[0] for root in roots} <= known:
                 raise _refusal(path, node)
     return "".join(lines), siblings
@@ -74,5 +77,6 @@ def _refusal(path: Path, node: ast.stmt) -> UserError:
     homes = " or ".join(home.__name__ for home in _HOMES)
     return UserError(
         f"The code in {path} does not travel because of `{ast.unparse(node)}`: it may import torch, transformers, "
+        f"{', '.join(_STANDARD[1:])}, "
         f"`from .sibling import name`, and of {_PACKAGE} what {homes} has, with `from {_PACKAGE} import name`"
     )
