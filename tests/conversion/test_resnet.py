@@ -591,7 +591,7 @@ def test_unfit_folders(capsys, resnet_folder, make_timm, tmp_path):
         change(tmp_path / "old")
         return error_of(capsys, tmp_path / "old", tmp_path / "new")
 
-    assert "no model could be loaded" in error_of(capsys, tmp_path / "missing", tmp_path / "new")
+    assert "There is no model" in error_of(capsys, tmp_path / "missing", tmp_path / "new")
     assert "no model could be loaded" in error(lambda folder: (folder / "model.safetensors").unlink())
     assert "no model could be loaded" in error(lambda folder: (folder / "config.json").write_text("{"))
     half = (resnet_folder / "model.safetensors").read_bytes()[:5000]

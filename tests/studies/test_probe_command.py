@@ -107,7 +107,7 @@ def test_mistakes_are_one_sentence(fail, write_recipe, trained, trained_resnet, 
     assert "There is no folder" in fail("--run", tmp_path / "missing", "--random_data")
     assert "has no checkpoints" in fail("--run", tmp_path, "--random_data")
     assert "given twice" in fail(trained.folder, trained.folder, "--random_data")
-    assert "missing': there is no such folder, and as a Hub id: " in fail(tmp_path / "missing", "--random_data")
+    assert "missing': no such file or folder." in fail(tmp_path / "missing", "--random_data")
     assert "probed on a --dataset_name" in fail(trained_resnet.folder, "--test_files", "a", "b")
     assert "must be from 0 to below 1" in fail(trained.folder, "--random_data", "--label_smoothing_factor", 1)
     (tmp_path / "empty.csv").write_text("")

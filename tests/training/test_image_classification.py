@@ -399,7 +399,7 @@ def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
         ({"hidden_sizes": [8, 16, 32]}, "`depths` must have a number for each of the 3 `hidden_sizes`"),
         ({"skip_norm": "group_norm"}, "`skip_norm` must be one of layer_norm, rms_norm, batch_norm, none"),
         ({"task": "segmentation"}, "task must be one of translation, image-classification, not 'segmentation'"),
-        ({"vocab_size": 100}, "Unknown key 'vocab_size'"),
+        ({"vocab_size": 100}, "is a key of task translation, and the task is image-classification"),
         (
             {"architecture": "resnet20_cifar"},
             "`skip_recursions` has no effect on the plain network: give a `skip_type`",
