@@ -42,8 +42,8 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
         [`UserError`]: if there is no such model, it is of another kind, weights are missing, or a file is not as it was
             written.
     """
-    load_config(name, auto_class)
     check_model(name)
+    load_config(name, auto_class)
     try:
         model, info = auto_class.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
