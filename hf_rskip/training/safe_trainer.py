@@ -10,6 +10,7 @@ from accelerate.utils import gather
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
@@ -21,6 +22,7 @@ from .checkpoints import (
     clear_staging,
     list_checkpoints,
     publish_checkpoint,
+    read_state,
     remove_checkpoints,
     rotate_checkpoints,
 )
@@ -61,13 +63,7 @@ class SafeCheckpointMixin:
             write_manifest(folder, MODEL_FILES)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
-        if not best.exists():  # the folder of the run was moved
-            best = Path(self.args.output_dir, best.name)
-            self.state.best_model_checkpoint = str(best)
-        if not best.exists():
-            raise UserError(f"The best model is lost: there is no {str(best)!r}")
-        check_manifest(best)
+        check_manifest(self.state.best_model_checkpoint)
         super()._load_best_model()
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -132,9 +128,22 @@ class SafeCheckpointMixin:
 
     # Pre-emption
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if resume_from_checkpoint is not None:
+            self._find_best(Path(resume_from_checkpoint))
         with self._stop_signal.caught():
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _find_best(self, checkpoint: Path) -> None:
+        """The Trainer forgets a best checkpoint that is not where it was: that of a run that was moved is beside it."""
+        recorded = read_state(checkpoint).get("best_model_checkpoint")
+        if recorded is None or Path(recorded).is_dir():
+            return
+        best = checkpoint.parent / Path(recorded).name
+        if best.is_dir():
+            self.add_callback(_RememberBest(str(best)))
+        elif self.args.load_best_model_at_end:
+            raise UserError(f"The best model is lost: there is no {str(best)!r}.")
 
     def get_train_dataloader(self) -> DataLoader:
         dataloader = super().get_train_dataloader()
@@ -182,3 +191,11 @@ class SafeCheckpointMixin:
             resume_from_checkpoint=resume_from_checkpoint,
             **kwargs,
         )
+
+
+class _RememberBest(TrainerCallback):
+    def __init__(self, best: str):
+        self.best = best
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = self.best

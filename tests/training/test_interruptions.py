@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from hf_rskip.cli.main import main
 from hf_rskip.training.checkpoints import find_checkpoint, list_checkpoints, rotate_checkpoints
+from hf_rskip.training.resuming import RECORD_NAME
 
 RESUME = ("--resume_from_checkpoint", "true")
 
@@ -238,19 +239,23 @@ def test_rotation_keeps_what_it_must(tmp_path, limit, kept):
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
 
 
-def test_the_best_model_of_a_run_that_was_moved_is_its_own_and_whole(write_image_recipe, tmp_path, capfd):
-    """The state of the Trainer has the old path; the last model was kept in its place without a word."""
-    recipe = write_image_recipe(num_train_epochs=1, load_best_model_at_end=True, metric_for_best_model="loss")
+def test_the_best_model_of_a_run_that_was_moved_is_its_own(write_image_recipe, tmp_path, capfd):
+    """The state of the Trainer has the old path, and the last model was kept in its place."""
+    recipe = write_image_recipe(num_train_epochs=1, load_best_model_at_end=True)
     assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
     folder = (recipe.parent / "output").rename(tmp_path / "moved")
-    kept = load_file(folder / "model.safetensors")
-    best = folder / f"checkpoint-{evaluations(folder)[1]}"
-    last = list_checkpoints(folder)[-1]
-    (folder / "model.safetensors").unlink()
-    words = ["train", str(recipe), "--output_dir", str(folder)]
-    assert main([*words, *RESUME]) == 0, capfd.readouterr().err
-    assert all(torch.equal(value, kept[name]) for name, value in load_file(folder / "model.safetensors").items())
+    best, last = list_checkpoints(folder)
+    state = json.loads((last / "trainer_state.json").read_text())
+    state["best_model_checkpoint"] = str(recipe.parent / "output" / best.name)
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    # As if it had been killed before its end.
+    for path in (folder / "model.safetensors", folder / RECORD_NAME, last / "manifest.json"):
+        path.unlink()
+    words = ["train", str(recipe), "--output_dir", str(folder), *RESUME]
+    assert main(words) == 0, capfd.readouterr().err
+    weights, kept = (load_file(path / "model.safetensors") for path in (folder, best))
+    assert all(torch.equal(value, kept[name]) for name, value in weights.items())
+    (folder / RECORD_NAME).unlink()
     best.rename(tmp_path / "lost")
-    if best != last:
-        assert main([*words, *RESUME]) == 2
-        assert f"The best model is lost: there is no {str(best)!r}" in capfd.readouterr().err
+    assert main(words) == 2
+    assert f"The best model is lost: there is no {str(best)!r}" in capfd.readouterr().err

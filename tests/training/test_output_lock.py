@@ -141,6 +141,6 @@ def test_a_full_disk_at_the_last_save(write_recipe, tmp_path, monkeypatch, write
 
     monkeypatch.setitem(train._TRAIN, "translation", run)
     with pytest.raises(UserError) as error:
-        train.train_recipe(parse_recipe(write_recipe(), []))
+        train.train(parse_recipe(write_recipe(), []))
     assert "File too large" in str(error.value)
     assert str(error.value).endswith("with space again, go on with `--resume_from_checkpoint true`.")
