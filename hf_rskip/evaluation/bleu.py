@@ -49,15 +49,18 @@ def choose_tokenizer(tokenize: str | None, target_lang: str | None) -> str:
     return own
 
 
-def create_bleu(tokenize: str, lowercase: bool = False, references: Sequence[str] | None = None) -> BLEU:
+def create_bleu(
+    tokenize: str, lowercase: bool = False, references: Sequence[str] | None = None, force: bool = True
+) -> BLEU:
     """sacreBLEU's BLEU, which looks at `references` once only if they are given here.
+
+    Unless `force`, it warns of text that looks tokenized.
 
     Raises:
         [`UserError`]: if sacreBLEU has no such tokenizer.
     """
     try:
-        # Not forced, it warns of text that looks tokenized, once a test and system.
-        return BLEU(lowercase, force=True, tokenize=tokenize, references=None if references is None else [references])
+        return BLEU(lowercase, force, tokenize, references=None if references is None else [references])
     # An unknown name, a package that is not installed, a model that cannot be downloaded.
     except (KeyError, ValueError, ImportError, RuntimeError, OSError) as error:
         raise UserError(f"bleu_tokenize {tokenize!r} is not to be had from sacreBLEU.") from error

@@ -59,7 +59,10 @@ class TranslationMetric(evaluate.Metric):
         given = [list(predictions), list(references)]
         predictions, references = scored_form(*given)
         normalized = [predictions, references] != given
-        metrics = {"bleu": create_bleu(tokenize, lowercase), "chrf": CHRF(lowercase=lowercase)}
+        metrics = {
+            "bleu": create_bleu(tokenize, lowercase, force=tokenize == "none"),
+            "chrf": CHRF(lowercase=lowercase),
+        }
         if target_lang is not None:
             metrics["bleu_intl"] = create_bleu("intl", lowercase)
         scores = {}
