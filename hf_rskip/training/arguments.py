@@ -66,6 +66,9 @@ _LEAST = {
 _LARGEST_SEED = 2**32 - 1  # of numpy
 
 
+DEFAULT_LOGGING_STEPS = 50
+
+
 @dataclass
 class CommonTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what every task adds."""
@@ -98,14 +101,13 @@ class CommonTrainingArguments(TrainingArguments):
         metadata={"help": "Start from this model, with all that belongs to it; model keys override its configuration."},
     )
     logging_steps: float = field(
-        default=50,
-        metadata={"help": "Log every so many steps, or this fraction of all; at least twenty times in a run."},
+        default=DEFAULT_LOGGING_STEPS,
+        metadata={"help": "Log every so many steps, or this fraction of all; the default, 50, is less in a short run."},
     )
     eval_steps: float | None = field(
         default=None,
         metadata={"help": "Evaluate every so many steps, or this fraction of all, by eval_strategy steps."},
     )
-    logging_first_step: bool = field(default=True, metadata={"help": "Whether to log the first step, too."})
     disable_tqdm: bool | None = field(
         default=None,
         metadata={"help": "Print lines in place of a progress bar; unless given, where there is no terminal."},

@@ -162,7 +162,6 @@ def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -
     }
     parts = {"generation": None, **dict(zip(TASKS[task], parsed, strict=True))}
     recipe = Recipe(task=task, keys=keys, values=values, **parts)
-    _check_model(recipe)
     if recipe.training.model_name_or_path and getattr(recipe.data, "tokenizer_name", None):
         raise UserError("tokenizer_name cannot be set with model_name_or_path, which brings its own.")
     return recipe
@@ -185,7 +184,7 @@ def _languages_of_start(values: dict[str, Any], overrides: list[str]) -> dict[st
     return {key: language for key in missing if (language := getattr(config, key, None))}
 
 
-def _check_model(recipe: Recipe) -> None:
+def check_configuration(recipe: Recipe) -> None:
     """Raises a [`UserError`] if the model keys do not make a configuration, where no other model completes them."""
     if recipe.training.model_name_or_path is not None:
         return

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..errors import UserError
+from .arguments import DEFAULT_LOGGING_STEPS
 from .checkpoints import checkpoint_step, list_checkpoints, read_step
 from .describe import describe_schedule
 from .keys import MAY_CHANGE, MUST_STAY
@@ -97,13 +98,14 @@ def check_progress(recipe: Recipe, step: int) -> None:
 
 class CurrentSteps(TrainerCallback):
     """Evaluates, saves and logs as the recipe says, also in a resumed run, where the Trainer takes this from the
-    checkpoint; and logs at least twenty times in a run, for a curve needs points. Says the schedule."""
+    checkpoint; and logs at least twenty times unless it says how often, for a curve needs points. Says the schedule."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             print(describe_schedule(args, state.max_steps), flush=True)
         state.compute_steps(args, state.max_steps)
-        state.logging_steps = max(1, min(state.logging_steps, state.max_steps // 20))
+        if args.logging_steps == DEFAULT_LOGGING_STEPS:
+            state.logging_steps = max(1, min(DEFAULT_LOGGING_STEPS, state.max_steps // 20))
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..manifest import check_model
 from . import image_classification, translation
 from .output_lock import locked
-from .recipe import Recipe
+from .recipe import Recipe, check_configuration
 from .resuming import finished_results
 
 _TRAIN = {"translation": translation.train, "image-classification": image_classification.train}
@@ -26,6 +26,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     _check_file_handles(recipe.training.dataloader_num_workers)
     if recipe.training.model_name_or_path:
         check_model(recipe.training.model_name_or_path)
+    check_configuration(recipe)
     with locked(recipe.training.output_dir) if recipe.training.process_index == 0 else nullcontext():
         try:
             results = finished_results(recipe)

@@ -88,7 +88,7 @@ def test_a_wrong_command_line(capfd, words):
         ({"dataset_name": None}, "dataset_name"),
         ({"target_lang": "fr"}, "'fr'"),
         ({"test_split": "devtest"}, "'devtest'"),
-        ({"d_model": 33}, "`d_model` must be a multiple of"),
+        ({"d_model": 33, "dataset_name": "/no/such"}, "`d_model` must be a multiple of"),  # before any data is read
         ({"skip_type": "skip"}, "`skip_type` must be one of"),
         ({"skip_recursions": 0}, "`skip_recursions` must be"),
         ({"max_source_length": 100}, "max_position_embeddings must be at least 100"),

@@ -231,8 +231,6 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
         ("lr_scheduler_kwargs", '{"no_such": 1}'),
         ("fp16", "true"),
         ("eval_steps", "null"),  # which Transformers takes from logging_steps
-        ("d_model", 33),
-        ("skip_type", "no_such"),
     ],
 )
 def test_values_that_would_fail_after_hours_fail_at_once(write_recipe, key, value):

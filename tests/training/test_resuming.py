@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from transformers import TrainerControl, TrainerState
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
@@ -11,6 +12,7 @@ from hf_rskip.training.checkpoints import list_checkpoints
 from hf_rskip.training.recipe import parse_recipe
 from hf_rskip.training.resuming import (
     RECORD_NAME,
+    CurrentSteps,
     begin_record,
     describe_resumption,
     finished_results,
@@ -96,6 +98,14 @@ def test_what_cannot_matter_is_not_mentioned(resume):
 def test_a_checkpoint_that_does_not_say_its_recipe_is_refused(write_recipe, tmp_path):
     with pytest.raises(UserError, match="recipe.json' cannot be read, so nothing says how that was trained"):
         begin_record(parse_recipe(write_recipe(), []), tmp_path)
+
+
+@pytest.mark.parametrize(("said", "steps", "expected"), [(50, 4000, 50), (50, 200, 10), (50, 8, 1), (7, 200, 7)])
+def test_a_short_run_logs_often_enough_for_a_curve(write_recipe, said, steps, expected):
+    training = parse_recipe(write_recipe(logging_steps=said), []).training
+    state = TrainerState(max_steps=steps, is_world_process_zero=False)
+    CurrentSteps().on_train_begin(training, state, TrainerControl())
+    assert (state.logging_steps, state.eval_steps, state.save_steps) == (expected, 4, 4)
 
 
 # Whole runs
