@@ -6,6 +6,7 @@ import sys
 
 from ..errors import UserError
 from ..studies.cell import is_done
+from ..studies.evidence import restore_cells, write_evidence
 from ..studies.report import format_tables, write_report
 from ..studies.results import gather_results
 from ..studies.running import check_folders, describe_state, run_cells
@@ -18,6 +19,7 @@ def study(args: argparse.Namespace, rest: list[str]) -> None:
     Where cells have failed, it ends with exit code 1.
     """
     study = read_study(args.study, rest, args.output_dir)
+    restore_cells(study)
     check_folders(study.cells)
     words = ["hf-rskip", "study", args.study]
     words += [f"--output_dir={args.output_dir}"] * bool(args.output_dir)
@@ -40,6 +42,7 @@ def study(args: argparse.Namespace, rest: list[str]) -> None:
     if args.cell is None:
         results = gather_results(study)
         write_report(results, shlex.join([*words, *rest]))
+        write_evidence(study)
         print(
             f"\n{format_tables(results, every_setting=False)}\n\nreport: {study.output_dir / 'report.md'}", flush=True
         )

@@ -8,54 +8,14 @@ import numpy as np
 import pytest
 import sacrebleu
 import yaml
+from made_up_cells import diverge, finish
 
 from hf_rskip.errors import UserError
-from hf_rskip.evaluation.predictions import write_predictions
-from hf_rskip.studies.cell import write_result
 from hf_rskip.studies.grid_figure import _draw_lines, _draw_maps
 from hf_rskip.studies.report import format_tables, write_report
 from hf_rskip.studies.results import N_SAMPLES, gather_results, welch_test
 from hf_rskip.studies.running import describe_state
 from hf_rskip.studies.study import read_study, varying_keys
-
-
-@pytest.fixture
-def make_study(write_recipe, tmp_path):
-    def make(**keys):
-        path = tmp_path / "study.yaml"
-        values = {"recipe": str(write_recipe()), "output_dir": str(tmp_path / "output"), "seeds": [1, 2, 3], **keys}
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-        return read_study(path, [])
-
-    return make
-
-
-def finish(cell, bleu: float, curve: list[float], predictions=("a b c d",), references=("a b c d",)) -> None:
-    """Leaves what a training leaves; the model that was kept is that of the best evaluation."""
-    cell.folder.mkdir(parents=True)
-    write_predictions(cell.folder, list(predictions), list(references))
-    write_result(
-        cell,
-        state="finished",
-        test={"bleu": bleu, "bleu_signature": "made up"},
-        validation=[{"step": 100 * step, "bleu": value} for step, value in enumerate(curve, 1)],
-        kept_step=100 * (1 + curve.index(max(curve))),
-        steps=100 * len(curve),
-        parameters=1_000_000,
-        seconds=12.0,
-        resumed=False,
-        device="CPU",
-        versions={"torch": "2"},
-        commit=None,
-        date="2026-01-01T00:00:00+00:00",
-        command=f"hf-rskip train {cell.recipe_path}",
-    )
-
-
-def diverge(cell, step: int) -> None:
-    cell.folder.mkdir(parents=True)
-    about = {"device": "CPU", "versions": {"torch": "2"}, "commit": None, "date": "2026-01-01T00:00:00+00:00"}
-    write_result(cell, state="diverged", step=step, message=f"Step {step}: the loss is nan", command="x", **about)
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])

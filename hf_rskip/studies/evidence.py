@@ -1,0 +1,102 @@
+"""The evidence of a study: one compressed file with what its finished cells have left, small enough for git.
+
+From it `hf-rskip study` makes the report again on another machine, and goes on where the folders of cells are gone.
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+import pyarrow
+import yaml
+from pyarrow import parquet
+
+from ..errors import UserError
+from ..evaluation.predictions import PREDICTIONS_NAME
+from .cell import is_done, read_result, write_result
+from .probe_callback import TABLE_NAME
+from .study import Cell, Study, describe_setting, write_recipe, write_whole
+
+EVIDENCE_NAME = "evidence.parquet"
+_PATHS = ("output_dir", "dataset_name", "train_files", "validation_files", "test_files", "tokenizer_name")
+"""Keys of a recipe that name places of a machine."""
+_TEXTS = (PREDICTIONS_NAME, TABLE_NAME)
+_SCHEMA = pyarrow.schema(
+    {
+        **{"form": pyarrow.string(), "setting": pyarrow.string(), "seed": pyarrow.int64()},
+        **dict.fromkeys(("recipe", "result", *_TEXTS), pyarrow.string()),
+    }
+)
+
+
+def write_evidence(study: Study) -> None:
+    """Writes [`EVIDENCE_NAME`] to the study's folder: a row for each cell that finished or diverged.
+
+    A row has the cell's recipe without the places of this machine, its result, test predictions and probes.
+    """
+    rows = [_pack(cell) for cell in study.cells if is_done(cell)]
+    if rows:
+        path = study.output_dir / EVIDENCE_NAME
+        staged = path.with_name(f".{path.name}")
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), staged, compression="zstd")
+        staged.replace(path)
+
+
+def restore_cells(study: Study) -> None:
+    """Gives the cells that have no result the one in the study's evidence, in its folder or beside its file.
+
+    Raises:
+        [`UserError`]: if the evidence cannot be read, or a cell was run with another recipe.
+    """
+    for path in (study.output_dir / EVIDENCE_NAME, study.path.with_name(EVIDENCE_NAME)):
+        missing = {_identify(cell): cell for cell in study.cells if not is_done(cell)}
+        for row in _read_rows(path) if missing else ():
+            cell = missing.get((row["form"], row["setting"], row["seed"]))
+            if cell is not None:
+                _unpack(row, cell, path)
+
+
+def _identify(cell: Cell) -> tuple[str, str, int]:
+    return cell.form, json.dumps(dict(cell.setting)), cell.seed
+
+
+def _without_places(keys: dict) -> dict:
+    return {key: value for key, value in keys.items() if key not in _PATHS}
+
+
+def _pack(cell: Cell) -> dict:
+    form, setting, seed = _identify(cell)
+    result = read_result(cell)
+    del result["command"]  # made again for the place where the cell is restored
+    texts = {name: cell.folder / name for name in _TEXTS}
+    return {
+        "form": form,
+        "setting": setting,
+        "seed": seed,
+        "recipe": yaml.safe_dump(_without_places(cell.keys), sort_keys=False, allow_unicode=True),
+        "result": json.dumps(result, ensure_ascii=False),
+        **{name: path.read_text(encoding="utf-8") if path.exists() else None for name, path in texts.items()},
+    }
+
+
+def _read_rows(path: Path) -> list[dict]:
+    try:
+        return parquet.read_table(path, schema=_SCHEMA).to_pylist() if path.exists() else []
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{str(path)!r} is not the evidence of a study: {' '.join(str(error).split())}.") from error
+
+
+def _unpack(row: dict, cell: Cell, path: Path) -> None:
+    before, now = yaml.safe_load(row["recipe"]), _without_places(cell.keys)
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{str(path)!r}: the cell {', '.join([cell.form, *describe_setting(cell.setting)])} was run with {key} "
+                f"{before.get(key)}, not {now.get(key)}: remove the file, or choose another output_dir."
+            )
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(cell)
+    for name in _TEXTS:
+        if row[name] is not None:
+            write_whole(cell.folder / name, row[name])
+    write_result(cell, **json.loads(row["result"]), command=shlex.join(["hf-rskip", "train", str(cell.recipe_path)]))

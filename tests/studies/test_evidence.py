@@ -1,0 +1,73 @@
+"""A study's evidence: its report on another machine, where the folders of its cells are not."""
+
+import shutil
+
+import pytest
+import yaml
+from made_up_cells import diverge, finish
+
+from hf_rskip.errors import UserError
+from hf_rskip.studies.evidence import EVIDENCE_NAME, restore_cells, write_evidence
+from hf_rskip.studies.probe_callback import TABLE_NAME
+from hf_rskip.studies.report import write_report
+from hf_rskip.studies.results import gather_results
+from hf_rskip.studies.study import read_study
+
+REFERENCES = ["the dog runs in the park .", "a cat sits here now .", "two men talk on a bench ."]
+
+
+@pytest.fixture
+def moved(make_study, tmp_path):
+    """A finished study, and its file and evidence alone in another folder, with another `output_dir`."""
+    study = make_study(forms={"one": {}, "two": {"dropout": 0.2}, "three": {"learning_rate": 0.5}}, seeds=[1, 2])
+    for number, cell in enumerate(study.cells[:5]):
+        if cell.form == "three":
+            diverge(cell, 7)
+        else:
+            finish(cell, 20.0 + number, [1.0, 20.0], [line[: 20 - number] for line in REFERENCES], REFERENCES)
+            (cell.folder / TABLE_NAME).write_text(f"step,angle\n100,{number}\n")
+    write_evidence(study)
+    write_report(gather_results(study), "hf-rskip study")
+    folder = tmp_path / "elsewhere" / tmp_path.name
+    folder.mkdir(parents=True)
+    shutil.copy(study.output_dir / EVIDENCE_NAME, folder)
+    values = yaml.safe_load(study.path.read_text()) | {"output_dir": str(folder / "output")}
+    (folder / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return study, folder / "study.yaml"
+
+
+def test_the_report_is_the_same_elsewhere(moved):
+    study, path = moved
+    elsewhere = read_study(path, [])
+    assert gather_results(elsewhere).groups[0].test_mean is None
+    restore_cells(elsewhere)
+    write_report(gather_results(elsewhere), "hf-rskip study")
+    before, after = study.output_dir, elsewhere.output_dir
+    for name in ("report.md", "results.csv", "summary.csv"):
+        text = (after / name).read_text().replace(str(after), str(before)).replace(str(path), str(study.path))
+        assert text == (before / name).read_text()
+    for name in ("scores.png", "curves.png"):
+        assert (after / name).read_bytes() == (before / name).read_bytes()
+    for cell, other in zip(study.cells[:5], elsewhere.cells, strict=False):
+        if cell.form != "three":
+            assert (other.folder / TABLE_NAME).read_bytes() == (cell.folder / TABLE_NAME).read_bytes()
+    assert not elsewhere.cells[5].folder.exists()
+
+
+def test_no_place_of_a_machine_is_in_it(moved, tmp_path):
+    study, path = moved
+    content = path.with_name(EVIDENCE_NAME).read_bytes()
+    assert str(tmp_path).encode() not in content
+    restored = read_study(path, [])
+    restore_cells(restored)
+    write_evidence(restored)
+    assert (restored.output_dir / EVIDENCE_NAME).read_bytes() == content
+
+
+def test_evidence_of_another_recipe_is_refused(moved):
+    _, path = moved
+    with pytest.raises(UserError, match=r"the cell one was run with d_model 32, not 64: remove the file"):
+        restore_cells(read_study(path, ["--d_model", "64"]))
+    path.with_name(EVIDENCE_NAME).write_bytes(b"PAR1 and something else")
+    with pytest.raises(UserError, match="is not the evidence of a study"):
+        restore_cells(read_study(path, []))
