@@ -151,7 +151,7 @@ def test_an_output_dir_that_cannot_be_written_is_found_first(fail, write_recipe,
     (tmp_path / "file").write_text("")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "output"):
         recipe = write_recipe(dataset_name="/no/such/folder", output_dir=str(output_dir))
-        assert f"output_dir '{output_dir}' cannot be written to: " in fail("train", recipe)
+        assert f"output_dir '{output_dir}' cannot be written into: " in fail("train", recipe)
 
 
 def test_translate_mistakes(fail, trained, tmp_path):

@@ -170,6 +170,7 @@ def test_the_command_and_the_pipeline(run_cli, resnet_folder, tmp_path):
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "manifest.json",
     }
     expected = pipeline("image-classification", model=str(resnet_folder), top_k=5)(photo())
     actual = pipeline("image-classification", model=str(tmp_path / "new"), top_k=5)(photo())
@@ -185,7 +186,7 @@ def test_without_an_image_processor(resnet_folder, tmp_path, caplog):
     shutil.copytree(resnet_folder, tmp_path / "old")
     (tmp_path / "old/preprocessor_config.json").unlink()
     convert_resnet_checkpoint(str(tmp_path / "old"), tmp_path / "new")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "model.safetensors", "manifest.json"}
     assert "No image processor is written" in caplog.text
 
 

@@ -45,7 +45,7 @@ def test_the_scores_are_those_of_the_test_files(trained, tmp_path):
     model, _ = load_model(str(trained.folder))
     metrics = json.loads((trained.folder / "all_results.json").read_text())
     state = TrainerState.load_from_json(str(trained.folder / "trainer_state.json"))
-    write_model_card(tmp_path, recipe, model, state, metrics, "the cat")
+    write_model_card(tmp_path, recipe, model, state, metrics, {"values": {}, "resumed": []}, "the cat")
     card = ModelCard.load(tmp_path / "README.md")
     for score in card.data.eval_results:
         assert score.dataset_name == score.dataset_type == "test.en and test.de" and score.dataset_split is None
@@ -115,7 +115,7 @@ def test_what_it_was_fine_tuned_from(trained, model_and_tokenizer, tmp_path, is_
     recipe = parse_recipe(trained.recipe, ["--model_name_or_path", start])
     state = TrainerState.load_from_json(trained.folder / "trainer_state.json")
     metrics = json.loads((trained.folder / "all_results.json").read_text())
-    write_model_card(tmp_path, recipe, model, state, metrics, "the cat .")
+    write_model_card(tmp_path, recipe, model, state, metrics, {"values": {}, "resumed": []}, "the cat .")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == (None if is_folder else "user/base")
     assert f"Fine-tuned from `{'base' if is_folder else 'user/base'}`. Data: " in card.text

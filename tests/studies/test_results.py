@@ -275,7 +275,7 @@ def test_a_report_of_what_is_there(make_study, tmp_path):
 
 def test_a_grid_of_values_that_are_no_numbers(make_study, tmp_path):
     """Mappings, words and nulls; cells of equal values are told apart by what they are."""
-    decays = [{"min_lr": 1e-4}, {"min_lr": 1e-3}]
+    decays = [{"timescale": 100}, {"timescale": 1000}]
     grid = {"lr_scheduler_kwargs": decays, "lowercase": [True, False], "early_stopping_patience": [None, 1]}
     study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, grid=grid, seeds=[1])
     for cell in study.cells:

@@ -344,6 +344,6 @@ def test_tensorboard(write, monkeypatch, capfd):
     state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses)
-    monkeypatch.setattr(arguments, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: [])
     assert main(["train", str(write(**quick))]) == 2
-    assert "needs the package: `pip install 'hf_rskip[tensorboard]'`" in capfd.readouterr().err
+    assert "is not installed (try `pip install 'hf_rskip[tensorboard]'`)" in capfd.readouterr().err
