@@ -41,7 +41,7 @@ def load_test_set(
 
 def _evaluate_translation(args: argparse.Namespace) -> None:
     """With the signatures and what decoding used."""
-    for option in ("image_column", "label_column"):
+    for option in ("image_column", "label_column", "batch_size"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for models that classify images, and {args.model!r} translates.")
     if args.bleu_tokenize is not None:
@@ -66,6 +66,6 @@ def _score_translations(args: argparse.Namespace, generation: dict) -> tuple[dic
         references,
         bleu_tokenize,
         target_lang,
-        max_batch_tokens=args.max_batch_tokens,
+        max_batch_tokens=args.max_batch_tokens or 4096,
         **generation,
     )

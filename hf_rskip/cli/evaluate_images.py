@@ -14,7 +14,7 @@ from ..evaluation.evaluate_images import evaluate_images
 
 _OF_TRANSLATION = (
     *("output_file", "num_beams", "length_penalty", "gnmt_length_penalty", "max_new_tokens", "max_len_a", "max_len_b"),
-    *("ensemble", "source_lang", "target_lang"),
+    *("ensemble", "source_lang", "target_lang", "bleu_tokenize", "max_batch_tokens"),
 )
 
 
@@ -35,7 +35,7 @@ def evaluate(args: argparse.Namespace) -> None:
             f"{_shorten(class_names)}."
         )
     test_set = images.splits["test"]
-    scores = evaluate_images(model, processor, test_set, partial(name_row, data, "test"), args.batch_size)
+    scores = evaluate_images(model, processor, test_set, partial(name_row, data, "test"), args.batch_size or 256)
     print(json.dumps({**scores, "images": len(test_set)}, indent=2))
 
 

@@ -93,7 +93,10 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these models'"
     )
     parser.add_argument(
-        "--max_batch_tokens", type=_count, default=4096, help="padded source tokens times beams a batch"
+        "--max_batch_tokens",
+        type=_count,
+        default=4096,
+        help="padded source tokens times beams a batch (default: 4096)",
     )
 
 
@@ -121,9 +124,10 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_argument(parser)
     _add_test_set_arguments(parser, " or images")
     _add_image_arguments(parser)
-    parser.add_argument("--batch_size", type=_count, default=256, help="images at once (default: 256)")
+    parser.add_argument("--batch_size", type=_count, help="images at once (default: 256)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
     _add_generation_arguments(parser)
+    parser.set_defaults(max_batch_tokens=None)  # which of the two counts depends on the model
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:

@@ -9,6 +9,7 @@ from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -16,7 +17,7 @@ from ..data.arguments import DataArguments
 from ..data.image_arguments import ImageDataArguments
 from ..decoding.loading import load_config
 from ..errors import UserError
-from ..models import RSkipConfig, RSkipResNetConfig
+from ..models import RSkipConfig, RSkipForConditionalGeneration, RSkipResNetConfig
 from .image_arguments import ImageModelArguments, ImageTrainingArguments
 from .keys import is_supported, why_refused
 from .translation_arguments import GenerationArguments, ModelArguments, RSkipTrainingArguments
@@ -192,15 +193,29 @@ def check_configuration(recipe: Recipe) -> None:
     architecture = said.pop("architecture", None)
     try:
         if recipe.task == "translation":
-            RSkipConfig(**said)
+            config = RSkipConfig(**said)
+            check_lengths(recipe, config.max_position_embeddings)
+            with torch.device("meta"):
+                RSkipForConditionalGeneration(config).set_attn_implementation(recipe.training.attn_implementation)
         elif architecture is None:
             RSkipResNetConfig(**said)
         else:
             RSkipResNetConfig.from_name(
                 architecture, **{key: value for key, value in said.items() if key in recipe.keys}
             )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
+
+
+def check_lengths(recipe: Recipe, positions: int) -> None:
+    """Raises a [`UserError`] if sentences may have more tokens than the model has positions."""
+    generation = recipe.generation
+    longest = max(recipe.data.max_source_length, recipe.data.max_target_length, generation.max_new_tokens or 0)
+    if longest > positions:
+        raise UserError(
+            f"max_position_embeddings must be at least {longest}, as max_source_length, max_target_length and "
+            f"max_new_tokens allow, not {positions}"
+        )
 
 
 def check_values(values: dict[str, Any], where: str, task: str | None = None) -> None:

@@ -30,7 +30,7 @@ from ..studies.probe_callback import ProbeCallback
 from ..studies.probe_data import training_sentences
 from .checkpoints import find_checkpoint
 from .describe import describe_model
-from .recipe import Recipe
+from .recipe import Recipe, check_lengths
 from .resuming import CurrentSteps, EarlyStopping, begin_record, check_progress, describe_resumption, write_record
 from .trainer import RSkipTrainer
 
@@ -183,12 +183,7 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
         del generation["length_penalty"]
     if not generation.keys() & {"max_new_tokens", "max_len_a", "max_len_b"}:
         generation["max_new_tokens"] = data.max_target_length
-    longest = max(data.max_source_length, data.max_target_length, generation.get("max_new_tokens", 0))
-    if longest > config.max_position_embeddings:
-        raise UserError(
-            f"max_position_embeddings must be at least {longest}, as max_source_length, max_target_length and "
-            f"max_new_tokens allow, not {config.max_position_embeddings}"
-        )
+    check_lengths(recipe, config.max_position_embeddings)
     model.generation_config = GenerationConfig(**generation, **special_tokens)
     return model
 

@@ -115,7 +115,10 @@ def test_evaluate_and_probe_know_the_columns_of_the_training(write_image_recipe,
 
 
 def test_evaluate_refuses_options_of_translation(trained_resnet, cifar_folder, capsys):
-    for option in ("--gnmt_length_penalty", "--max_len_a", "--max_len_b", "--ensemble"):
+    for option in (
+        *("--gnmt_length_penalty", "--max_len_a", "--max_len_b"),
+        *("--ensemble", "--bleu_tokenize", "--max_batch_tokens"),
+    ):
         assert main(["evaluate", str(trained_resnet.folder), "--dataset_name", cifar_folder, option, "1"]) == 2
         assert f"{option} is for models that translate" in capsys.readouterr().err
 
