@@ -12,7 +12,7 @@ from ..evaluation.bleu import choose_tokenizer, create_bleu
 from ..evaluation.evaluate import evaluate_translation, split_languages
 from ..models import RSkipResNetConfig
 from . import evaluate_images
-from .translate import generation_kwargs, new_file, write_lines
+from .translate import check_output, generation_kwargs, new_file, write_lines
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -44,6 +44,7 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
     for option in ("image_column", "label_column", "batch_size"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for models that classify images, and {args.model!r} translates.")
+    check_output(args.output_file, args.test_files or ())
     if args.bleu_tokenize is not None:
         create_bleu(args.bleu_tokenize)
     with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:

@@ -10,7 +10,7 @@ from ..decoding.loading import load_ensemble
 from ..decoding.score import score
 from ..errors import UserError
 from ..evaluation.evaluate import split_languages
-from .translate import new_file, open_file, read_lines, write_lines
+from .translate import check_output, new_file, open_file, read_lines, write_lines
 
 _COLUMNS = ("log_probability", "token_count", "token_log_probabilities", "tokens")
 
@@ -23,6 +23,7 @@ def score_translations(args: argparse.Namespace) -> None:
     """
     if bool(args.source_file) != bool(args.target_file):
         raise UserError("--source_file and --target_file need each other")
+    check_output(args.output_file, [args.source_file, args.target_file])
     with new_file(args.output_file) as file:
         write_lines(file, _score_lines(args))
 

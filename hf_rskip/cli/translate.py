@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,8 +30,7 @@ def translate_lines(args: argparse.Namespace) -> None:
 
     With `--n_best` so many lines each, in the form of Moses; sentences are numbered from 0.
     """
-    if args.input_file and args.output_file and Path(args.input_file).resolve() == Path(args.output_file).resolve():
-        raise UserError(f"{args.input_file!r} cannot be both input and output")
+    check_output(args.output_file, [args.input_file])
     options, number = generation_kwargs(args), 0
     with contextlib.ExitStack() as files:
         # Only \n ends a line, so that the numbers of lines agree whatever else a sentence contains.
@@ -49,6 +48,13 @@ def translate_lines(args: argparse.Namespace) -> None:
 
 def _n_best(number: int, hypotheses: list[Hypothesis]) -> list[str]:
     return [f"{number} ||| {text} ||| {score:.6f}" for text, score in hypotheses]
+
+
+def check_output(output: str | None, inputs: Sequence[str | None]) -> None:
+    """Raises a [`UserError`] if a file to be written is one of those to be read."""
+    for path in inputs:
+        if output and path and Path(path).resolve() == Path(output).resolve():
+            raise UserError(f"{path!r} cannot be both input and output")
 
 
 def write_lines(file: BinaryIO, sentences: list[str]) -> None:

@@ -108,9 +108,8 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
         if language not in found:
             close = difflib.get_close_matches(language, found, n=1, cutoff=0.6)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise UserError(
-                f"{where} has no language {language!r}, only {', '.join(found)}: set {field} to one of these{hint}."
-            )
+            known = ", ".join(sorted(found))
+            raise UserError(f"{where} has no language {language!r}, only {known}: set {field} to one of these{hint}.")
         if found[language] not in ("string", "large_string", "null"):
             raise UserError(f"{where} has {found[language]} values instead of strings for language {language!r}.")
 

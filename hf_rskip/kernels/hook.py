@@ -36,7 +36,8 @@ def fused_rskip(skip: RSkip, x: torch.Tensor, branch: torch.Tensor) -> torch.Ten
 def _is_plain(norm: nn.Module) -> bool:
     """Whether no hook observes `norm.forward` or loads its weights, and nothing replaces it."""
     watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return type(norm) in _FUSED and not watched and not {"forward", "normalize"} & norm.__dict__.keys()
+    replaced = "forward" in norm.__dict__ or "normalize" in norm.__dict__
+    return type(norm) in _FUSED and not watched and not replaced
 
 
 def _are_of_one_kind(norms: list[nn.Module], affine: str) -> bool:

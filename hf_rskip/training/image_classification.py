@@ -55,7 +55,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    callbacks = [CurrentSteps()]
+    callbacks = [CurrentSteps(not {"logging_steps", "logging_strategy"}.isdisjoint(recipe.keys))]
     if training.early_stopping_patience:
         callbacks.append(EarlyStopping(training.early_stopping_patience))
     if training.probe_steps:

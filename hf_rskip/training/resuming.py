@@ -7,8 +7,9 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..errors import UserError
+from ..manifest import check_model
 from .arguments import DEFAULT_LOGGING_STEPS
-from .checkpoints import checkpoint_step, list_checkpoints, read_step
+from .checkpoints import checkpoint_step, list_checkpoints, read_state, read_step
 from .describe import describe_schedule
 from .keys import MAY_CHANGE, MUST_STAY
 from .recipe import Recipe
@@ -35,6 +36,13 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
     if checkpoint is not None:
         before = _read_record(checkpoint / RECORD_NAME)
         changed = _find_changes(before["values"], record["values"], str(checkpoint))
+        training, state = recipe.training, read_state(checkpoint)
+        most, reached = training.max_steps, state.get("global_step", 0)
+        if most <= 0:
+            most, reached = training.num_train_epochs, state.get("epoch") or 0
+        if reached > most:
+            key = "max_steps" if training.max_steps > 0 else "num_train_epochs"
+            raise UserError(f"{str(checkpoint)!r} stands at {reached:g}, beyond {key} {most:g}.")
         record["resumed"] = [*before["resumed"], {"step": read_step(checkpoint), "changed": changed}]
     return record
 
@@ -62,8 +70,10 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     if resume == "false" or not ((folder / RECORD_NAME).exists() and any(folder.glob("model*.safetensors"))):
         return None
     record = _read_record(folder / RECORD_NAME)
-    checkpoint = list_checkpoints(folder)[-1:] if resume == "true" else [Path(training.resume_from_checkpoint)]
-    if any(checkpoint_step(path) > record["step"] for path in checkpoint):
+    named = [] if resume == "true" else [Path(training.resume_from_checkpoint)]
+    if any(path not in list_checkpoints(path.parent) for path in named):
+        return None  # which [`find_checkpoint`] refuses
+    if any(checkpoint_step(path) > record["step"] for path in named or list_checkpoints(folder)[-1:]):
         return None  # of a longer training, which has not finished
     changed = _find_changes(record["values"], _values(recipe), str(folder))
     if any(key in changed for key in _LENGTHEN):
@@ -74,9 +84,11 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
             f"{str(folder)!r} holds a finished run of {key} {before!r}, which cannot become {now!r}: "
             f"`hf-rskip evaluate` scores it otherwise, and {', '.join(_LENGTHEN)} train it on."
         )
+    check_model(folder)
+    results = _read_json(folder / "all_results.json")
     if training.process_index == 0:
         print(f"{folder} holds a finished run of {record['step']:,} steps: nothing is left to do", flush=True)
-    return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    return results
 
 
 def check_progress(recipe: Recipe, step: int) -> None:
@@ -98,14 +110,24 @@ def check_progress(recipe: Recipe, step: int) -> None:
 
 class CurrentSteps(TrainerCallback):
     """Evaluates, saves and logs as the recipe says, also in a resumed run, where the Trainer takes this from the
-    checkpoint; and logs at least twenty times unless it says how often, for a curve needs points. Says the schedule."""
+    checkpoint; and logs at least twenty times unless it says how often, for a curve needs points. Says the schedule.
+
+    Args:
+        says_logging: whether the recipe says how often to log.
+    """
+
+    def __init__(self, says_logging: bool):
+        self.says_logging = says_logging
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             print(describe_schedule(args, state.max_steps), flush=True)
         state.compute_steps(args, state.max_steps)
-        if args.logging_steps == DEFAULT_LOGGING_STEPS:
-            state.logging_steps = max(1, min(DEFAULT_LOGGING_STEPS, state.max_steps // 20))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.says_logging and state.max_steps < 20 * DEFAULT_LOGGING_STEPS:
+            is_first = state.global_step == 1 and args.logging_first_step
+            control.should_log = is_first or state.global_step % max(1, state.max_steps // 20) == 0
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -121,6 +143,13 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    record = _read_json(path)
+    if not (isinstance(record, dict) and record.keys() >= {"step", "values", "resumed"}):
+        raise UserError(f"{str(path)!r} does not say how that was trained.")
+    return record
+
+
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -135,12 +135,14 @@ class SafeCheckpointMixin:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _find_best(self, checkpoint: Path) -> None:
-        """The Trainer forgets a best checkpoint that is not where it was: that of a run that was moved is beside it."""
+        """The best checkpoint is the one beside `checkpoint`: where it once was, another run may lie by now."""
         recorded = read_state(checkpoint).get("best_model_checkpoint")
-        if recorded is None or Path(recorded).is_dir():
+        if recorded is None:
             return
         best = checkpoint.parent / Path(recorded).name
         if best.is_dir():
+            if self.args.load_best_model_at_end:
+                check_manifest(best)
             self.add_callback(_RememberBest(str(best)))
         elif self.args.load_best_model_at_end:
             raise UserError(f"The best model is lost: there is no {str(best)!r}.")

@@ -82,7 +82,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         scores, _ = score(model, "validation", num_beams=training.generation_num_beams)
         return {name: scores[name] for name in ("bleu", "chrf")}
 
-    callbacks = [CurrentSteps()]
+    callbacks = [CurrentSteps(not {"logging_steps", "logging_strategy"}.isdisjoint(recipe.keys))]
     if training.early_stopping_patience:
         callbacks.append(EarlyStopping(training.early_stopping_patience))
     if training.probe_steps:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,11 +241,13 @@ def test_rotation_keeps_what_it_must(tmp_path, limit, kept):
 
 
 def test_the_best_model_of_a_run_that_was_moved_is_its_own(write_image_recipe, tmp_path, capfd):
-    """The state of the Trainer has the old path, and the last model was kept in its place."""
+    """The state of the Trainer has the old path, where another run has a checkpoint of the same step by now."""
     recipe = write_image_recipe(num_train_epochs=1, load_best_model_at_end=True)
     assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
     folder = (recipe.parent / "output").rename(tmp_path / "moved")
     best, last = list_checkpoints(folder)
+    other = shutil.copytree(last, recipe.parent / "output" / best.name)
+    assert (other / "model.safetensors").read_bytes() != (best / "model.safetensors").read_bytes()
     state = json.loads((last / "trainer_state.json").read_text())
     state["best_model_checkpoint"] = str(recipe.parent / "output" / best.name)
     (last / "trainer_state.json").write_text(json.dumps(state))

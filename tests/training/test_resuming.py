@@ -1,10 +1,11 @@
 """A resumed run: what it may change it does, what it must keep is checked, and a finished one stays as it is."""
 
 import json
+import shutil
 
 import pytest
 import yaml
-from transformers import TrainerControl, TrainerState
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
@@ -100,12 +101,23 @@ def test_a_checkpoint_that_does_not_say_its_recipe_is_refused(write_recipe, tmp_
         begin_record(parse_recipe(write_recipe(), []), tmp_path)
 
 
-@pytest.mark.parametrize(("said", "steps", "expected"), [(50, 4000, 50), (50, 200, 10), (50, 8, 1), (7, 200, 7)])
+@pytest.mark.parametrize(
+    ("said", "steps", "expected"),
+    [(None, 4000, [50, 100, 150]), (None, 200, [10, 20, 30]), (None, 8, [1, 2, 3]), (50, 200, [50, 100, 150])],
+)
 def test_a_short_run_logs_often_enough_for_a_curve(write_recipe, said, steps, expected):
     training = parse_recipe(write_recipe(logging_steps=said), []).training
-    state = TrainerState(max_steps=steps, is_world_process_zero=False)
-    CurrentSteps().on_train_begin(training, state, TrainerControl())
-    assert (state.logging_steps, state.eval_steps, state.save_steps) == (expected, 4, 4)
+    state, control = TrainerState(max_steps=steps, is_world_process_zero=False), TrainerControl()
+    callbacks = [DefaultFlowCallback(), CurrentSteps(says_logging=said is not None)]
+    callbacks[1].on_train_begin(training, state, control)
+    logged = []
+    while len(logged) < 3:
+        state.global_step += 1
+        control.should_log = False
+        for callback in callbacks:
+            callback.on_step_end(training, state, control)
+        logged += [state.global_step] * control.should_log
+    assert logged == expected and state.logging_steps == 50  # as the arguments say, which resuming compares
 
 
 # Whole runs
@@ -126,6 +138,36 @@ def test_a_finished_run_stays_as_it_is(trained, capfd):
     recipe = parse_recipe(trained.recipe, RESUME)
     assert finished_results(recipe) == results and results["train_loss"] > 0
     assert finished_results(parse_recipe(trained.recipe, [*RESUME, "--num_train_epochs", "5"])) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", b"torn", "is not as it was written"),
+        ("all_results.json", None, "cannot be read, so nothing says how that was trained"),
+        ("all_results.json", b"{", "cannot be read, so nothing says how that was trained"),
+        (RECORD_NAME, b"{}", "does not say how that was trained"),
+    ],
+)
+def test_a_damaged_finished_run_is_no_finished_run(trained, tmp_path, name, content, said):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns(".lock"))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        finished_results(parse_recipe(trained.recipe, [*RESUME, "--output_dir", str(folder)]))
+
+
+def test_a_run_folder_is_no_checkpoint_of_a_finished_run(trained):
+    recipe = parse_recipe(trained.recipe, ["--resume_from_checkpoint", str(trained.folder)])
+    assert finished_results(recipe) is None  # and `find_checkpoint` refuses it
+
+
+@pytest.mark.parametrize(("words", "said"), [(["--max_steps", "3"], "stands at 4, beyond max_steps 3")])
+def test_a_target_before_the_checkpoint_is_refused(resume, words, said):
+    with pytest.raises(UserError, match=said):
+        resume(*words)
 
 
 def test_a_resumed_run_follows_what_may_change(write_image_recipe, capfd):
