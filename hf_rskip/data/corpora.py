@@ -1,6 +1,7 @@
 """Parallel corpora from the Hub, local folders, CLDR or text files, in one shape and checked before training."""
 
 import difflib
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import zip_longest
@@ -156,6 +157,17 @@ def iterate_sentences(dataset: Dataset, args: DataArguments, max_pairs: int) -> 
         for pair in table["translation"].take(pa.array(chosen[first:end] - batch * batch_size)).to_pylist():
             yield pair[args.source_lang]
             yield pair[args.target_lang]
+
+
+def checksum(dataset: Dataset, args: DataArguments) -> int:
+    """CRC-32 of the sentences of both sides, in their order, wherever they were read from."""
+    value = 0
+    for table in dataset.with_format("arrow").iter(1_000):
+        for language in (args.source_lang, args.target_lang):
+            side = pc.struct_field(table["translation"].combine_chunks(), language).cast(pa.string())
+            lines = pa.ListArray.from_arrays([0, len(side)], pc.fill_null(side, ""))
+            value = zlib.crc32(pc.binary_join(lines, "\n")[0].as_buffer(), value)
+    return value
 
 
 def _load_text_files(args: DataArguments, split: str) -> Dataset:

@@ -1,5 +1,6 @@
 """From encoded images to bytes of one size: each image once, or while training reads them."""
 
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -38,6 +39,10 @@ class ImageTensors(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self[torch.as_tensor(indices)]
+
+    def checksum(self) -> int:
+        """CRC-32 of the images and their labels."""
+        return zlib.crc32(self.labels.numpy(), zlib.crc32(self.pixel_values.numpy()))
 
 
 def collate(examples: dict[str, torch.Tensor] | list[dict]) -> dict[str, torch.Tensor]:
@@ -129,6 +134,10 @@ class CroppedImages(torch.utils.data.Dataset):
         example = self.dataset[index]
         pixel_values = torch.from_numpy(self.to_pixels(example["image"], example["row"]))
         return {"pixel_values": pixel_values, "labels": example["label"], "row": example["row"]}
+
+    def checksum(self) -> int:
+        """CRC-32 of the labels: to read all images would take as long as an epoch."""
+        return zlib.crc32(np.asarray(self.dataset["label"][:], np.int64))
 
 
 class _Decoder:

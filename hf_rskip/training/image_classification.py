@@ -23,7 +23,15 @@ from .checkpoints import check_same_model, find_checkpoint
 from .describe import describe_model
 from .image_trainer import ImageTrainer
 from .recipe import Recipe
-from .resuming import CurrentSteps, EarlyStopping, begin_record, check_progress, describe_resumption, write_record
+from .resuming import (
+    CurrentSteps,
+    EarlyStopping,
+    begin_record,
+    check_data,
+    check_progress,
+    describe_resumption,
+    write_record,
+)
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -47,6 +55,8 @@ def train(recipe: Recipe) -> dict[str, float]:
             count = len(images.class_names)
             raise UserError(f"metric_for_best_model top5_accuracy is always 1 for {count} classes: choose accuracy.")
         sets = {split: _prepare(images, split, recipe, checkpoint) for split in images.splits}
+        learned = {} if data.streaming else {split: sets[split] for split in sets if split != "test"}
+        check_data(record, {split: part.checksum() for split, part in learned.items()})
     set_seed(training.seed)
     model = create_model(recipe, images.class_names)
     if checkpoint:

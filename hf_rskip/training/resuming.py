@@ -1,6 +1,7 @@
 """What a checkpoint and a finished model say of their training, and whether a run may go on from there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ RECORD_NAME = "recipe.json"
 """In every checkpoint, and in the folder of a run as the last file that is written there."""
 _OF_A_DEVICE = {"processes", "per_device_train_batch_tokens", "gradient_accumulation_steps"}
 """What `global_batch_tokens` makes up for: the same sentences form a step whatever these are."""
+_OF_CONTENT = {"dataset_name", "train_files", "validation_files"}
+"""What may have another name where checksums prove that the data are the same."""
 _LENGTHEN = ("num_train_epochs", "max_steps", "early_stopping_patience")
 """What may give a finished run more to do."""
 
@@ -26,16 +29,16 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
     """What is to be written beside the weights: the value of every key, and how the run was resumed.
 
     Returns:
-        `values` by key, with the number of `processes`, and `resumed`: for each start from a checkpoint its `step` and
-        what was `changed`, `[before, now]` by key.
+        `values` by key, with the number of `processes`; `data`, which [`check_data`] completes; and `resumed`: for each
+        start from a checkpoint its `step` and what was `changed`, `[before, now]` by key.
 
     Raises:
         [`UserError`]: if the run cannot go on from the checkpoint with this recipe.
     """
-    record = {"values": _values(recipe), "resumed": []}
+    record = {"values": _values(recipe), "data": {}, "resumed": []}
     if checkpoint is not None:
         before = _read_record(checkpoint / RECORD_NAME)
-        changed = _find_changes(before["values"], record["values"], str(checkpoint))
+        changed = _find_changes(before, record["values"], str(checkpoint))
         training, state = recipe.training, read_state(checkpoint)
         most, reached = training.max_steps, state.get("global_step", 0)
         if most <= 0:
@@ -43,8 +46,24 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
         if reached > most:
             key = "max_steps" if training.max_steps > 0 else "num_train_epochs"
             raise UserError(f"{str(checkpoint)!r} stands at {reached:g}, beyond {key} {most:g}.")
+        record["data"] = before.get("data", {})
         record["resumed"] = [*before["resumed"], {"step": read_step(checkpoint), "changed": changed}]
     return record
+
+
+def check_data(record: dict[str, Any], checksums: dict[str, int]) -> None:
+    """Completes a record by the checksums of the data, by split.
+
+    Raises:
+        [`UserError`]: if the run was trained on other data before it was resumed.
+    """
+    for split, before in record["data"].items():
+        if checksums.get(split) != before:
+            raise UserError(
+                f"The {split} data have changed since the checkpoint was written, so that the run cannot go on: a new "
+                "run can start from its weights, by model_name_or_path."
+            )
+    record["data"] = checksums
 
 
 def write_record(folder: str | Path, record: dict[str, Any], step: int) -> None:
@@ -75,9 +94,9 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
         return None  # which [`find_checkpoint`] refuses
     if any(checkpoint_step(path) > record["step"] for path in named or list_checkpoints(folder)[-1:]):
         return None  # of a longer training, which has not finished
-    changed = _find_changes(record["values"], _values(recipe), str(folder))
-    if any(key in changed for key in _LENGTHEN):
-        return None
+    changed = _find_changes(record, _values(recipe), str(folder))
+    if any(key in changed for key in _LENGTHEN) or changed and changed.keys() <= _OF_CONTENT:
+        return None  # of data with other names, [`check_data`] says whether they are others
     if changed:
         key, (before, now) = next(iter(changed.items()))
         raise UserError(
@@ -156,12 +175,14 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{str(path)!r} cannot be read, so nothing says how that was trained: {error}.") from error
 
 
-def _find_changes(before: dict[str, Any], now: dict[str, Any], where: str) -> dict[str, list]:
+def _find_changes(record: dict[str, Any], now: dict[str, Any], where: str) -> dict[str, list]:
     """`[before, now]` of each key that differs and may; raises a [`UserError`] for one that may not."""
-    differing = {key: [old, now[key]] for key, old in before.items() if key in now and old != now[key]}
-    may_change = MAY_CHANGE
+    before, may_change = record["values"], MAY_CHANGE
+    differing = {key: [old, now[key]] for key, old in before.items() if key in now and _real(old) != _real(now[key])}
     if before.get("global_batch_tokens") is not None:
         may_change = may_change | _OF_A_DEVICE
+    if record.get("data"):
+        may_change = may_change | _OF_CONTENT
     for key in MUST_STAY | {"processes"}:
         if key in differing and key not in may_change:
             old, new = differing[key]
@@ -170,3 +191,10 @@ def _find_changes(before: dict[str, Any], now: dict[str, Any], where: str) -> di
                 "weights, by model_name_or_path."
             )
     return {key: values for key, values in differing.items() if key in may_change}
+
+
+def _real(value: Any) -> Any:
+    """The value with each path that exists in one spelling."""
+    if isinstance(value, list):
+        return [_real(item) for item in value]
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ..data.cleaning import clean_corpus
-from ..data.corpora import iterate_sentences, load_translation_dataset
+from ..data.corpora import checksum, iterate_sentences, load_translation_dataset
 from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus, tokenizer_cache_file
 from ..data.tokenizer import check_known, load_tokenizer, train_tokenizer
 from ..decoding.loading import load_config
@@ -31,7 +31,15 @@ from ..studies.probe_data import training_sentences
 from .checkpoints import find_checkpoint
 from .describe import describe_model
 from .recipe import Recipe, check_lengths
-from .resuming import CurrentSteps, EarlyStopping, begin_record, check_progress, describe_resumption, write_record
+from .resuming import (
+    CurrentSteps,
+    EarlyStopping,
+    begin_record,
+    check_data,
+    check_progress,
+    describe_resumption,
+    write_record,
+)
 from .trainer import RSkipTrainer
 
 _CHECKED_PAIRS = 1000
@@ -52,6 +60,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
         record = begin_record(recipe, checkpoint)
         corpus = load_translation_dataset(data)
+        check_data(record, {split: checksum(corpus[split], data) for split in ("train", "validation")})
         # What is no longer referred to is no longer mapped into memory.
         train_set, unclean = clean_corpus(corpus.pop("train"), data)
         tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else make_tokenizer(recipe, train_set)

@@ -1,13 +1,17 @@
 """A resumed run: what it may change it does, what it must keep is checked, and a finished one stays as it is."""
 
 import json
+import os
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState
 
 from hf_rskip.cli.main import main
+from hf_rskip.data.pixels import ImageTensors
 from hf_rskip.errors import UserError
 from hf_rskip.training.checkpoints import list_checkpoints
 from hf_rskip.training.recipe import parse_recipe
@@ -15,6 +19,7 @@ from hf_rskip.training.resuming import (
     RECORD_NAME,
     CurrentSteps,
     begin_record,
+    check_data,
     describe_resumption,
     finished_results,
     write_record,
@@ -157,6 +162,32 @@ def test_a_damaged_finished_run_is_no_finished_run(trained, tmp_path, name, cont
         (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         finished_results(parse_recipe(trained.recipe, [*RESUME, "--output_dir", str(folder)]))
+
+
+def test_data_are_known_by_their_content(trained, corpus_folder, tmp_path, monkeypatch, capfd):
+    """A folder that was moved is taken, however its name is spelled; one that has changed is not."""
+    shutil.copytree(trained.folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
+    shutil.copytree(corpus_folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    words = ["train", str(trained.recipe), *RESUME, "--output_dir", "copy"]
+    assert main([*words, "--dataset_name", "./moved"]) == 2
+    assert "with this recipe nothing is left to train: its results stay as they are" in capfd.readouterr().err
+    assert main([*words, "--dataset_name", os.path.relpath(corpus_folder)]) == 0
+    assert "nothing is left to do" in capfd.readouterr().out
+    table = pq.read_table("moved/train.parquet")
+    pq.write_table(table.take([1, 0, *range(2, len(table))]), "moved/train.parquet")
+    assert main([*words, "--dataset_name", "moved"]) == 2
+    assert "The train data have changed since the checkpoint was written" in capfd.readouterr().err
+
+
+def test_images_are_known_by_their_content():
+    pixels, labels = torch.arange(2 * 3 * 4, dtype=torch.uint8).view(2, 3, 2, 2), torch.tensor([0, 1])
+    record = {"data": {}}
+    check_data(record, {"train": ImageTensors(pixels, labels).checksum()})
+    check_data(record, {"train": ImageTensors(pixels.clone(), labels.clone()).checksum()})
+    for other in (ImageTensors(pixels.flip(0), labels), ImageTensors(pixels, labels.flip(0))):
+        with pytest.raises(UserError, match="The train data have changed"):
+            check_data(record, {"train": other.checksum()})
 
 
 def test_a_run_folder_is_no_checkpoint_of_a_finished_run(trained):
