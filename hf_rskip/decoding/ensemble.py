@@ -12,8 +12,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ..models.checks import ENCODER_KEYWORDS, check_keywords
+from ..models.checks import ENCODER_KEYWORDS, check_cache, check_keywords
 from ..models.generation_rskip import TranslationGenerationMixin
+
+_OF_ONE_MODEL = ("output_attentions", "output_hidden_states")
 
 
 class EnsembleEncoder(nn.Module):
@@ -25,13 +27,14 @@ class EnsembleEncoder(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleList(model.get_encoder() for model in models)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        check_keywords(self, kwargs, ENCODER_KEYWORDS)
+        check_keywords(self, kwargs, ENCODER_KEYWORDS, _OF_ONE_MODEL)
         states = [encoder(input_ids, attention_mask).last_hidden_state for encoder in self.encoders]
         return BaseModelOutput(last_hidden_state=torch.cat(states, dim=-1))
 
@@ -89,7 +92,8 @@ class Ensemble(TranslationGenerationMixin, PreTrainedModel):
 
         Other arguments are as in [`RSkipForConditionalGeneration`].
         """
-        check_keywords(self, kwargs)
+        check_keywords(self, kwargs, without_effect=_OF_ONE_MODEL)
+        check_cache(self, cache, EncoderDecoderCache)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)
         if use_cache and cache is None:

@@ -18,20 +18,29 @@ ENCODER_KEYWORDS = ("logits_to_keep", "return_dict")
 MOST_OF_A_SIZE, MOST_LABELS, MOST_LAYERS, MOST_RECURSIONS, MOST_NORMS = 10_000_000, 100_000, 10_000, 1_000, 20_000
 MOST_VALUES = 10**11
 _KNOWN_KEYWORDS = TransformersKwargs.__optional_keys__ | FlashAttentionKwargs.__optional_keys__
+# Several sequences in a row, states of other architectures, experts.
+_WITHOUT_EFFECT = FlashAttentionKwargs.__optional_keys__ | {"position_ids", "seq_idx", "output_router_logits"}
 _IS_TOO_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, LOWEST_TRANSFORMERS.split(".")))
 
 
-def check_keywords(module, keywords: Collection[str], also: Collection[str] = ()) -> None:
+def check_keywords(
+    module, keywords: Mapping[str, object], also: Collection[str] = (), without_effect: Collection[str] = ()
+) -> None:
     """Checks what a `forward` was given beyond its own arguments: only what Transformers hands to every model.
 
     Args:
         module: the module whose `forward` it is.
-        keywords: the names of those arguments.
+        keywords: those arguments.
         also: further ones that it may be given.
+        without_effect: those of Transformers that it would ignore, beyond what all models here do.
 
     Raises:
-        `TypeError`: at a keyword that Transformers does not know, and on a Transformers that is too old for the models.
+        `TypeError`: at a keyword that Transformers does not know, at one that asks for what the module does not do, and
+            on a Transformers that is too old for the models.
     """
+    for keyword in keywords.keys() & {*_WITHOUT_EFFECT, *without_effect}:
+        if keywords[keyword] is not None and keywords[keyword] is not False:
+            raise TypeError(f"{type(module).__name__}.forward() does not support {keyword!r}")
     unknown = [keyword for keyword in keywords if keyword not in _KNOWN_KEYWORDS and keyword not in also]
     if not unknown and not _IS_TOO_OLD:
         return
@@ -41,6 +50,13 @@ def check_keywords(module, keywords: Collection[str], also: Collection[str] = ()
         raise TypeError(f"{needs}; {transformers.__version__} is installed")
     hint = f": {needs}, where it is called `cache`" if unknown[0] == "past_key_values" else ""
     raise TypeError(f"{name}.forward() got an unexpected keyword argument {unknown[0]!r}{hint}")
+
+
+def check_cache(module, cache, kind: type) -> None:
+    """Raises a `TypeError` unless `cache` is `None` or of its kind."""
+    if cache is not None and not isinstance(cache, kind):
+        name, wrong = type(module).__name__, type(cache).__name__
+        raise TypeError(f"{name}.forward() needs a {kind.__name__} of Transformers as `cache`, not {wrong}")
 
 
 def check(config, field: str, allowed: Callable[[object], bool], what: str) -> None:

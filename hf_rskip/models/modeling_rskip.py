@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checks import ENCODER_KEYWORDS, check_keywords
+from .checks import ENCODER_KEYWORDS, check_cache, check_keywords
 from .configuration_rskip import RSkipConfig
 from .generation_rskip import TranslationGenerationMixin
 from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
@@ -434,6 +434,7 @@ class RSkipDecoder(RSkipStack):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         check_keywords(self, kwargs)
+        check_cache(self, cache, Cache)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))

@@ -286,7 +286,7 @@ class RSkipResNetModel(RSkipResNetPreTrainedModel):
             strides (32 with an `"imagenet"` stem and four stages), and its mean over positions, `pooler_output`
             `(batch, hidden_sizes[-1], 1, 1)`.
         """
-        check_keywords(self, kwargs)
+        check_keywords(self, kwargs, without_effect=["output_attentions"])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.encoder(self.embedder(pixel_values), output_hidden_states)
@@ -363,7 +363,7 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
             `logits` `(batch, num_labels)` and, with `labels`, the cross-entropy `loss` in nats: the mean over the
             batch, or with `num_items_in_batch` the sum divided by it.
         """
-        check_keywords(self, kwargs)
+        check_keywords(self, kwargs, without_effect=["output_attentions"])
         outputs = self.resnet(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
@@ -400,7 +400,7 @@ class RSkipResNetBackbone(BackboneMixin, RSkipResNetPreTrainedModel):
         Returns:
             `feature_maps`, a tensor `(batch, channels, height, width)` for each stage of `config.out_features`.
         """
-        check_keywords(self, kwargs)
+        check_keywords(self, kwargs, without_effect=["output_attentions"])
         hidden_states = self.encoder(self.embedder(pixel_values), output_hidden_states=True).hidden_states
         return BackboneOutput(
             feature_maps=tuple(

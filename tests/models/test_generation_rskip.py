@@ -41,6 +41,26 @@ def best_of_all(model, source, penalty):
     return sorted(ranked, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_len_a": -1.0}, "`max_len_a` must be a finite number of at least 0, not -1.0"),
+        ({"max_len_a": float("nan")}, "`max_len_a` must be a finite number of at least 0, not nan"),
+        ({"max_len_b": -3}, "`max_len_b` must be a finite number of at least 0, not -3"),
+        ({"gnmt_length_penalty": float("inf"), "num_beams": 2}, "`gnmt_length_penalty` must be a finite number"),
+        ({"gnmt_length_penalty": 0.6, "num_beams": 1}, "`gnmt_length_penalty` has no effect with `num_beams` 1"),
+        (
+            {"max_new_tokens": 500, "cache_implementation": "static"},
+            r"`max_new_tokens` must be at most \d+, the positions of the model, not 500",
+        ),
+    ],
+)
+def test_wrong_options_are_refused(tiny, options, said):
+    model, sources = tiny
+    with pytest.raises(ValueError, match=said):
+        model.generate(sources, **options)
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_the_penalty_of_gnmt_against_all_sequences(tiny, alpha):
     model, sources = tiny

@@ -63,6 +63,31 @@ def test_keywords_of_transformers_are_taken(calls):
         torch.testing.assert_close(model(**inputs, **{keyword: None}).logits, expected)
 
 
+def test_keywords_without_effect_are_refused(calls):
+    asked = dict.fromkeys(calls, ("position_ids", "cu_seq_lens_q"))
+    asked |= {name: (*asked[name], "output_attentions") for name in asked if "ResNet" in str(name)}
+    asked |= {
+        name: ("position_ids", "output_attentions", "output_hidden_states") for name in (Ensemble, "EnsembleEncoder")
+    }
+    for name, (model, inputs) in calls.items():
+        for keyword in asked[name]:
+            with pytest.raises(TypeError, match=rf"{type(model).__name__}.forward\(\) does not support '{keyword}'"):
+                model(**inputs, **{keyword: True})
+
+
+def test_the_encoder_of_an_ensemble_returns_a_tuple_if_asked(calls):
+    encoder, inputs = calls["EnsembleEncoder"]
+    (states,) = encoder(**inputs, return_dict=False)
+    torch.testing.assert_close(states, encoder(**inputs).last_hidden_state)
+
+
+def test_what_is_no_cache_is_refused(calls):
+    for name in (RSkipForConditionalGeneration, RSkipModel, "RSkipDecoder", Ensemble):
+        model, inputs = calls[name]
+        with pytest.raises(TypeError, match="needs a (EncoderDecoder)?Cache of Transformers as `cache`, not int"):
+            model(**inputs, cache=1)
+
+
 def test_an_old_transformers_is_named(calls, monkeypatch):
     monkeypatch.setattr(checks, "_IS_TOO_OLD", True)
     monkeypatch.setattr(checks.transformers, "__version__", "5.23.0")
