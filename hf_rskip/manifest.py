@@ -102,6 +102,8 @@ def _read_manifest(folder: str | Path) -> dict[str, tuple[int, str]] | None:
     path = Path(folder, MANIFEST_NAME)
     try:
         files = json.loads(_read(path))["files"]
+        if not files:
+            raise ValueError("it lists no file")
         return {name: (file["size"], file["crc32"]) for name, file in files.items()}
     except (FileNotFoundError, NotADirectoryError):
         return None

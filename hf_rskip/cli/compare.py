@@ -4,8 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoModelForSeq2SeqLM
 
+from ..data.names import check_different
 from ..decoding.loading import load_config, load_model
 from ..decoding.translate import translate
 from ..errors import UserError
@@ -14,8 +15,11 @@ from ..evaluation.comparison import check_translations, compare_systems
 from ..evaluation.comparison_report import QUESTIONS, format_signatures, format_table, write_comparison
 from ..evaluation.evaluate import lowercases
 from ..evaluation.significance import read_seed
-from .evaluate import load_test_set
+from .evaluate import find_languages, load_test_set
 from .translate import generation_kwargs, open_file, read_lines
+
+_LEAST_SAMPLES = 100
+"""With fewer, the ends of a 95% interval are the one or two most extreme resamples."""
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -26,7 +30,12 @@ def compare(args: argparse.Namespace) -> None:
     names, generation = _name_systems(args.systems), generation_kwargs(args)
     files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
     configs = {system: load_config(system, AutoModelForSeq2SeqLM) for system in args.systems if system not in files}
-    source_lang, target_lang = (_language(args, key, configs) for key in ("source_lang", "target_lang"))
+    for option in ["max_batch_tokens"] * (args.max_batch_tokens is not None) + list(generation):
+        if not configs:
+            raise UserError(f"--{option} is for models, and all systems are files of translations.")
+    if args.n_samples is not None and args.n_samples < _LEAST_SAMPLES:
+        raise UserError(f"--n_samples must be at least {_LEAST_SAMPLES}, not {args.n_samples}.")
+    source_lang, target_lang = find_languages(args, configs)
     bleu_tokenize = choose_tokenizer(args.bleu_tokenize, target_lang)
     read_seed()
     sources, references = load_test_set(args, source_lang, target_lang)
@@ -40,7 +49,9 @@ def compare(args: argparse.Namespace) -> None:
         else:
             model, tokenizer = load_model(system)
             lowercase = lowercase or lowercases(tokenizer)
-            translations[names[system]] = translate(model, tokenizer, sources, args.max_batch_tokens, **generation)
+            translations[names[system]] = translate(
+                model, tokenizer, sources, args.max_batch_tokens or 4096, **generation
+            )
     comparison = compare_systems(sources, references, translations, args.n_samples, bleu_tokenize, lowercase)
     print(format_table(comparison), *format_signatures(comparison), QUESTIONS, sep="\n")
     if folder:
@@ -49,9 +60,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def _name_systems(systems: list[str]) -> dict[str, str]:
     """A short name for each: the last part of the path, where that tells them apart."""
-    for system in systems:
-        if systems.count(system) > 1:
-            raise UserError(f"{system!r} is given twice.")
+    check_different(systems)
     if len(systems) < 2:
         raise UserError("A comparison needs at least two systems: the baseline, then what to compare with it.")
     short = [os.path.basename(os.path.normpath(system)) for system in systems]
@@ -64,22 +73,6 @@ def _read_translations(path: str) -> list[str]:
     if not lines:
         raise UserError(f"{path} is empty.")
     return lines
-
-
-def _language(args: argparse.Namespace, key: str, configs: dict[str, PreTrainedConfig]) -> str:
-    """The language of the command line, or the one that the models agree on."""
-    if given := getattr(args, key):
-        return given
-    said = {model: language for model, config in configs.items() if (language := getattr(config, key, None))}
-    if len(set(said.values())) > 1:
-        raise UserError(
-            f"The models differ in their {key}: {', '.join(f'{m} has {code!r}' for m, code in said.items())}."
-        )
-    if said:
-        return next(iter(said.values()))
-    if args.test_files:
-        return key  # no language is needed to pair two files
-    raise UserError(f"No model says what the {key} is: give --{key}.")
 
 
 def create_folder(path: str) -> Path:

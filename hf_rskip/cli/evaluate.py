@@ -4,6 +4,9 @@ import argparse
 import contextlib
 import json
 
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
 from ..data.arguments import DataArguments
 from ..data.corpora import load_translation_dataset
 from ..decoding.loading import load_config, load_ensemble
@@ -14,6 +17,8 @@ from ..models import RSkipResNetConfig
 from . import evaluate_images
 from .translate import check_output, generation_kwargs, new_file, write_lines
 
+logger = logging.get_logger(__name__)
+
 
 def evaluate(args: argparse.Namespace) -> None:
     """Prints the scores of a model on one split as JSON."""
@@ -21,6 +26,28 @@ def evaluate(args: argparse.Namespace) -> None:
         evaluate_images.evaluate(args)
     else:
         _evaluate_translation(args)
+
+
+def find_languages(args: argparse.Namespace, configs: dict[str, PreTrainedConfig]) -> list[str]:
+    """Source and target language: those of the command line, or of the models of `configs`, which must agree.
+
+    Says so where the command line has another than a model, as a data set may have codes of its own.
+    """
+    languages = []
+    for key in ("source_lang", "target_lang"):
+        given = getattr(args, key)
+        said = {model: language for model, config in configs.items() if (language := getattr(config, key, None))}
+        if given is None and len(set(said.values())) > 1:
+            raise UserError(
+                f"The models differ in their {key}: {', '.join(f'{m} has {code!r}' for m, code in said.items())}."
+            )
+        if given is None and not said and (configs or not args.test_files):
+            raise UserError(f"No model says what the {key} is: give --{key}.")
+        for model, language in said.items():
+            if given not in (None, language):
+                logger.warning(f"--{key} is {given!r}, and {model} was trained with {key} {language!r}")
+        languages.append(given or next(iter(said.values()), key))  # no language is needed to pair two files
+    return languages
 
 
 def load_test_set(
@@ -47,26 +74,21 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
     check_output(args.output_file, args.test_files or ())
     if args.bleu_tokenize is not None:
         create_bleu(args.bleu_tokenize)
+    generation, config = generation_kwargs(args), load_config(args.model)
+    languages = find_languages(args, {args.model: config})
+    sources, references = load_test_set(args, *languages)
     with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:
-        scores, translations = _score_translations(args, generation_kwargs(args))
+        model, tokenizer = load_ensemble([args.model, *args.ensemble])
+        scores, translations = evaluate_translation(
+            model,
+            tokenizer,
+            sources,
+            references,
+            choose_tokenizer(args.bleu_tokenize, languages[1]),
+            languages[1],
+            max_batch_tokens=args.max_batch_tokens or 4096,
+            **generation,
+        )
         if file:
             write_lines(file, translations)
     print(json.dumps({**scores, "sentences": len(translations)}, indent=2))
-
-
-def _score_translations(args: argparse.Namespace, generation: dict) -> tuple[dict[str, float | str], list[str]]:
-    model, tokenizer = load_ensemble([args.model, *args.ensemble])
-    source_lang = args.source_lang or getattr(model.config, "source_lang", None)
-    target_lang = args.target_lang or getattr(model.config, "target_lang", None)
-    bleu_tokenize = choose_tokenizer(args.bleu_tokenize, target_lang)
-    sources, references = load_test_set(args, source_lang, target_lang)
-    return evaluate_translation(
-        model,
-        tokenizer,
-        sources,
-        references,
-        bleu_tokenize,
-        target_lang,
-        max_batch_tokens=args.max_batch_tokens or 4096,
-        **generation,
-    )

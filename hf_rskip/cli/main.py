@@ -1,6 +1,7 @@
 """The parser of `hf-rskip`, and what a user sees of errors."""
 
 import argparse
+import difflib
 import os
 import sys
 import traceback
@@ -78,7 +79,7 @@ def _add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a trained model")
 
 
-def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_generation_arguments(parser: argparse.ArgumentParser, ensemble: bool = True) -> None:
     group = parser.add_argument_group("generation (default: the model's own)")
     group.add_argument("--num_beams", type=_count)
     penalty = group.add_mutually_exclusive_group()
@@ -89,9 +90,10 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_new_tokens", type=_count)
     group.add_argument("--max_len_a", type=float, metavar="A", help="n tokens get at most A * n + B tokens")
     group.add_argument("--max_len_b", type=int, metavar="B")
-    group.add_argument(
-        "--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these models'"
-    )
+    if ensemble:
+        group.add_argument(
+            "--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these models'"
+        )
     parser.add_argument(
         "--max_batch_tokens",
         type=_count,
@@ -145,11 +147,14 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_test_set_arguments(parser)
     parser.add_argument(
-        "--n_samples", type=_count, help="resamples (default: 1000 of the bootstrap, 10000 of the randomisation)"
+        "--n_samples",
+        type=_count,
+        help="resamples, at least 100 (default: 1000 of the bootstrap, 10000 of the randomisation)",
     )
     parser.add_argument("--output_dir", help="write tables, sentences and a picture to this folder")
     parser.epilog = "The environment variable SACREBLEU_SEED (default: 12345) seeds the resamples."
-    _add_generation_arguments(parser)
+    _add_generation_arguments(parser, ensemble=False)
+    parser.set_defaults(max_batch_tokens=None)  # so that it is known whether it was said
 
 
 def _compare(args: argparse.Namespace, rest: list[str]) -> None:
@@ -384,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _create_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command not in ("train", "study", "probe"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_suggest(rest, args)}")
     from ..errors import Preempted
 
     try:
@@ -392,11 +397,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _start(args.import_module)
         COMMANDS[args.command].run(args, rest)
     except KeyboardInterrupt:
-        if _is_first_to_fail():
+        if _is_first_to_end():
             print("hf-rskip: interrupted", file=sys.stderr)
         return 130
     except Preempted as stop:
-        print(f"hf-rskip: {stop}", file=sys.stderr)
+        if _is_first_to_end():
+            print(f"hf-rskip: {stop}", file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:
         sys.stderr.close()
@@ -404,10 +410,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        elif _is_first_to_fail():
+        elif _is_first_to_end():
             print(f"hf-rskip: error: {_one_sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _suggest(rest: list[str], args: argparse.Namespace) -> str:
+    """The option that the first unknown word may have meant; those of the command are the names in `args`."""
+    options = [f"--{name}" for name in vars(args)]
+    close = difflib.get_close_matches(rest[0].split("=")[0], options, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _start(modules: list[str]) -> None:
@@ -423,8 +436,8 @@ def _start(modules: list[str]) -> None:
     import_modules(modules)
 
 
-def _is_first_to_fail() -> bool:
-    """Of the processes that torchrun started here: what the others meet is the same, or comes of it."""
+def _is_first_to_end() -> bool:
+    """Of the processes that torchrun started here to end early: what the others say is the same, or comes of it."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
         return True

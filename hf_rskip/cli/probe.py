@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
+from ..data.names import check_different
 from ..data.tokenizer import load_tokenizer
 from ..decoding.loading import load_complete, load_config, load_image_processor
 from ..errors import UserError
@@ -21,7 +22,7 @@ from ..studies.probe_table import ProbedModel, format_summary, read_table, write
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.recipe import parse_recipe
 from .compare import create_folder
-from .evaluate import load_test_set
+from .evaluate import find_languages, load_test_set
 from .evaluate_images import load_test_images
 
 _RECIPE_KEYS = (
@@ -71,8 +72,7 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _name(systems: list[str], names: list[str] | None) -> dict[str, str]:
     """What the table calls each: by `--names`, or the last part of its path, where that tells them apart."""
-    if len(set(systems)) < len(systems):
-        raise UserError("A system is given twice.")
+    check_different(systems)
     if names is not None:
         if len(names) != len(systems) or len(set(names)) < len(names):
             raise UserError(f"--names must give each of the {len(systems)} systems a name of its own, not {names}.")
@@ -135,9 +135,7 @@ def _probe_model(path: str, name: str, step: int | None, args: argparse.Namespac
 def _load_sentences(path: str, model, args: argparse.Namespace) -> dict:
     args = copy.copy(args)
     args.max_samples = None
-    source_lang = args.source_lang or getattr(model.config, "source_lang", None)
-    target_lang = args.target_lang or getattr(model.config, "target_lang", None)
-    sources, targets = load_test_set(args, source_lang, target_lang)
+    sources, targets = load_test_set(args, *find_languages(args, {path: model.config}))
     rows = spread(sources, args.samples)
     return sentence_batch(model, load_tokenizer(path), [sources[row] for row in rows], [targets[row] for row in rows])
 

@@ -10,6 +10,7 @@ from ..decoding.loading import load_ensemble
 from ..decoding.score import score
 from ..errors import UserError
 from ..evaluation.evaluate import split_languages
+from .evaluate import find_languages
 from .translate import check_output, new_file, open_file, read_lines, write_lines
 
 _COLUMNS = ("log_probability", "token_count", "token_log_probabilities", "tokens")
@@ -23,6 +24,11 @@ def score_translations(args: argparse.Namespace) -> None:
     """
     if bool(args.source_file) != bool(args.target_file):
         raise UserError("--source_file and --target_file need each other")
+    for option in ("dataset_config_name", "source_lang", "target_lang"):
+        if args.source_file and getattr(args, option) is not None:
+            raise UserError(f"--{option} is for a --dataset_name, and --source_file is given")
+    if args.source_file and args.split != "test":
+        raise UserError("--split is for a --dataset_name, and --source_file is given")
     check_output(args.output_file, [args.source_file, args.target_file])
     with new_file(args.output_file) as file:
         write_lines(file, _score_lines(args))
@@ -38,11 +44,12 @@ def _score_lines(args: argparse.Namespace) -> list[str]:
             )
         sources, targets = sources[: args.max_samples], targets[: args.max_samples]
     else:
+        source_lang, target_lang = find_languages(args, {args.model: model.config})
         data = DataArguments(
             dataset_name=args.dataset_name,
             dataset_config_name=args.dataset_config_name,
-            source_lang=args.source_lang or getattr(model.config, "source_lang", None),
-            target_lang=args.target_lang or getattr(model.config, "target_lang", None),
+            source_lang=source_lang,
+            target_lang=target_lang,
             test_split=args.split,
             max_predict_samples=args.max_samples,
         )

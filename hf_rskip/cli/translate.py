@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from transformers.utils import CONFIG_NAME
+
 from ..decoding.loading import load_ensemble
 from ..decoding.translate import Hypothesis, translate, translate_n_best
 from ..errors import UserError
@@ -51,7 +53,9 @@ def _n_best(number: int, hypotheses: list[Hypothesis]) -> list[str]:
 
 
 def check_output(output: str | None, inputs: Sequence[str | None]) -> None:
-    """Raises a [`UserError`] if a file to be written is one of those to be read."""
+    """Raises a [`UserError`] if a file to be written is one of those to be read, or belongs to a model."""
+    if output and os.path.isfile(output) and Path(output).resolve().with_name(CONFIG_NAME).exists():
+        raise UserError(f"{output!r} is there already, in the folder of a model: choose another --output_file")
     for path in inputs:
         if output and path and Path(path).resolve() == Path(output).resolve():
             raise UserError(f"{path!r} cannot be both input and output")

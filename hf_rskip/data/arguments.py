@@ -110,10 +110,16 @@ class DataArguments:
             raise UserError(f"dataset_name and {given[0]} are both set: give one or the other.")
         for name in given:
             self._check_files(name)
+        for name in ("dataset_config_name", "train_split", "validation_split", "test_split"):
+            is_said = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            if is_said and (given or self.dataset_name == "cldr" and name == "dataset_config_name"):
+                raise UserError(
+                    f"{name} has no effect with {given[0] if given else 'dataset_name cldr'}: leave it out."
+                )
         for name in ("validation_split", "validation_files"):
             if self.validation_size is not None and getattr(self, name) is not None:
                 raise UserError(f"validation_size and {name} are both set: give one or the other.")
-        if self.validation_size is None and self.validation_split is None:
+        if self.dataset_name is not None and self.validation_size is None and self.validation_split is None:
             self.validation_split = "validation"
 
         counts = ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")

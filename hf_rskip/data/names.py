@@ -1,6 +1,7 @@
 """Whether a name that a user gives is a path, or an id on the Hub."""
 
 import os
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from ..errors import UserError
@@ -20,6 +21,16 @@ def is_path(name: str) -> bool:
         or name.count("/") > 1
         or PurePath(name).suffix in _SUFFIXES
     )
+
+
+def check_different(names: Sequence[str]) -> None:
+    """Raises a [`UserError`] if one of the paths and ids is given twice, also by another path."""
+    seen = set()
+    for name in names:
+        real = os.path.realpath(name) if os.path.exists(name) else name
+        if real in seen:
+            raise UserError(f"{name!r} is given twice.")
+        seen.add(real)
 
 
 def check_name(name: str, what: str) -> None:

@@ -78,7 +78,13 @@ def beam_search(
 
     Returns:
         `(sentences * num_return_sequences, length)`: the decoder's tokens, padded at the end.
+
+    Raises:
+        `ValueError`: if `generation_config` asks for what it does not give: `return_dict_in_generate`, `low_memory`.
     """
+    for name in ("return_dict_in_generate", "low_memory"):
+        if getattr(generation_config, name):
+            raise ValueError(f"`{name}` is for the beam search of Transformers, not for this one")
     beams, penalty, early = (
         getattr(generation_config, name) for name in ("num_beams", "length_penalty", "early_stopping")
     )

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..data.names import check_name
+from ..data.names import check_different, check_name
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..manifest import check_model
@@ -99,8 +99,9 @@ def load_ensemble(names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedToke
     """The model of one name, or the [`Ensemble`] of several, and the tokenizer that they share.
 
     Raises:
-        [`UserError`]: if one cannot be loaded, or has another vocabulary than the first.
+        [`UserError`]: if one is given twice, cannot be loaded, or has another vocabulary than the first.
     """
+    check_different(names)
     loaded = [load_model(name) for name in names]
     (first, tokenizer), *others = loaded
     for name, (_, other) in zip(names[1:], loaded[1:], strict=True):

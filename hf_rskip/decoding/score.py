@@ -1,8 +1,9 @@
 """Log-probabilities of given translations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -32,7 +33,8 @@ def score(
         longest = max(map(len, pair))
         if limit and longest > limit:
             raise UserError(f"Sentence {number} has {longest} tokens, more than the {limit} positions of the model")
-    return score_tokens(model, tokenizer, source_ids, target_ids, max_batch_tokens)
+    with tqdm(total=len(source_ids), unit=" sentences", leave=False, disable=None) as bar:  # `None`: no terminal
+        return score_tokens(model, tokenizer, source_ids, target_ids, max_batch_tokens, bar.update)
 
 
 def score_tokens(
@@ -41,8 +43,12 @@ def score_tokens(
     sources: Sequence[list[int]],
     targets: Sequence[list[int]],
     max_batch_tokens: int = 4096,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[list[float]]:
-    """As [`score`], of tokens: the natural logarithm of p(token | source, tokens before it)."""
+    """As [`score`], of tokens: the natural logarithm of p(token | source, tokens before it).
+
+    `progress` is called with the number of sentences of each batch that is done.
+    """
     lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     log_probs = [[] for _ in lengths]
@@ -62,4 +68,5 @@ def score_tokens(
             values = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         for index, row in zip(batch, values.tolist(), strict=True):
             log_probs[index] = row[: len(targets[index])]
+        progress(len(batch))
     return log_probs

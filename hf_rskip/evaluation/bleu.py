@@ -35,10 +35,10 @@ def choose_tokenizer(tokenize: str | None, target_lang: str | None) -> str:
     if tokenize is not None:
         create_bleu(tokenize)
         return tokenize
-    code = re.split("[-_]", target_lang or "")[0].lower()
+    code = _code(target_lang)
     if code in _WITHOUT_SPACES:
         return "char"
-    own = _OWN_TOKENIZERS.get(_ALIASES.get(code, code), "13a")
+    own = _OWN_TOKENIZERS.get(code, "13a")
     try:
         create_bleu(own)
     except UserError:
@@ -47,6 +47,16 @@ def choose_tokenizer(tokenize: str | None, target_lang: str | None) -> str:
         )
         return "char"
     return own
+
+
+def separates_words(language: str) -> bool:
+    """Whether text of a language can be tokenized at its spaces."""
+    return _code(language) not in {*_OWN_TOKENIZERS, *_WITHOUT_SPACES}
+
+
+def _code(language: str | None) -> str:
+    code = re.split("[-_]", language or "")[0].lower()
+    return _ALIASES.get(code, code)
 
 
 def create_bleu(
@@ -67,7 +77,11 @@ def create_bleu(
 
 
 def scored_form(*texts: Sequence[str], lowercase: bool = False) -> list[list[str]]:
-    """Texts in Unicode NFC, the form that tokenizers of this package put out; with `lowercase`, in lower case, too."""
+    """Texts in Unicode NFC, the form that tokenizers of this package put out; with `lowercase`, in lower case, too.
+
+    NFC also where a tokenizer puts out NFKC: NFC writes the same text in one way, while NFKC makes another of it (`x²`
+    becomes `x2`), and a model that cannot give the text of the reference has not given it.
+    """
     forms = ([unicodedata.normalize("NFC", sentence) for sentence in text] for text in texts)
     return [[sentence.lower() for sentence in form] if lowercase else form for form in forms]
 

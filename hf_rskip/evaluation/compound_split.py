@@ -8,14 +8,19 @@ from sacrebleu.metrics import BLEU
 from sacremoses import MosesTokenizer
 from sacremoses.corpus import NonbreakingPrefixes
 
+from .bleu import separates_words
+
 # On bytes, as Perl reads a file: a hyphen between two letters of several bytes each splits too, as in "ä-ö-ü".
 _HYPHEN = re.compile(rb"(\S)-(\S)")
 
 
 def moses_language(language: str) -> str | None:
-    """The language of a code such as `de` or `de_AT` where the Moses tokenizer has rules for it, or `None`."""
+    """The language of a code such as `de` or `de_AT` where the Moses tokenizer has rules for it, or `None`.
+
+    Not of one that puts no spaces between words, which the tokenizer would leave in one piece.
+    """
     code = re.split("[-_]", language)[0]
-    return code if code in NonbreakingPrefixes().available_langs.values() else None
+    return code if code in NonbreakingPrefixes().available_langs.values() and separates_words(code) else None
 
 
 def split_compounds(sentence: str) -> str:

@@ -13,6 +13,7 @@ from transformers.trainer_callback import TrainerState
 
 from ..data.names import is_path
 from ..models import SKIP_CONNECTIONS
+from ..training.describe import find_idle_keys
 from ..training.recipe import Recipe
 from ..training.resuming import describe_resumption
 
@@ -51,7 +52,9 @@ def save_card(
         values: what else the template names.
     """
     config, name, start = model.config, Path(folder).resolve().name, recipe.training.model_name_or_path
-    skip = SKIP_CONNECTIONS[config.skip_type]
+    skip, seconds = SKIP_CONNECTIONS[config.skip_type], metrics["train_runtime"]
+    idle = dict(find_idle_keys(recipe, config))
+    keys = {key: value for key, value in recipe.keys.items() if key not in idle}
     card = ModelCard.from_template(
         ModelCardData(
             language=language,
@@ -75,12 +78,12 @@ def save_card(
         skip_module=None if skip.__module__.startswith("hf_rskip.") else skip.__module__,
         steps=f"{state.global_step:,}",
         epochs=f"{state.epoch:.1f}",
-        minutes=f"{metrics['train_runtime'] / 60:.1f}",
+        time=f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes",
         resumed="; ".join(map(describe_resumption, record["resumed"])),
         processes=recipe.training.world_size,
         device=_device_name(),
         versions=", ".join(f"{package} {version(package)}" for package in (*_VERSIONS, *packages)),
-        recipe=yaml.safe_dump(recipe.keys, allow_unicode=True, sort_keys=False).strip(),
+        recipe=yaml.safe_dump(keys, allow_unicode=True, sort_keys=False).strip(),
         **values,
     )
     card.save(Path(folder) / "README.md")

@@ -1,6 +1,6 @@
 """What a run says of its model before it trains."""
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..models import SKIP_CONNECTIONS
 from .recipe import Recipe
@@ -13,16 +13,14 @@ def describe_model(model: PreTrainedModel, recipe: Recipe, shape: str) -> None:
     print(f"model: {kind.describe(config)}; {model.num_parameters():,} parameters, {shape}", flush=True)
     if config.skip_type == "rskip" and config.skip_norm == "none":
         print(f"note: without a norm, this is {config.skip_recursions} * x + F", flush=True)
-    for key in ("skip_recursions", "skip_norm_affine", "skip_scale"):
-        if key in recipe.keys and key not in kind.options:
-            print(f"note: {key} has no effect with skip_type {config.skip_type}", flush=True)
-    for key, condition in find_idle_keys(recipe):
+    for key, condition in find_idle_keys(recipe, config):
         print(f"note: {key} has no effect {condition}", flush=True)
 
 
-def find_idle_keys(recipe: Recipe) -> list[tuple[str, str]]:
-    """The keys that the recipe says although others of its keys leave them without effect, each with the condition."""
-    values = recipe.values
+def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, str]]:
+    """The keys that the recipe says although others of its keys, or those of the model's configuration, leave them
+    without effect, each with the condition."""
+    values, options = recipe.values, SKIP_CONNECTIONS[config.skip_type].options
     no_warmup = ("constant", "reduce_lr_on_plateau", "greedy")
     idle = {
         "eval_steps": (values["eval_strategy"] != "steps", "unless eval_strategy is steps"),
@@ -33,8 +31,9 @@ def find_idle_keys(recipe: Recipe) -> list[tuple[str, str]]:
         "num_train_epochs": (values["max_steps"] > 0, "with max_steps"),
         "loss_spike_window": (values["loss_spike_factor"] is None, "without loss_spike_factor"),
         "average_checkpoints_by": (values["average_checkpoints"] is None, "without average_checkpoints"),
-        "dataset_config_name": (values["dataset_name"] is None, "without dataset_name"),
     }
+    for key in ("skip_recursions", "skip_norm_affine", "skip_scale"):
+        idle[key] = (key not in options, f"with skip_type {config.skip_type}")
     schedule = values["lr_scheduler_type"]
     if values.get("lr_milestones") is None:
         idle["warmup_steps"] = (schedule in no_warmup, f"with lr_scheduler_type {schedule}")
@@ -52,7 +51,6 @@ def find_idle_keys(recipe: Recipe) -> list[tuple[str, str]]:
         idle |= dict.fromkeys(
             ("vocab_size", "tokenizer_train_samples", "lowercase"), (own_tokenizer, "with a tokenizer that is there")
         )
-        idle |= dict.fromkeys(("train_split", "validation_split"), (not values["dataset_name"], "without dataset_name"))
     else:
         idle["shuffle_buffer_size"] = (not values["streaming"], "without streaming")
         idle["crop_padding"] = (values["random_resized_crop"], "with random_resized_crop")
@@ -64,4 +62,6 @@ def describe_schedule(args: TrainingArguments, steps: int) -> str:
     name, warmup = args.lr_scheduler_type.value, args.get_warmup_steps(steps)
     if getattr(args, "lr_milestones", None) is not None:
         name = f"times {args.lr_gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in args.lr_milestones)}"
+    if warmup > steps:
+        name += " (its peak is never reached)"
     return f"learning rate: {args.learning_rate:g}, {name}, warm-up in {warmup:,} of {steps:,} steps"

@@ -28,7 +28,7 @@ from .resuming import (
     EarlyStopping,
     begin_record,
     check_data,
-    check_progress,
+    complete_metrics,
     describe_resumption,
     write_record,
 )
@@ -91,10 +91,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     trainer.record = record
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint:
-        check_progress(recipe, trainer.state.global_step)
-        result.metrics["train_resumed_at_step"] = start = record["resumed"][-1]["step"]
-        if trainer.state.global_step == start:
-            del result.metrics["train_loss"]  # of no step
+        complete_metrics(result.metrics, recipe, record, trainer.state.global_step)
     trainer.use_moving_average()
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
@@ -102,9 +99,9 @@ def train(recipe: Recipe) -> dict[str, float]:
     predicted = trainer.predict(sets["test"], metric_key_prefix="test")
     test_metrics = predicted.metrics
     trainer.log_metrics("test", test_metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_metrics("test", test_metrics)
     metrics = {**result.metrics, **test_metrics}
+    for part, values in {"train": result.metrics, "test": test_metrics, "all": metrics}.items():
+        trainer.save_metrics(part, values, combined=False)  # which would keep what an earlier run left
     if trainer.is_world_process_zero():
         write_predictions(training.output_dir, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
         write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, record)

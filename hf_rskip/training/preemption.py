@@ -40,6 +40,8 @@ class StopSignal:
         self.received = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                return
             # A signal may come while something else is being printed, which `print` does not allow.
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 

@@ -245,16 +245,19 @@ def _key_of(word: str) -> str:
 def _unset(values: dict, overrides: Sequence[str]) -> tuple[dict, list[str]]:
     """Takes out the keys that the command line sets to `null`, as YAML does."""
     words = iter(overrides)
-    kept = []
+    kept, unset = [], {key for key, value in values.items() if value is None}
     for word in words:
         key, _, value = word.partition("=")
         following = None
         if word.startswith("--") and "=" not in word:
             following = value = next(words, None)
         if word.startswith("--") and value == "null":
-            values = {name: old for name, old in values.items() if name.replace("-", "_") != key[2:].replace("-", "_")}
+            values = {name: old for name, old in values.items() if name.replace("-", "_") != _key_of(key)}
+            unset.add(_key_of(key))
         else:
             kept += [word] if following is None else [word, following]
+    if "test_split" in unset:
+        raise UserError("test_split cannot be null: a run always ends with the scores of its test split.")
     return values, kept
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ..errors import UserError
 from ..manifest import check_model
@@ -39,13 +40,7 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
     if checkpoint is not None:
         before = _read_record(checkpoint / RECORD_NAME)
         changed = _find_changes(before, record["values"], str(checkpoint))
-        training, state = recipe.training, read_state(checkpoint)
-        most, reached = training.max_steps, state.get("global_step", 0)
-        if most <= 0:
-            most, reached = training.num_train_epochs, state.get("epoch") or 0
-        if reached > most:
-            key = "max_steps" if training.max_steps > 0 else "num_train_epochs"
-            raise UserError(f"{str(checkpoint)!r} stands at {reached:g}, beyond {key} {most:g}.")
+        _check_end(recipe, checkpoint)
         record["data"] = before.get("data", {})
         record["resumed"] = [*before["resumed"], {"step": read_step(checkpoint), "changed": changed}]
     return record
@@ -95,8 +90,11 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     if any(checkpoint_step(path) > record["step"] for path in named or list_checkpoints(folder)[-1:]):
         return None  # of a longer training, which has not finished
     changed = _find_changes(record, _values(recipe), str(folder))
-    if any(key in changed for key in _LENGTHEN) or changed and changed.keys() <= _OF_CONTENT:
-        return None  # of data with other names, [`check_data`] says whether they are others
+    if any(key in changed for key in _LENGTHEN):
+        _check_end(recipe, folder)
+        return None
+    if changed and changed.keys() <= _OF_CONTENT:
+        return None  # [`check_data`] says whether they are other data
     if changed:
         key, (before, now) = next(iter(changed.items()))
         raise UserError(
@@ -110,14 +108,25 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     return results
 
 
-def check_progress(recipe: Recipe, step: int) -> None:
-    """Keeps the record of a finished run that was to train on, and ended at once.
+def _check_end(recipe: Recipe, folder: Path) -> None:
+    """Raises a [`UserError`] if a checkpoint or a finished run has come further than the recipe goes."""
+    training, state = recipe.training, read_state(folder)
+    key, reached = "max_steps", state["global_step"]
+    if training.max_steps <= 0:
+        key, reached = "num_train_epochs", state.get("epoch") or 0
+    most = getattr(training, key)
+    if reached > most:
+        raise UserError(f"{str(folder)!r} stands at {reached:g}, beyond {key} {most:g}.")
+
+
+def complete_metrics(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], step: int) -> None:
+    """Says in the metrics of a resumed training from where it went on; without a step there was no loss.
 
     Args:
         step: at which the training has ended.
 
     Raises:
-        [`UserError`]: if the finished run in `output_dir` had as many.
+        [`UserError`]: if the finished run in `output_dir` had as many steps; its record stays.
     """
     path = Path(recipe.training.output_dir, RECORD_NAME)
     if path.exists() and _read_record(path)["step"] >= step:
@@ -125,11 +134,15 @@ def check_progress(recipe: Recipe, step: int) -> None:
             f"{recipe.training.output_dir!r} holds a finished run of {step:,} steps, and with this recipe nothing is "
             "left to train: its results stay as they are."
         )
+    metrics["train_resumed_at_step"] = start = record["resumed"][-1]["step"]
+    if step == start:
+        del metrics["train_loss"]
 
 
 class CurrentSteps(TrainerCallback):
     """Evaluates, saves and logs as the recipe says, also in a resumed run, where the Trainer takes this from the
-    checkpoint; and logs at least twenty times unless it says how often, for a curve needs points. Says the schedule.
+    checkpoint; and logs at least twenty times unless it says how often, for a curve needs points. Says the schedule,
+    and refuses an `eval_delay` until after the end.
 
     Args:
         says_logging: whether the recipe says how often to log.
@@ -139,6 +152,11 @@ class CurrentSteps(TrainerCallback):
         self.says_logging = says_logging
 
     def on_train_begin(self, args, state, control, **kwargs):
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        end = state.max_steps if by_steps else state.num_train_epochs
+        if args.eval_strategy != IntervalStrategy.NO and args.eval_delay > end:
+            unit = "steps" if by_steps else "epochs"
+            raise UserError(f"eval_delay {args.eval_delay:g} would be after the end of {end:,} {unit}.")
         if state.is_world_process_zero:
             print(describe_schedule(args, state.max_steps), flush=True)
         state.compute_steps(args, state.max_steps)

@@ -36,7 +36,7 @@ from .resuming import (
     EarlyStopping,
     begin_record,
     check_data,
-    check_progress,
+    complete_metrics,
     describe_resumption,
     write_record,
 )
@@ -118,10 +118,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     trainer.record = record
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint:
-        check_progress(recipe, trainer.state.global_step)
-        result.metrics["train_resumed_at_step"] = start = record["resumed"][-1]["step"]
-        if trainer.state.global_step == start:
-            del result.metrics["train_loss"]  # of no step
+        complete_metrics(result.metrics, recipe, record, trainer.state.global_step)
     trainer.use_moving_average()
     trainer.use_average_of_checkpoints()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
@@ -129,9 +126,9 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     scores, translations = score(trainer.whole_model(), "test")
     test_metrics = {f"test_{name}": value for name, value in scores.items()}
     trainer.log_metrics("test", test_metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_metrics("test", test_metrics)
     metrics = {**result.metrics, **test_metrics}
+    for part, values in {"train": result.metrics, "test": test_metrics, "all": metrics}.items():
+        trainer.save_metrics(part, values, combined=False)  # which would keep what an earlier run left
     if trainer.is_world_process_zero():
         _, references = split_languages(corpus["test"], data.source_lang, data.target_lang)
         write_predictions(training.output_dir, *scored_form(translations, references, lowercase=lowercases(tokenizer)))

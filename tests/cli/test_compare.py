@@ -101,7 +101,7 @@ def test_the_same_call_writes_the_same_files(compare, pairs, corpus_folder, tmp_
     dataset = ("--dataset_name", corpus_folder, "--source_lang", "en", "--target_lang", "de")
     outputs = []
     for folder, test_set in [("a", dataset), ("b", dataset), ("c", ("--test_files", "test.en", "test.de"))]:
-        words = ["bad.txt", "best.txt", "--n_samples", "50", "--output_dir", folder]
+        words = ["bad.txt", "best.txt", "--n_samples", "100", "--output_dir", folder]
         code, out, err = compare(*words, test_set=test_set)
         assert code == 0, err
         outputs.append([out, *(path.read_bytes() for path in sorted((tmp_path / folder).iterdir()))])
@@ -113,7 +113,7 @@ def test_a_model_against_its_own_translations(compare, trained, corpus_folder, t
     dataset = ["--dataset_name", corpus_folder, "--max_samples", "12"]
     output = tmp_path / "own.txt"
     assert main([str(word) for word in ("evaluate", trained.folder, *dataset, "--output_file", output)]) == 0
-    code, out, err = compare("own.txt", trained.folder, "--n_samples", "20", test_set=dataset)
+    code, out, err = compare("own.txt", trained.folder, "--n_samples", "100", test_set=dataset)
     assert code == 0, err
     rows = read_table(out[out.index("| metric") :])
     assert [row["difference"] for row in rows] == ["baseline", "+0.00"] * 2
@@ -127,7 +127,7 @@ def test_odd_sentences(compare, tmp_path):
     (tmp_path / "one.de").write_text(odd)
     (tmp_path / "a|$b.txt").write_text("\n")
     (tmp_path / "c.txt").write_text(odd)
-    words = ["a|$b.txt", "c.txt", "--n_samples", "10", "--output_dir", "out"]
+    words = ["a|$b.txt", "c.txt", "--n_samples", "100", "--output_dir", "out"]
     code, out, err = compare(*words, test_set=("--test_files", "one.en", "one.de"))
     assert code == 0, err
     assert "a\\|$b.txt" in out
@@ -137,15 +137,17 @@ def test_odd_sentences(compare, tmp_path):
     assert f"    source     {' '.join(odd.split())}\n" in (tmp_path / "out" / "comparison.md").read_text()
 
 
-def test_the_target_language_decides_how_bleu_counts(compare, trained, tmp_path, capfd):
+def test_the_target_language_decides_how_bleu_counts(compare, trained, tmp_path, capfd, caplog):
     """Whatever the model says, of which the sentences would be single words of 13a."""
     (tmp_path / "test.zh").write_text("他们明天去北京。\n我喜欢猫。\n")
     (tmp_path / "zh.txt").write_text("他们明天去上海。\n我喜欢猫。\n")
     files = ("--test_files", "test.zh", "test.zh", "--target_lang", "zh")
-    code, out, err = compare("zh.txt", "test.zh", "--n_samples", "20", test_set=files)
+    code, out, err = compare("zh.txt", "test.zh", "--n_samples", "100", test_set=files)
     assert code == 0 and "|tok:zh|" in out and float(read_table(out)[0]["score"]) > 50, err
     assert main(["evaluate", str(trained.folder), *files]) == 0
-    assert "|tok:zh|" in json.loads(capfd.readouterr().out)["bleu_signature"]
+    scores = json.loads(capfd.readouterr().out)
+    assert "|tok:zh|" in scores["bleu_signature"] and "bleu_compound_split" not in scores
+    assert f"--target_lang is 'zh', and {trained.folder} was trained with target_lang 'de'" in caplog.text
 
 
 def test_evaluate_prints_each_form_of_bleu(trained, corpus_folder, pairs, capfd):
@@ -168,7 +170,11 @@ def test_evaluate_prints_each_form_of_bleu(trained, corpus_folder, pairs, capfd)
     ("words", "message"),
     [
         (["bad.txt"], "at least two systems"),
-        (["bad.txt", "bad.txt"], "'bad.txt' is given twice"),
+        (["bad.txt", "./bad.txt"], "'./bad.txt' is given twice"),
+        (["bad.txt", "test.de", "--num_beams", "4"], "--num_beams is for models, and all systems are files"),
+        (["bad.txt", "test.de", "--max_batch_tokens", "4"], "--max_batch_tokens is for models, and all systems are"),
+        (["bad.txt", "test.de", "--n_samples", "1"], "--n_samples must be at least 100, not 1"),
+        (["bad.txt", "test.de", "--split", "dev"], "test_split has no effect with test_files"),
         (["bad.txt", "short.txt"], "'short.txt' has 2 translations, but the test set 30 sentences"),
         (["bad.txt", "empty.txt"], "empty.txt is empty"),
         (["bad.txt", "latin.txt"], "Line 1 of latin.txt is not UTF-8"),

@@ -61,8 +61,9 @@ def test_there_are_enough():
 def test_a_mistake(mistake, names, files, monkeypatch, capfd):
     monkeypatch.chdir(files)
     before = sorted(files.rglob("*"))
+    paths = [word.split("/") for word in shlex.split(mistake["command"])]
     try:
-        code = main([str(names.get(word, word)) for word in shlex.split(mistake["command"])])
+        code = main(["/".join([str(names.get(first, first)), *rest]) for first, *rest in paths])
     except SystemExit as stop:  # of argparse, after how the command is used
         code = stop.code
     out, err = capfd.readouterr()

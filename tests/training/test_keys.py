@@ -69,9 +69,15 @@ def test_keys_of_a_word(capsys):
 # Keys that others leave without effect
 
 
+def _idle(path):
+    recipe = parse_recipe(path, [])
+    return find_idle_keys(recipe, recipe.model)
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
+        ({"skip_type": "pre_norm", "skip_scale": 2.0}, "skip_scale"),
         ({"eval_strategy": "epoch", "save_strategy": "epoch"}, "eval_steps"),
         ({"logging_strategy": "epoch"}, "logging_steps"),
         ({"max_steps": 4}, "num_train_epochs"),
@@ -84,12 +90,12 @@ def test_keys_of_a_word(capsys):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_idle_keys_are_named(write_recipe, changes, key):
-    assert key in dict(find_idle_keys(parse_recipe(write_recipe(**changes), [])))
+    assert key in dict(_idle(write_recipe(**changes)))
 
 
 def test_a_recipe_without_idle_keys(write_recipe, write_image_recipe):
     for recipe in (write_recipe(), write_image_recipe()):
-        assert find_idle_keys(parse_recipe(recipe, [])) == []
-    idle = dict(find_idle_keys(parse_recipe(write_image_recipe(lr_milestones=[1], lr_scheduler_type="linear"), [])))
+        assert _idle(recipe) == []
+    idle = dict(_idle(write_image_recipe(lr_milestones=[1], lr_scheduler_type="linear")))
     assert list(idle) == ["lr_scheduler_type"]
-    assert "momentum" in dict(find_idle_keys(parse_recipe(write_image_recipe(optim="adamw_torch", momentum=0.5), [])))
+    assert "momentum" in dict(_idle(write_image_recipe(optim="adamw_torch", momentum=0.5)))

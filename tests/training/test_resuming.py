@@ -125,6 +125,22 @@ def test_a_short_run_logs_often_enough_for_a_curve(write_recipe, said, steps, ex
     assert logged == expected and state.logging_steps == 50  # as the arguments say, which resuming compares
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"eval_strategy": "steps", "eval_steps": 4, "eval_delay": 21},
+            "eval_delay 21 would be after the end of 20 steps",
+        ),
+        ({"eval_strategy": "epoch", "eval_delay": 5, "save_strategy": "epoch"}, "after the end of 4 epochs"),
+    ],
+)
+def test_an_evaluation_after_the_end_is_refused(write_recipe, changes, said):
+    training = parse_recipe(write_recipe(**changes), []).training
+    with pytest.raises(UserError, match=said):
+        CurrentSteps(True).on_train_begin(training, TrainerState(max_steps=20, num_train_epochs=4), TrainerControl())
+
+
 # Whole runs
 
 
@@ -143,6 +159,21 @@ def test_a_finished_run_stays_as_it_is(trained, capfd):
     recipe = parse_recipe(trained.recipe, RESUME)
     assert finished_results(recipe) == results and results["train_loss"] > 0
     assert finished_results(parse_recipe(trained.recipe, [*RESUME, "--num_train_epochs", "5"])) is None
+    with pytest.raises(UserError, match=r"output' stands at \d+, beyond max_steps 3"):
+        finished_results(parse_recipe(trained.recipe, [*RESUME, "--max_steps", "3"]))
+
+
+def test_results_of_an_earlier_run_are_not_kept(trained, tmp_path, capfd):
+    """Of one whose record is lost, so that it is resumed without a step to do."""
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns(".lock", RECORD_NAME))
+    for checkpoint in list_checkpoints(folder):
+        shutil.copy(trained.folder / checkpoint.name / RECORD_NAME, checkpoint)
+    assert main(["train", str(trained.recipe), *RESUME, "--output_dir", str(folder)]) == 0, capfd.readouterr().err
+    results = json.loads((folder / "all_results.json").read_text())
+    assert "train_resumed_at_step" in results and "train_loss" not in results
+    card = (folder / "README.md").read_text()
+    assert " seconds (since it was last resumed" in card
 
 
 @pytest.mark.parametrize(
