@@ -123,3 +123,9 @@ def test_ended_sentences_leave(models, batch):
     assert rows[0] == 32 and rows == sorted(rows, reverse=True) and rows[-1] < 32
     for row, length in zip(output, batch["attention_mask"].sum(1), strict=True):
         assert (row[1:] != 0).sum() <= 2 * length
+
+
+@pytest.mark.parametrize("option", ["return_dict_in_generate", "low_memory"])
+def test_what_it_does_not_give_is_refused(models, batch, option):
+    with pytest.raises(ValueError, match=f"`{option}` is for the beam search of Transformers"):
+        models[0].generate(**batch, num_beams=2, max_new_tokens=4, custom_generate=beam_search, **{option: True})

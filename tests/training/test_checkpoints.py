@@ -11,7 +11,7 @@ import torch
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.errors import UserError
 from hf_rskip.hub.push import collect_files
-from hf_rskip.manifest import CONFIGURATIONS
+from hf_rskip.manifest import CONFIGURATIONS, check_manifest, write_manifest
 from hf_rskip.training.averaging import average_weights
 from hf_rskip.training.checkpoints import STAGING_NAME, find_checkpoint, list_checkpoints, rotate_checkpoints
 
@@ -168,6 +168,12 @@ def test_a_damaged_file_of_a_model_is_named(damage, copied):
                 load(str(copied))
             assert "\n" not in str(error.value)
     load_model(str(copied))
+
+
+def test_a_manifest_of_nothing_proves_nothing(tmp_path):
+    write_manifest(tmp_path)
+    with pytest.raises(UserError, match="manifest.json' is damaged"):
+        check_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
