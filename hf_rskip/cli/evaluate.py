@@ -76,8 +76,8 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         create_bleu(args.bleu_tokenize)
     generation, config = generation_kwargs(args), load_config(args.model)
     languages = find_languages(args, {args.model: config})
-    sources, references = load_test_set(args, *languages)
     with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:
+        sources, references = load_test_set(args, *languages)
         model, tokenizer = load_ensemble([args.model, *args.ensemble])
         scores, translations = evaluate_translation(
             model,
