@@ -7,6 +7,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
+from ..manifest import check_manifest
+
 logger = logging.get_logger(__name__)
 
 SCORES = ("bleu", "chrf", "accuracy", "top5_accuracy", "loss")
@@ -31,8 +33,8 @@ def rank_scores(scores: Mapping[str, float], metric: str) -> tuple[float, ...]:
 class BestModelCallback(TrainerCallback):
     """Breaks ties of `metric_for_best_model`, where the Trainer alone keeps the first of equal evaluations.
 
-    It stands before `EarlyStoppingCallback`, for which an evaluation that wins a tie is an improvement, too. Warns at
-    the end of a training in which the metric never moved.
+    It stands before `EarlyStoppingCallback`, for which an evaluation that wins a tie is an improvement, too. Checks at
+    the end of a training that the best model is as it was saved, and warns if the metric never moved.
     """
 
     def __init__(self):
@@ -50,6 +52,8 @@ class BestModelCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._is_training = False
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            check_manifest(state.best_model_checkpoint)
         if args.metric_for_best_model is None or not state.is_world_process_zero:
             return
         name = args.metric_for_best_model.removeprefix("eval_")

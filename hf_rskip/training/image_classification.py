@@ -92,8 +92,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint:
         complete_metrics(result.metrics, recipe, record, trainer.state.global_step)
-    trainer.use_moving_average()
-    trainer.use_average_of_checkpoints()
+    trainer.use_average()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
     predicted = trainer.predict(sets["test"], metric_key_prefix="test")

@@ -8,7 +8,7 @@ from accelerate.utils import reduce
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.augmentation import normalize, random_crop, random_flip
@@ -16,14 +16,11 @@ from ..data.image_arguments import ImageDataArguments
 from ..data.pixels import collate
 from ..errors import UserError
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
-from .loss_guard import LossGuardMixin
-from .moving_average import MovingAverageMixin
-from .recipe_trainer import RecipeTrainerMixin
-from .safe_trainer import SafeCheckpointMixin
+from .recipe_trainer import RecipeTrainer, replaced
 
 
-class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, RecipeTrainerMixin, Trainer):
-    """`Trainer` for batches of `pixel_values` in uint8, `(batch, channels, height, width)`, and `labels`.
+class ImageTrainer(RecipeTrainer):
+    """[`RecipeTrainer`] for batches of `pixel_values` in uint8, `(batch, channels, height, width)`, and `labels`.
 
     Images are augmented and normalised here, a whole batch at a time, on the device. What is drawn for a batch depends
     on the seed, the step and the process alone, so that a resumed run draws the same. Logs gain `images_per_second`,
@@ -34,7 +31,7 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
 
     Args:
         data_args: how to augment and normalise.
-        kwargs: of `Trainer`.
+        kwargs: of [`RecipeTrainer`].
     """
 
     throughput_name = "images_per_second"
@@ -54,20 +51,22 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
 
     # Input
 
-    def _prepare_inputs(self, inputs: dict) -> dict:
-        inputs = super()._prepare_inputs(inputs)
-        images, data = inputs["pixel_values"], self.data_args
-        if self.model.training:
-            self._seed_augmentation()
-            if data.crop_padding and not data.random_resized_crop:
-                images = random_crop(images, data.crop_padding, self._generator)
-            if data.horizontal_flip:
-                images = random_flip(images, self._generator)
-        inputs.pop("row", None)
-        images = normalize(images, data.image_mean, data.image_std)
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        images, data = inputs["pixel_values"].to(self.args.device), self.data_args
+        self._seed_augmentation()
+        if data.crop_padding and not data.random_resized_crop:
+            images = random_crop(images, data.crop_padding, self._generator)
+        if data.horizontal_flip:
+            images = random_flip(images, self._generator)
+        return super().training_step(model, {**inputs, "pixel_values": images}, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        images = normalize(inputs["pixel_values"], self.data_args.image_mean, self.data_args.image_std)
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return {**inputs, "pixel_values": images}
+        inputs = {**inputs, "pixel_values": images}
+        inputs.pop("row", None)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _seed_augmentation(self) -> None:
         step, batch = self._batch_of_step
@@ -76,24 +75,13 @@ class ImageTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
         entropy = (self.args.seed, self.state.global_step, batch, self.args.process_index)
         self._generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
-    def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
-        # The Trainer looks through one wrapper only, but in the first epoch after resuming under several processes the
-        # sampler has two: accelerate's shard of a sampler, and the one that skips batches.
-        sampler = train_dataloader.batch_sampler
-        while hasattr(sampler, "batch_sampler"):
-            sampler = sampler.batch_sampler
-        if hasattr(getattr(sampler, "sampler", None), "set_epoch"):
-            sampler.sampler.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        with replaced(self.args, dataloader_drop_last=False):  # which is for training: an evaluation is of all images
+            return super().get_eval_dataloader(*args, **kwargs)
 
-    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        # `dataloader_drop_last` is for training: an evaluation is of all images.
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last &= is_training
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        with replaced(self.args, dataloader_drop_last=False):
+            return super().get_test_dataloader(*args, **kwargs)
 
     def describe_batch(self, inputs: dict) -> str:
         return f"rows {', '.join(map(str, inputs['row'].tolist()))} of the training split"

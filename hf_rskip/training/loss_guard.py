@@ -1,92 +1,94 @@
-"""Stops a training whose loss is not finite, or has jumped, before the update; saves no weights that are not finite."""
+"""Aborts a training before an update if its loss is not finite or has jumped, and before saving such weights."""
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from statistics import median
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import Diverged
 
 
-class LossGuardMixin:
-    """For a Trainer. Loss and gradient norm are looked at before each update, weights before they are saved.
+class LossGuard:
+    """Checks the loss and the gradient norm of each step before its update.
 
-    What is not finite stops the run; so does what exceeds `loss_spike_factor` times its median over the last
-    `loss_spike_window` steps, if there is such a factor. The median begins anew when a run is resumed. A gradient norm
-    that is not finite is what loss scaling for fp16 looks for, and is left to it.
+    A value that is not finite aborts the training; so does one that exceeds `spike_factor` times its median over the
+    last `window` steps. The median begins anew when a run is resumed.
+
+    Args:
+        describe_batch: says in a few words which examples a batch holds.
+        spike_factor: above 1, or `None` to let jumps pass.
+        window: steps of the median.
+        scales_loss: whether a gradient norm that is not finite is left to the loss scaling for fp16.
     """
 
-    describe_batch: Callable[[dict], str]
-    """Which examples a batch holds, for a sentence; a method of the Trainer."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(
+        self, describe_batch: Callable[[dict], str], spike_factor: float | None, window: int, scales_loss: bool
+    ):
+        self.describe_batch, self.spike_factor, self.scales_loss = describe_batch, spike_factor, scales_loss
         self._batches: list[tuple[torch.Tensor, dict]] = []
-        self._history = {name: deque(maxlen=self.args.loss_spike_window) for name in ("loss", "gradient norm")}
+        self._history = {name: deque(maxlen=window) for name in ("loss", "gradient norm")}
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)
+    def add(self, loss: torch.Tensor, inputs: dict) -> None:
+        """Adds a batch of the step, with its part of the loss."""
         self._batches.append((loss, inputs))
-        return loss
 
-    def _get_grad_norm(self, *args, **kwargs):
-        norm = super()._get_grad_norm(*args, **kwargs)
+    def check(self, step: int, gradient_norm: float) -> None:
+        """Checks the step of the batches that were added since the last call; to be called on every process.
+
+        Raises:
+            [`Diverged`]: if the training must be aborted; on all processes at once, as the values are those of all.
+        """
         batches, self._batches = self._batches, []
-        if batches:
-            loss = reduce(torch.stack([loss for loss, _ in batches]).sum(), "mean").item()
-            self._check({"loss": loss, "gradient norm": float(norm)}, batches)
-        return norm
-
-    def save_model(self, *args, **kwargs) -> None:
-        self._check_weights()
-        super().save_model(*args, **kwargs)
-
-    def _check_weights(self) -> None:
-        """For the last update, after which no loss is computed, and for means of weights."""
-        tensors = self.accelerator.unwrap_model(self.model).state_dict()
-        bad = [name for name, tensor in tensors.items() if not _local(tensor).isfinite().all()]
-        bad = gather_object(bad) if self.is_fsdp_enabled else bad  # otherwise all processes have the same weights
-        if bad:
-            raise Diverged(
-                self.state.global_step,
-                f"after the update weights are not finite, such as {bad[0]}; they were not saved, and the checkpoints "
-                "are from before it",
-            )
-
-    def _check(self, values: dict[str, float], batches: list[tuple[torch.Tensor, dict]]) -> None:
-        for name, value in values.items():
-            history, factor = self._history[name], self.args.loss_spike_factor
+        if not batches:
+            return
+        loss = reduce(torch.stack([loss for loss, _ in batches]).sum(), "mean").item()
+        for name, value in {"loss": loss, "gradient norm": gradient_norm}.items():
+            history = self._history[name]
+            is_full = self.spike_factor is not None and len(history) == history.maxlen
             if not math.isfinite(value):
-                if name == "loss" or self.accelerator.scaler is None:
-                    self._stop(f"the {name} is {value}", batches)
-            elif factor is not None and len(history) == history.maxlen and value > factor * median(history):
+                if name == "loss" or not self.scales_loss:
+                    self._abort(step, f"the {name} is {value}", batches)
+            elif is_full and value > self.spike_factor * median(history):
                 usual = f"the median of the {history.maxlen} steps before is {median(history):.4g}"
-                self._stop(f"the {name} is {value:.4g} where {usual}", batches)
+                self._abort(step, f"the {name} is {value:.4g} where {usual}", batches)
             else:
                 history.append(value)
 
-    def _stop(self, what: str, batches: list[tuple[torch.Tensor, dict]]) -> None:
-        # All processes get here at once, as the values are those of all.
-        finite = all(math.isfinite(loss) for loss, _ in batches)
-        found = [(finite, self._name_batches(batches))]
-        found = gather_object(found) if self.args.world_size > 1 else found
-        bad = [name for finite, name in found if not finite] or [name for _, name in found]
+    def _abort(self, step: int, what: str, batches: list[tuple[torch.Tensor, dict]]) -> None:
+        bad = [inputs for loss, inputs in batches if not math.isfinite(loss)]
+        described = "; ".join(self.describe_batch(inputs) for inputs in bad or [inputs for _, inputs in batches])
+        found = [(bool(bad), described)]
+        found = gather_object(found) if PartialState().num_processes > 1 else found
+        named = [name for is_bad, name in found if is_bad] or [name for _, name in found]
         raise Diverged(
-            self.state.global_step + 1,
-            f"{what}; the update was not made, and the checkpoints are from before it; batch: {'; '.join(bad)}",
+            step, f"{what}; the update was not made, and the checkpoints are from before it; batch: {'; '.join(named)}"
         )
 
-    def _name_batches(self, batches: Iterable[tuple[torch.Tensor, dict]]) -> str:
-        """The batches without a number for a loss, or else all."""
-        batches = list(batches)
-        bad = [inputs for loss, inputs in batches if not math.isfinite(loss)] or [inputs for _, inputs in batches]
-        return "; ".join(self.describe_batch(inputs) for inputs in bad)
 
+def check_weights(model: nn.Module, step: int) -> None:
+    """For the last update, after which no loss is computed, and for means of weights; called on every process.
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    Args:
+        model: without the wrappers of accelerate.
+        step: of the last update.
+
+    Raises:
+        [`Diverged`]: if a weight or a running statistic is not finite.
+    """
+    tensors = model.state_dict()
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    bad = [name for name, tensor in local.items() if not tensor.isfinite().all()]
+    bad = gather_object(bad) if is_sharded else bad  # otherwise all processes have the same weights
+    if bad:
+        raise Diverged(
+            step,
+            f"after the update weights are not finite, such as {bad[0]}; they were not saved, and the checkpoints are "
+            "from before it",
+        )

@@ -1,6 +1,6 @@
-"""An exponential moving average of the weights, to evaluate and to save in place of the last ones."""
+"""An exponential moving average of the weights, evaluated and saved in place of the last ones."""
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,7 +8,6 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PredictionOutput
 
 AVERAGE_NAME = "moving_average.safetensors"
 
@@ -16,7 +15,8 @@ AVERAGE_NAME = "moving_average.safetensors"
 class MovingAverage(TrainerCallback):
     """After each step, average <- decay * average + (1 - decay) * weights; running statistics likewise.
 
-    The average begins as the weights after the first step.
+    The average begins as the weights after the first step. Where the best model is loaded at the end of a training, the
+    average becomes the one of its checkpoint.
 
     Args:
         model: without the wrappers of accelerate.
@@ -29,6 +29,10 @@ class MovingAverage(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.average.update_parameters(self.model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load(state.best_model_checkpoint)
 
     @contextmanager
     def swapped_in(self):
@@ -61,47 +65,3 @@ class MovingAverage(TrainerCallback):
 
 def _path(folder: str | Path) -> Path:
     return Path(folder, AVERAGE_NAME)
-
-
-class MovingAverageMixin:
-    """For a Trainer. With `ema_decay`, evaluations are of the average, and [`use_moving_average`] ends with it."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.moving_average = None
-        if self.args.ema_decay is not None:
-            self.moving_average = MovingAverage(self.model, self.args.ema_decay)
-            self.add_callback(self.moving_average)
-
-    def use_moving_average(self) -> None:
-        """Ends with the average as the model, if there is one."""
-        if self.moving_average is not None:
-            self.model.load_state_dict(self.moving_average.average.module.state_dict())
-            self.remove_callback(self.moving_average)
-            self.moving_average = None
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self._averaged():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args, **kwargs) -> PredictionOutput:
-        with self._averaged():
-            return super().predict(*args, **kwargs)
-
-    def _averaged(self) -> AbstractContextManager:
-        return nullcontext() if self.moving_average is None else self.moving_average.swapped_in()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.moving_average is not None and self.args.should_save:
-            self.moving_average.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.moving_average is not None and checkpoint is not None:
-            self.moving_average.load(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.moving_average is not None:
-            self.moving_average.load(self.state.best_model_checkpoint)

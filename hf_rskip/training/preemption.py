@@ -1,5 +1,6 @@
-"""The signals by which a scheduler, or a user by Ctrl-C, asks a run to stop."""
+"""Stops a run with a checkpoint when a scheduler, or a user by Ctrl-C, asks for it by a signal."""
 
+import copy
 import os
 import signal
 import threading
@@ -7,25 +8,38 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+from accelerate.utils import gather
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
+
+from ..errors import Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopSignal:
-    """Remembers SIGTERM and the first Ctrl-C, which would otherwise end the process at once; the second one does."""
+class StopOnSignal(TrainerCallback):
+    """After SIGTERM or Ctrl-C to one of the processes, all of them finish the step, save a checkpoint and raise
+    [`Preempted`]. An evaluation that is due at that step is left to the run that goes on.
+
+    It must be the last callback that changes the control of the training.
+    """
 
     def __init__(self):
-        self.received: int | None = None
-        """The number of the signal."""
+        self.due: TrainerControl | None = None
+        """What was due at the step after which the run stops."""
+        self._received: int | None = None
 
     @contextmanager
     def caught(self):
-        """Inside this context a signal is only remembered; outside the main thread Python has no say in it."""
+        """Remembers SIGTERM and the first Ctrl-C inside this context, where otherwise they end the process at once; the
+        second Ctrl-C does. Signals can be caught in the main thread only.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.received = None
+        self._received = self.due = None
         previous = {number: signal.getsignal(number) for number in _SIGNALS}
         for number in _SIGNALS:
             if previous[number] != signal.SIG_IGN:  # a study's Ctrl-C is not for its cells
@@ -37,13 +51,40 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _handle(self, signum, frame) -> None:
-        self.received = signum
+        self._received = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 return
             # A signal may come while something else is being printed, which `print` does not allow.
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._is_told_to_stop(args):
+            self.due = copy.copy(control)
+            if float(state.epoch).is_integer():  # what is due at the end of the epoch is due now
+                DefaultFlowCallback().on_epoch_end(args, state, self.due)
+            control.should_evaluate, control.should_save = False, True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._is_told_to_stop(args):
+            self.due = copy.copy(control)
+            control.should_evaluate, control.should_save = False, True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.due is not None:
+            how = "Ctrl-C" if self._received == signal.SIGINT else "SIGTERM"
+            raise Preempted(
+                f"stopped by {how} after step {state.global_step}; go on with `--resume_from_checkpoint true`",
+                self._received,
+            )
+
+    def _is_told_to_stop(self, args) -> bool:
+        """Whether one of the processes has received a signal."""
+        if args.world_size > 1:
+            numbers = gather(torch.tensor([self._received or 0], device=args.device))
+            self._received = int(numbers.max()) or None
+        return self._received is not None
 
 
 def outlive_signal(dataloader: DataLoader) -> None:

@@ -1,29 +1,64 @@
-"""What the Trainers of all tasks share: progress, throughput, and a resumed run that knows when it has ended."""
+"""The Trainer of all tasks: whole checkpoints, runs that stop and resume, losses by label, throughput."""
 
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer import FSDP_MODEL_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    IntervalStrategy,
+    PredictionOutput,
+    TrainOutput,
+)
 
 from ..errors import UserError
-from ..hub.trainer import HubTrainerMixin
+from ..hub.checkpoints import PushCheckpoints, start_upload
+from ..hub.push import Pushed, collect_files
+from ..manifest import MODEL_FILES, check_manifest, write_manifest
+from .averaging import average_weights, choose_checkpoints, is_out_of_turn
 from .best_model import BestModelCallback
+from .checkpoints import (
+    STAGING_NAME,
+    clear_staging,
+    list_checkpoints,
+    publish_checkpoint,
+    remove_checkpoints,
+    rotate_checkpoints,
+)
+from .loss_guard import LossGuard, check_weights
+from .moving_average import MovingAverage
+from .preemption import StopOnSignal, outlive_signal
 from .progress import TrainingBar, TrainingLog
+from .resuming import write_record
 
 
-class RecipeTrainerMixin(HubTrainerMixin):
-    """For a Trainer. Logs gain the throughput over all processes, without the time of evaluations.
+class RecipeTrainer(Trainer):
+    """`Trainer` with the arguments of [`~hf_rskip.training.arguments.CommonTrainingArguments`].
 
-    The loss of an evaluation is the mean over all labels (tokens, images), however they are batched and shared out.
+    - A checkpoint is written under another name, and gets its own when every process has written its part and all of it
+      has reached the disk: a folder `checkpoint-N` is complete.
+    - SIGTERM and Ctrl-C stop a run with a checkpoint: see [`StopOnSignal`]. A resumed run ends as if it had not been
+      interrupted.
+    - Losses and weights that are not finite abort it: see [`LossGuard`].
+    - With `ema_decay`, evaluations are of the moving average.
+    - The loss of an evaluation is the mean over all labels (tokens, images), however they are batched and shared out;
+      a training draws the same random numbers with and without evaluations.
+    - Logs gain the throughput over all processes, without the time of evaluations.
     """
 
     throughput_name: str
@@ -31,10 +66,30 @@ class RecipeTrainerMixin(HubTrainerMixin):
 
     def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **kwargs):
         super().__init__(callbacks=[BestModelCallback(), *(callbacks or [])], **kwargs)
-        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
-        self.add_callback(TrainingLog if self.args.disable_tqdm else TrainingBar)
+        args = self.args
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(TrainingLog if args.disable_tqdm else TrainingBar)
+        self.add_callback(_SamplerEpoch)
+        self.moving_average = None
+        if args.ema_decay is not None:
+            self.moving_average = MovingAverage(self.model, args.ema_decay)
+            self.add_callback(self.moving_average)
+        if args.push_to_hub:
+            self.add_callback(PushCheckpoints(self.hub_model_id))
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
+        scales_loss = self.accelerator.scaler is not None
+        self.loss_guard = LossGuard(self.describe_batch, args.loss_spike_factor, args.loss_spike_window, scales_loss)
+        self.record: dict | None = None
+        """What [`begin_record`] says of the run, for every checkpoint."""
+        self._resumed: TrainerState | None = None
+        self._is_overdue = False  # an evaluation that a signal has left to this run
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all labels, and their number
         self._restart_clock()
+
+    def describe_batch(self, inputs: dict) -> str:
+        """Which examples a batch holds, in a few words."""
+        raise NotImplementedError
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -46,37 +101,112 @@ class RecipeTrainerMixin(HubTrainerMixin):
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
+    # Training
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """As that of the Trainer.
+        """As that of the Trainer, but `resume_from_checkpoint` is a path or `None`.
 
         Raises:
-            [`UserError`]: if the checkpoint was saved under FSDP and this run is not under it, or the reverse.
+            [`UserError`]: if the checkpoint was saved under FSDP and this run is not under it, or the reverse; if the
+                best model is lost or damaged.
+            [`Preempted`]: after a signal, with a checkpoint saved.
+            [`Diverged`]: if the loss, the gradient or the weights are not finite, or have jumped.
         """
+        self._resumed = None
         if resume_from_checkpoint is not None:
-            sharded = any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*"))
-            if sharded != self.is_fsdp_enabled:
-                raise UserError(
-                    f"{resume_from_checkpoint} was saved {'under' if sharded else 'without'} FSDP, and a run can go on "
-                    "from it only in the same way."
-                )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._prepare_to_resume(Path(resume_from_checkpoint))
+        try:
+            with self.stop.caught():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except SafetensorError:
+            if self.state.best_model_checkpoint is not None:
+                check_manifest(self.state.best_model_checkpoint)
+            raise
 
-    def _run_epoch(self, *, train_dataloader: DataLoader, **kwargs) -> None:
-        # A run that was killed after its last checkpoint has nothing left to train.
-        if self._has_finished():
-            self.control.should_training_stop = True
+    def _prepare_to_resume(self, checkpoint: Path) -> None:
+        sharded = any(checkpoint.glob(f"{FSDP_MODEL_NAME}*"))
+        if sharded != self.is_fsdp_enabled:
+            raise UserError(
+                f"{checkpoint} was saved {'under' if sharded else 'without'} FSDP, and a run can go on from it only in "
+                "the same way."
+            )
+        self._resumed = state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        self.args.eval_on_start = self._is_overdue = control.get("should_evaluate", False)
+        if self.moving_average is not None:
+            self.moving_average.load(checkpoint)
+        if state.best_model_checkpoint is None:
             return
-        super()._run_epoch(train_dataloader=train_dataloader, **kwargs)
+        # The best checkpoint is the one beside this: where it once was, another run may lie by now.
+        best = checkpoint.parent / Path(state.best_model_checkpoint).name
+        if best.is_dir():
+            if self.args.load_best_model_at_end:
+                check_manifest(best)
+            self.add_callback(_RememberBest(str(best)))
+        elif self.args.load_best_model_at_end:
+            raise UserError(f"The best model is lost: there is no {str(best)!r}.")
 
-    def _has_finished(self) -> bool:
-        early_stopping = [
-            callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)
-        ]
-        return self.state.global_step >= self.state.max_steps or any(
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early_stopping
-        )
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        num_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        # A run that was killed after its last checkpoint has nothing left to train.
+        return (0 if self._has_finished(max_steps) else num_epochs), *others, max_steps
+
+    def _has_finished(self, max_steps: int) -> bool:
+        """Whether the run had come to its end in the checkpoint from which it goes on."""
+        if self._resumed is None:
+            return False
+        if self._resumed.global_step >= max_steps:
+            return True
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                stored = self._resumed.stateful_callbacks.get(type(callback).__name__, {}).get("attributes", {})
+                patience = self.args.early_stopping_patience or callback.early_stopping_patience
+                if stored.get("early_stopping_patience_counter", 0) >= patience:
+                    return True
+        return False
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataloader = super().get_train_dataloader()
+        outlive_signal(dataloader)
+        return dataloader
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.loss_guard.add(loss, inputs)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.loss_guard.check(self.state.global_step + 1, float(norm))
+        return norm
 
     # Evaluation
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self._averaged(), torch.random.fork_rng([]):  # data loaders draw a seed for their workers
+            metrics = super().evaluate(*args, **kwargs)
+        if self._is_overdue:
+            self._is_overdue = False
+            self._make_up_for(metrics)
+        return metrics
+
+    def _make_up_for(self, metrics: dict[str, float]) -> None:
+        """Does what the Trainer does after an evaluation in the course of a training."""
+        if self.args.metric_for_best_model is None:
+            return
+        value = metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            self.lr_scheduler.step(value)
+        if self.state.best_metric is None:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.state.best_model_checkpoint = str(self._checkpoint())
+
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
+    def _averaged(self) -> AbstractContextManager:
+        return nullcontext() if self.moving_average is None else self.moving_average.swapped_in()
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if model.training or "labels" not in inputs:
@@ -100,6 +230,110 @@ class RecipeTrainerMixin(HubTrainerMixin):
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
 
+    # Checkpoints and the final model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        check_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        super().save_model(output_dir, _internal_call=_internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and folder.is_dir() and folder.parent.name != STAGING_NAME:
+            write_manifest(folder, MODEL_FILES)
+
+    def _checkpoint(self) -> Path:
+        return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run, final = Path(self.args.output_dir), self._checkpoint()
+        staged = run / STAGING_NAME / final.name
+        try:
+            with replaced(self.args, output_dir=str(staged.parent), push_to_hub=False):
+                super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+            if self.stop.due is not None:
+                self.state.stateful_callbacks["TrainerControl"] = self.stop.due.state()
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.moving_average is not None:
+                    self.moving_average.save(staged)
+                if self.record is not None:
+                    write_record(staged, self.record, self.state.global_step)
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                publish_checkpoint(staged, final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"{str(final)!r} could not be written ({reason}): with this mended, go on with "
+                "`--resume_from_checkpoint true`"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.exists():
+            publish_checkpoint(staged, final)  # of a machine that does not share its folders with the first
+        if self.args.should_save:
+            self._remove_checkpoints(run, final)
+
+    def _remove_checkpoints(self, run: Path, last: Path) -> None:
+        keep = {last}
+        if self.state.best_model_checkpoint is not None:
+            keep.add(Path(self.state.best_model_checkpoint))
+        written = [path for path in list_checkpoints(run) if path not in keep and (path / TRAINER_STATE_NAME).exists()]
+        remove_checkpoints(run, filter(is_out_of_turn, written))
+        if self.args.average_checkpoints is not None:
+            keep |= set(self._checkpoints_to_average(run))
+        rotate_checkpoints(run, self.args.save_total_limit, keep)
+        clear_staging(run)
+
+    def _checkpoints_to_average(self, run: Path) -> list[Path]:
+        args = self.args
+        return choose_checkpoints(
+            run, args.average_checkpoints, args.average_checkpoints_by, self.state, args.metric_for_best_model
+        )
+
+    def use_average(self) -> None:
+        """Ends with the average that the arguments ask for, if any, as the model.
+
+        A mean of checkpoints is evaluated; a moving average was.
+        """
+        if self.moving_average is not None:
+            self.model.load_state_dict(self.moving_average.average.module.state_dict())
+            self.remove_callback(self.moving_average)
+            self.moving_average = None
+        if self.args.average_checkpoints is not None:
+            checkpoints = self._checkpoints_to_average(Path(self.args.output_dir))
+            options = StateDictOptions(full_state_dict=True, strict=False)  # tied weights are in it once
+            set_model_state_dict(self.model, average_weights(checkpoints), options=options)
+            if self.is_world_process_zero():
+                print(f"the model is the mean of {', '.join(path.name for path in checkpoints)}", flush=True)
+            if self.args.eval_strategy != IntervalStrategy.NO:
+                self.evaluate()
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> Pushed | Future | None:
+        """Pushes what is in `output_dir`, after saving the model there.
+
+        Returns:
+            On the main process, what was done, or with `blocking=False` a future of it.
+
+        Raises:
+            [`UserError`]: if the upload fails.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        files = collect_files(self.args.output_dir)
+        job = start_upload(self.args, self.hub_model_id, files, commit_message, token, revision)
+        return job.result() if blocking else job
+
     # Logs
 
     def _restart_clock(self) -> None:
@@ -118,3 +352,38 @@ class RecipeTrainerMixin(HubTrainerMixin):
             logs.pop(name, None)
         super().log(logs, start_time)
         self._restart_clock()
+
+
+@contextmanager
+def replaced(args: TrainingArguments, **values) -> Iterator[None]:
+    """`args` have these values inside this context."""
+    before = {name: getattr(args, name) for name in values}
+    for name, value in values.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+class _SamplerEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins, through all wrappers: in the first epoch after resuming under several
+    processes there are two, and the Trainer looks through one.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        for part in (sampler, getattr(sampler, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int(state.epoch or 0))
+
+
+class _RememberBest(TrainerCallback):
+    def __init__(self, best: str):
+        self.best = best
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = self.best

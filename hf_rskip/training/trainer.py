@@ -1,14 +1,15 @@
-"""The Seq2SeqTrainer with token-budget batches, scores of real translations, and throughput."""
+"""The Trainer for translation: token-budget batches, a chunked loss, and scores of translations."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
-from datasets import Dataset
+from accelerate.data_loader import prepare_data_loader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType, fully_shard
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Seq2SeqTrainer
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..data.batching import TokenBatchSampler
@@ -16,14 +17,12 @@ from ..data.columns import read_column
 from ..errors import UserError
 from ..models import RSkipForConditionalGeneration
 from .chunked_loss import chunked_cross_entropy
-from .loss_guard import LossGuardMixin
-from .moving_average import MovingAverageMixin
-from .recipe_trainer import RecipeTrainerMixin
-from .safe_trainer import SafeCheckpointMixin
+from .preemption import outlive_signal
+from .recipe_trainer import RecipeTrainer
 
 
-class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, RecipeTrainerMixin, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` for datasets with `source_length` and `target_length` columns.
+class RSkipTrainer(RecipeTrainer):
+    """[`RecipeTrainer`] for datasets with `source_length` and `target_length` columns.
 
     Training batches are those of [`TokenBatchSampler`]. An evaluation adds the scores of translations to the loss. Logs
     gain `target_tokens_per_second`, over all processes and without the time of evaluations.
@@ -31,7 +30,7 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
     Args:
         compute_translation_metrics: scores of the model in evaluation mode, by name; called on every process. Needed
             for evaluations with `predict_with_generate`.
-        kwargs: of `Seq2SeqTrainer`; `args` are [`RSkipTrainingArguments`].
+        kwargs: of `Trainer`; `args` are [`RSkipTrainingArguments`].
 
     Raises:
         [`UserError`]: if `train_dataset` has no such columns, if the scores of an evaluation are missing or given as
@@ -80,16 +79,18 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             if kind != StateDictType.FULL_STATE_DICT:
                 raise UserError(f"average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not {kind.name}.")
 
-    def _prepare_for_training(self, *args, **kwargs):
+    def train(self, *args, **kwargs) -> TrainOutput:
         if self.is_fsdp_enabled:
             self._shard_tied_embeddings()
-        return super()._prepare_for_training(*args, **kwargs)
+        return super().train(*args, **kwargs)
 
     def _shard_tied_embeddings(self) -> None:
         """FSDP2 wants the modules that share a weight sharded together; accelerate knows of two of the three."""
         encoder, decoder = self.model.model.encoder, self.model.model.decoder
         embeddings = [encoder.embed_tokens, decoder.embed_tokens, self.model.lm_head]
         tied = [module for module in embeddings if module.weight is decoder.embed_tokens.weight]
+        if isinstance(decoder.embed_tokens, FSDPModule):
+            return
         plugin = self.accelerator.state.fsdp_plugin
         fully_shard(
             tied,
@@ -98,8 +99,8 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             offload_policy=plugin.cpu_offload,
         )
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
-        # By now `train_dataset` has lost the columns that the model does not take, lengths included.
+    def make_sampler(self) -> TokenBatchSampler:
+        """The batches of the training set for this process."""
         whole_steps = self.args.global_batch_tokens is not None
         return TokenBatchSampler(
             read_column(self.train_dataset, "source_length"),
@@ -112,14 +113,23 @@ class RSkipTrainer(SafeCheckpointMixin, LossGuardMixin, MovingAverageMixin, Reci
             world_size=self.args.world_size,
         )
 
-    def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
-        # The Trainer looks through one wrapper only, but in the first epoch after resuming under several processes the
-        # sampler has two: accelerate's shard of a sampler, and the one that skips batches.
-        sampler = train_dataloader.batch_sampler
-        while not isinstance(sampler, TokenBatchSampler):
-            sampler = sampler.batch_sampler
-        sampler.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+    def get_train_dataloader(self) -> DataLoader:
+        args, taken = self.args, inspect.signature(self.model.forward).parameters
+        dataloader = DataLoader(
+            self.train_dataset.select_columns([name for name in self.train_dataset.column_names if name in taken]),
+            batch_sampler=self.make_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # As if there were one process: the sampler yields the batches of this one.
+        dataloader = prepare_data_loader(
+            dataloader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+        outlive_signal(dataloader)
+        return dataloader
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {**inputs, "use_cache": False}

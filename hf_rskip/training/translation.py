@@ -108,7 +108,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
         callbacks=callbacks,
     )
     if trainer.is_world_process_zero():
-        sampler = trainer._get_train_sampler()
+        sampler = trainer.make_sampler()
         print(describe_dropped(Counter(unclean) + Counter(dropped), len(train_set), "train"))
         describe_model(trainer.model, recipe, f"vocabulary of {model.config.vocab_size:,}")
         print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
@@ -119,8 +119,7 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint:
         complete_metrics(result.metrics, recipe, record, trainer.state.global_step)
-    trainer.use_moving_average()
-    trainer.use_average_of_checkpoints()
+    trainer.use_average()
     trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
     trainer.save_state()
     scores, translations = score(trainer.whole_model(), "test")

@@ -135,7 +135,7 @@ def run_stage(stage: str, folder: Path, values: dict) -> dict:
         trainer.train()
         return finish(steps=20)
     if stage == "plan":
-        sampler = trainer._get_train_sampler()
+        sampler = trainer.make_sampler()
         batches = sum(1 for _ in sampler)
         seconds = finish()
         return seconds | {"batches": batches, "padding": round(sampler.padding_fraction(), 4)}

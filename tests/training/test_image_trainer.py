@@ -39,10 +39,14 @@ class RecordingTrainer(ImageTrainer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.drawn = []
+        self.model.register_forward_pre_hook(self.remember, with_kwargs=True)
+
+    def remember(self, model, args, kwargs):
+        if model.training:
+            self.drawn.append((self.labels, kwargs["pixel_values"].clone()))
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            self.drawn.append((inputs["labels"].clone(), inputs["pixel_values"].clone()))
+        self.labels = inputs["labels"].clone()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -172,7 +176,7 @@ def test_the_moving_average(tmp_path):
         expected = {name: 0.8 * expected[name] + 0.2 * value for name, value in state.items()}
     floating = [name for name in expected if not name.endswith("num_batches_tracked")]
     accuracy = trainer.evaluate()["eval_loss"]
-    trainer.use_moving_average()
+    trainer.use_average()
     final = trainer.model.state_dict()
     for name in floating:
         torch.testing.assert_close(final[name].double(), expected[name], rtol=1e-5, atol=1e-6)
@@ -225,7 +229,7 @@ def test_a_resumed_run_draws_what_the_whole_one_draws(tmp_path):
     for (labels, images), (own_labels, own_images) in zip(whole.drawn[3:], resumed.drawn, strict=True):
         assert torch.equal(labels, own_labels) and torch.equal(images, own_images)
     for trainer in (whole, resumed):
-        trainer.use_moving_average()
+        trainer.use_average()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
@@ -247,7 +251,7 @@ def run_two(folder):
     trainer.train()
     before = trainer.evaluate()
     state = trainer.model.state_dict()
-    trainer.use_moving_average()
+    trainer.use_average()
     return {
         "drawn": trainer.drawn,
         "state": state,
