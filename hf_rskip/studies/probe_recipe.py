@@ -14,8 +14,8 @@ from ..manifest import check_model
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..training.image_classification import create_model as create_image_model
 from ..training.recipe import Recipe
-from ..training.translation import create_model as create_translation_model
-from ..training.translation import make_tokenizer
+from ..training.translation_model import create_model as create_translation_model
+from ..training.translation_model import make_tokenizer
 from .probe_data import SAMPLES, Batch, random_batch, spread, training_images, training_sentences
 
 _RANDOM_CLASSES = 10

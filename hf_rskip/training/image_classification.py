@@ -1,11 +1,11 @@
-"""Trains an image classifier from a recipe: data, model, Trainer, test."""
+"""The task of image classification: from images to accuracies on their test split."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -14,101 +14,70 @@ from ..data.images import ImageDatasets, load_image_dataset
 from ..data.pixels import CroppedImages, decode_images, stream_images
 from ..decoding.loading import load_config
 from ..errors import UserError
-from ..evaluation.predictions import write_predictions
 from ..hub.image_model_card import write_image_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
-from ..studies.probe_callback import ProbeCallback
-from ..studies.probe_data import training_images
-from .checkpoints import check_same_model, find_checkpoint
+from ..studies.probe_data import Batch, training_images
+from .checkpoints import check_same_model
 from .describe import describe_model
 from .image_trainer import ImageTrainer
 from .recipe import Recipe
-from .resuming import (
-    CurrentSteps,
-    EarlyStopping,
-    begin_record,
-    check_data,
-    complete_metrics,
-    describe_resumption,
-    write_record,
-)
+from .task import Task, Tested
 
 
-def train(recipe: Recipe) -> dict[str, float]:
-    """Trains, evaluates on the test split, and leaves the model in `output_dir`: the last one, or with
-    `load_best_model_at_end` the best.
+class ImageClassification(Task):
+    """Trains on labelled images, and evaluates and tests by accuracy; without validation images only tests."""
 
-    Returns:
-        What `all_results.json` holds.
-
-    Raises:
-        [`UserError`]: if the data, the configuration or `output_dir` cannot be used; before any training starts.
-    """
-    data, training = recipe.data, recipe.training
-    with training.main_process_first(desc="preparing the images"):
-        checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
-        record = begin_record(recipe, checkpoint)
-        images = load_image_dataset(data)
+    def __init__(self, recipe: Recipe, checkpoint: Path | None):
+        super().__init__(recipe, checkpoint)
+        images = load_image_dataset(recipe.data)
+        self.class_names = images.class_names
         if "validation" not in images.splits:
             _do_without_validation(recipe)
-        if training.metric_for_best_model == "top5_accuracy" and len(images.class_names) <= 5:
-            count = len(images.class_names)
+        if recipe.training.metric_for_best_model == "top5_accuracy" and len(self.class_names) <= 5:
+            count = len(self.class_names)
             raise UserError(f"metric_for_best_model top5_accuracy is always 1 for {count} classes: choose accuracy.")
-        sets = {split: _prepare(images, split, recipe, checkpoint) for split in images.splits}
-        learned = {} if data.streaming else {split: sets[split] for split in sets if split != "test"}
-        check_data(record, {split: part.checksum() for split, part in learned.items()})
-    set_seed(training.seed)
-    model = create_model(recipe, images.class_names)
-    if checkpoint:
-        check_same_model(model.config, checkpoint, ["id2label"])
-    _check_last_batch(model.config, sets["train"], recipe)
-    if training.channels_last:
-        model.to(memory_format=torch.channels_last)
+        self.sets = {split: _prepare(images, split, recipe, checkpoint) for split in images.splits}
+        learned = {} if recipe.data.streaming else {split: self.sets[split] for split in self.sets if split != "test"}
+        self.checksums = {split: part.checksum() for split, part in learned.items()}
 
-    callbacks = [CurrentSteps(not {"logging_steps", "logging_strategy"}.isdisjoint(recipe.keys))]
-    if training.early_stopping_patience:
-        callbacks.append(EarlyStopping(training.early_stopping_patience))
-    if training.probe_steps:
-        batch = training_images(sets["train"], data)
-        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
-    trainer = ImageTrainer(
-        data_args=data,
-        model=model,
-        args=training,
-        train_dataset=sets["train"],
-        eval_dataset=sets.get("validation"),
-        processing_class=make_image_processor(data),
-        callbacks=callbacks,
-    )
-    if trainer.is_world_process_zero():
-        sizes = ", ".join(f"{split} {len(part):,}" for split, part in sets.items() if not data.streaming)
-        print(f"images: {sizes or 'streamed'}; {len(images.class_names):,} classes")
-        shape = f"{' + '.join(map(str, model.config.depths))} blocks of {model.config.hidden_sizes} channels"
-        describe_model(model, recipe, recipe.model.architecture or shape)
-        if checkpoint:
-            print(f"resuming from {checkpoint}, {describe_resumption(record['resumed'][-1])}", flush=True)
+    def create_model(self) -> RSkipResNetForImageClassification:
+        model = create_model(self.recipe, self.class_names)
+        if self.checkpoint:
+            check_same_model(model.config, self.checkpoint, ["id2label"])
+        _check_last_batch(model.config, self.sets["train"], self.recipe)
+        if self.recipe.training.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model
 
-    trainer.record = record
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if checkpoint:
-        complete_metrics(result.metrics, recipe, record, trainer.state.global_step)
-    trainer.use_average()
-    trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
-    trainer.save_state()
-    predicted = trainer.predict(sets["test"], metric_key_prefix="test")
-    test_metrics = predicted.metrics
-    trainer.log_metrics("test", test_metrics)
-    metrics = {**result.metrics, **test_metrics}
-    for part, values in {"train": result.metrics, "test": test_metrics, "all": metrics}.items():
-        trainer.save_metrics(part, values, combined=False)  # which would keep what an earlier run left
-    if trainer.is_world_process_zero():
-        write_predictions(training.output_dir, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
-        write_image_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, record)
-        write_record(training.output_dir, record, trainer.state.global_step)
-        print(f"model, card and scores: {training.output_dir}", flush=True)
-    if training.push_to_hub:
-        trainer.push_to_hub()
-    return metrics
+    def probe_batch(self, model: PreTrainedModel) -> Batch:
+        return training_images(self.sets["train"], self.recipe.data)
+
+    def create_trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> ImageTrainer:
+        return ImageTrainer(
+            data_args=self.recipe.data,
+            model=model,
+            args=self.recipe.training,
+            train_dataset=self.sets["train"],
+            eval_dataset=self.sets.get("validation"),
+            processing_class=make_image_processor(self.recipe.data),
+            callbacks=callbacks,
+        )
+
+    def describe(self, trainer: ImageTrainer) -> None:
+        config, streamed = trainer.model.config, self.recipe.data.streaming
+        sizes = ", ".join(f"{split} {len(part):,}" for split, part in self.sets.items() if not streamed)
+        print(f"images: {sizes or 'streamed'}; {len(self.class_names):,} classes")
+        shape = f"{' + '.join(map(str, config.depths))} blocks of {config.hidden_sizes} channels"
+        describe_model(trainer.model, self.recipe, self.recipe.model.architecture or shape)
+
+    def test(self, trainer: ImageTrainer) -> Tested:
+        predicted = trainer.predict(self.sets["test"], metric_key_prefix="test")
+        return Tested(predicted.metrics, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
+
+    def write_card(self, trainer: ImageTrainer, metrics: dict) -> None:
+        write_image_model_card(
+            trainer.args.output_dir, self.recipe, trainer.model, trainer.state, metrics, trainer.record
+        )
 
 
 def _do_without_validation(recipe: Recipe) -> None:

@@ -1,27 +1,46 @@
-"""Trains what a recipe says."""
+"""Trains by a recipe: the way from data to a tested model, which all tasks share."""
 
 import errno
 import resource
 from contextlib import nullcontext
 
 from safetensors import SafetensorError
+from transformers import set_seed
 
 from ..errors import UserError
+from ..evaluation.predictions import write_predictions
 from ..manifest import check_model
-from . import image_classification, translation
+from ..studies.probe_callback import ProbeCallback
+from .checkpoints import find_checkpoint
+from .image_classification import ImageClassification
 from .output_lock import locked
 from .recipe import Recipe, check_configuration
-from .resuming import finished_results
+from .resuming import (
+    CurrentSteps,
+    EarlyStopping,
+    begin_record,
+    check_data,
+    complete_metrics,
+    describe_resumption,
+    finished_results,
+    write_record,
+)
+from .translation import Translation
 
-_TRAIN = {"translation": translation.train, "image-classification": image_classification.train}
+_TASKS = {"translation": Translation, "image-classification": ImageClassification}
 
 
 def train(recipe: Recipe) -> dict[str, float | str]:
-    """Trains by the recipe's task: see `train` of [`translation`] and [`image_classification`].
+    """Trains by the recipe, evaluates on the test split, and leaves model, card and scores in `output_dir`: the last
+    model, or with `load_best_model_at_end` the best.
+
+    Returns:
+        What `all_results.json` holds.
 
     Raises:
-        [`UserError`]: also if another run is writing into the recipe's `output_dir`, or it cannot be written into, if
-            too few files may be open, and if the disk is full.
+        [`UserError`]: if the data, the configuration or `output_dir` cannot be used, before any training starts; if
+            another run is writing into `output_dir`, if too few files may be open, and if the disk is full.
+        [`Preempted`], [`Diverged`]: see [`~hf_rskip.training.recipe_trainer.RecipeTrainer`].
     """
     _check_file_handles(recipe.training.dataloader_num_workers)
     if recipe.training.model_name_or_path:
@@ -30,13 +49,56 @@ def train(recipe: Recipe) -> dict[str, float | str]:
     with locked(recipe.training.output_dir) if recipe.training.process_index == 0 else nullcontext():
         try:
             results = finished_results(recipe)
-            return _TRAIN[recipe.task](recipe) if results is None else results
+            return _train(recipe) if results is None else results
         except (OSError, SafetensorError) as error:
             if not _is_full(error):
                 raise
             raise UserError(
                 f"The disk is full ({error}): with space again, go on with `--resume_from_checkpoint true`."
             ) from error
+
+
+def _train(recipe: Recipe) -> dict[str, float | str]:
+    training = recipe.training
+    with training.main_process_first(desc="preparing the data"):
+        checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
+        record = begin_record(recipe, checkpoint)
+        task = _TASKS[recipe.task](recipe, checkpoint)
+        check_data(record, task.checksums)
+    set_seed(training.seed)
+    model = task.create_model()
+    callbacks = [CurrentSteps(not {"logging_steps", "logging_strategy"}.isdisjoint(recipe.keys))]
+    if training.early_stopping_patience:
+        callbacks.append(EarlyStopping(training.early_stopping_patience))
+    if training.probe_steps:
+        batch = task.probe_batch(model)
+        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
+    trainer = task.create_trainer(model, callbacks)
+    trainer.record = record
+    if trainer.is_world_process_zero():
+        task.describe(trainer)
+        if checkpoint:
+            print(f"resuming from {checkpoint}, {describe_resumption(record['resumed'][-1])}", flush=True)
+
+    trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint:
+        complete_metrics(trained.metrics, recipe, record, trainer.state.global_step)
+    trainer.use_average()
+    trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
+    trainer.save_state()
+    tested = task.test(trainer)
+    trainer.log_metrics("test", tested.metrics)
+    metrics = {**trained.metrics, **tested.metrics}
+    for part, values in {"train": trained.metrics, "test": tested.metrics, "all": metrics}.items():
+        trainer.save_metrics(part, values, combined=False)  # which would keep what an earlier run left
+    if trainer.is_world_process_zero():
+        write_predictions(training.output_dir, tested.predictions, tested.references)
+        task.write_card(trainer, metrics)
+        write_record(training.output_dir, record, trainer.state.global_step)
+        print(f"model, card and scores: {training.output_dir}", flush=True)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
 
 
 def _is_full(error: Exception) -> bool:

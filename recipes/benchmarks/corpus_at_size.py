@@ -67,7 +67,7 @@ def make(folder: Path, pairs: int) -> dict:
 
 
 def run_stage(stage: str, folder: Path, values: dict) -> dict:
-    """Runs the stages up to `stage`, as `hf_rskip.training.translation.train` does, and times the last one."""
+    """Runs the stages up to `stage`, as `hf_rskip.training.translation.Translation` does, and times the last one."""
     from transformers import DataCollatorForSeq2Seq
 
     from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
