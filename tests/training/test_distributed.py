@@ -145,7 +145,7 @@ TERMINATE = """
     def step_under_fire(self, *args, **kwargs):
         if self.args.process_index == 1 and self.state.global_step == 20:
             os.kill(os.getppid(), signal.SIGTERM)  # the launcher, which passes it on
-            while not self._stop_signal.received:
+            while not self.stop._received:
                 time.sleep(0.01)
         return step(self, *args, **kwargs)
     RSkipTrainer.training_step = step_under_fire
