@@ -46,8 +46,8 @@ __all__ = [
 
 _MODULES = {
     "RSkipTrainer": ".training.trainer",
-    "RSkipTrainingArguments": ".training.translation_arguments",
-    "parse_recipe": ".training.recipe",
+    "RSkipTrainingArguments": ".recipe.translation",
+    "parse_recipe": ".recipe.parsing",
     "rskip_layer_norm": ".kernels",
     "rskip_rms_norm": ".kernels",
     "train": ".training.train",
@@ -83,10 +83,10 @@ if TYPE_CHECKING:
         XSkip,
         make_norm,
     )
-    from .training.recipe import parse_recipe
+    from .recipe.parsing import parse_recipe
+    from .recipe.translation import RSkipTrainingArguments
     from .training.train import train
     from .training.trainer import RSkipTrainer
-    from .training.translation_arguments import RSkipTrainingArguments
 
 
 def __getattr__(name: str):

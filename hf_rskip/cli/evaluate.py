@@ -7,8 +7,8 @@ import json
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..data.arguments import DataArguments
-from ..data.corpora import load_translation_dataset
+from ..data.text.arguments import DataArguments
+from ..data.text.corpora import load_translation_dataset
 from ..decoding.loading import load_config, load_ensemble
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer, create_bleu

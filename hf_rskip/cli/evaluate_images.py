@@ -6,8 +6,8 @@ from functools import partial
 
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
-from ..data.image_arguments import ImageDataArguments
-from ..data.images import ImageDatasets, load_image_dataset, name_row
+from ..data.images.arguments import ImageDataArguments
+from ..data.images.loading import ImageDatasets, load_image_dataset, name_row
 from ..decoding.loading import load_complete, load_image_processor
 from ..errors import UserError
 from ..evaluation.evaluate_images import evaluate_images

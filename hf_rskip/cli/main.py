@@ -270,7 +270,7 @@ def _add_keys_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _keys(args: argparse.Namespace, rest: list[str]) -> None:
-    from ..training.recipe import TASKS, describe_keys
+    from ..recipe.parsing import TASKS, describe_keys
 
     task = args.words.pop(0) if args.words and args.words[0] in TASKS else "translation"
     print(describe_keys(task, " ".join(args.words) or None))

@@ -9,18 +9,18 @@ from pathlib import Path
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
 from ..data.names import check_different
-from ..data.tokenizer import load_tokenizer
+from ..data.text.tokenizer import load_tokenizer
 from ..decoding.loading import load_complete, load_config, load_image_processor
 from ..errors import UserError
 from ..models import RSkipResNetConfig
-from ..studies.probe import probe
-from ..studies.probe_callback import TABLE_NAME
-from ..studies.probe_data import image_batch, random_batch, sentence_batch, spread
-from ..studies.probe_figure import draw_probes
-from ..studies.probe_recipe import begin_recipe
-from ..studies.probe_table import ProbedModel, format_summary, read_table, write_table
+from ..probing.batches import image_batch, random_batch, sentence_batch, spread
+from ..probing.callback import TABLE_NAME
+from ..probing.figure import draw_probes
+from ..probing.probe import probe
+from ..probing.table import ProbedModel, format_summary, read_table, write_table
+from ..recipe.parsing import parse_recipe
 from ..training.checkpoints import checkpoint_step, list_checkpoints
-from ..training.recipe import parse_recipe
+from ..training.initial import begin_recipe
 from .compare import create_folder
 from .evaluate import find_languages, load_test_set
 from .evaluate_images import load_test_images

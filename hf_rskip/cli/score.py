@@ -4,8 +4,8 @@ import argparse
 import math
 import sys
 
-from ..data.arguments import DataArguments
-from ..data.corpora import load_translation_dataset
+from ..data.text.arguments import DataArguments
+from ..data.text.corpora import load_translation_dataset
 from ..decoding.loading import load_ensemble
 from ..decoding.score import score
 from ..errors import UserError

@@ -5,7 +5,7 @@ import argparse
 from accelerate import PartialState
 
 from ..errors import UserError
-from ..training.recipe import parse_recipe
+from ..recipe.parsing import parse_recipe
 from .launch import LAUNCH_OPTIONS
 
 

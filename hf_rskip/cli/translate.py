@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME
 from ..decoding.loading import load_ensemble
 from ..decoding.translate import Hypothesis, translate, translate_n_best
 from ..errors import UserError
-from ..training.translation_arguments import GenerationArguments
+from ..recipe.translation import GenerationArguments
 
 _LINES_AT_ONCE = 10_000
 

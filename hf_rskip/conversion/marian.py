@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, MarianConfig, MarianMTModel
 from transformers.utils import logging
 
-from ..data.tokenizer import find_tokenizer
+from ..data.text.tokenizer import find_tokenizer
 from ..decoding.loading import load_config, not_loaded
 from ..errors import UserError
 from ..manifest import MODEL_FILES, write_manifest

@@ -1,1 +1,1 @@
-"""Parallel corpora: loading them, training a tokenizer on them, turning them into token ids."""
+"""Datasets: found, read and prepared."""

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.names import check_different, check_name
-from ..data.tokenizer import load_tokenizer
+from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..manifest import check_model
 from .ensemble import Ensemble

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data.pixels import open_image
+from ..data.images.pixels import open_image
 from .image_metric import ImageClassificationMetric, rank_classes
 
 
@@ -23,7 +23,7 @@ def evaluate_images(
     Args:
         model: in evaluation mode.
         processor: that of the model.
-        dataset: a split of [`~hf_rskip.data.images.load_image_dataset`].
+        dataset: a split of [`~hf_rskip.data.images.loading.load_image_dataset`].
         name_row: the beginning of a sentence about a row.
         batch_size: images at once.
     """

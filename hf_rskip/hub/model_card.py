@@ -13,9 +13,8 @@ from transformers.trainer_callback import TrainerState
 
 from ..data.names import is_path
 from ..models import SKIP_CONNECTIONS
-from ..training.describe import find_idle_keys
-from ..training.recipe import Recipe
-from ..training.resuming import describe_resumption
+from ..recipe.describe import describe_resumption, find_idle_keys
+from ..recipe.parsing import Recipe
 
 _VERSIONS = ("hf_rskip", "torch", "transformers", "datasets", "accelerate")
 

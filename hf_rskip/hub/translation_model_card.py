@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
-from ..training.recipe import Recipe
+from ..recipe.parsing import Recipe
 from .model_card import name_dataset, save_card
 from .training_curve import CURVE_NAME, Curve, draw_training_curve
 

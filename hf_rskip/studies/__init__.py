@@ -1,1 +1,1 @@
-"""The laboratory: studies of residual forms, and probes of what a skip connection does."""
+"""Studies: forms of a model trained with several seeds, and compared."""

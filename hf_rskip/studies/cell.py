@@ -25,10 +25,10 @@ from .. import models
 from ..errors import Diverged, Preempted, UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..own_modules import import_modules
+from ..probing.callback import TABLE_NAME
+from ..recipe.parsing import Recipe, parse_recipe
 from ..training.checkpoints import checkpoint_step, list_checkpoints
-from ..training.recipe import Recipe, parse_recipe
 from ..training.train import train
-from .probe_callback import TABLE_NAME
 from .study import METRICS, Cell, write_recipe, write_whole
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"

@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
+from ..probing.callback import TABLE_NAME
 from .cell import is_done, read_result, write_result
-from .probe_callback import TABLE_NAME
 from .study import Cell, Study, describe_setting, write_recipe, write_whole
 
 EVIDENCE_NAME = "evidence.parquet"

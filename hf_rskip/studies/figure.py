@@ -5,8 +5,8 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
+from ..picture import escape, save_figure
 from .cell import DIVERGED, FINISHED
-from .picture import escape, save_figure
 from .results import Group, Results
 from .study import describe_setting
 

@@ -7,9 +7,9 @@ from statistics import fmean
 
 import numpy as np
 
+from ..picture import escape, save_figure
 from .cell import DIVERGED, FINISHED
 from .figure import arrange, make_panels, new_figure, shorten
-from .picture import escape, save_figure
 from .results import Group, Results
 from .study import varying_keys
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
-from ..training.recipe import read_yaml
+from ..recipe.parsing import read_yaml
 from .cell import DIVERGED, FAILED, FINISHED
 from .figure import draw_curves, draw_scores
 from .grid_figure import draw_grid

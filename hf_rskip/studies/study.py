@@ -14,7 +14,7 @@ import yaml
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
 from ..models import SKIP_CONNECTIONS
-from ..training.recipe import Recipe, check_values, parse_recipe, parse_values, read_yaml
+from ..recipe.parsing import Recipe, check_values, parse_recipe, parse_values, read_yaml
 
 METRICS = {"translation": ("bleu", "chrf"), "image-classification": ("accuracy",)}
 """By which a study of each task can judge, its default first."""

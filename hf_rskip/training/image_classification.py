@@ -9,18 +9,18 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from ..data.image_processor import make_image_processor
-from ..data.images import ImageDatasets, load_image_dataset
-from ..data.pixels import CroppedImages, decode_images, stream_images
+from ..data.images.loading import ImageDatasets, load_image_dataset
+from ..data.images.pixels import CroppedImages, decode_images, stream_images
+from ..data.images.processor import make_image_processor
 from ..decoding.loading import load_config
 from ..errors import UserError
 from ..hub.image_model_card import write_image_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
-from ..studies.probe_data import Batch, training_images
+from ..probing.batches import Batch, training_images
+from ..recipe.describe import describe_model
+from ..recipe.parsing import Recipe
 from .checkpoints import check_same_model
-from .describe import describe_model
 from .image_trainer import ImageTrainer
-from .recipe import Recipe
 from .task import Task, Tested
 
 

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.augmentation import normalize, random_crop, random_flip
-from ..data.image_arguments import ImageDataArguments
-from ..data.pixels import collate
+from ..data.images.arguments import ImageDataArguments
+from ..data.images.augmentation import normalize, random_crop, random_flip
+from ..data.images.pixels import collate
 from ..errors import UserError
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
 from .recipe_trainer import RecipeTrainer, replaced

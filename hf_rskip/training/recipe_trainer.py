@@ -48,7 +48,7 @@ from .resuming import write_record
 
 
 class RecipeTrainer(Trainer):
-    """`Trainer` with the arguments of [`~hf_rskip.training.arguments.CommonTrainingArguments`].
+    """`Trainer` with the arguments of [`~hf_rskip.recipe.training.CommonTrainingArguments`].
 
     - A checkpoint is written under another name, and gets its own when every process has written its part and all of it
       has reached the disk: a folder `checkpoint-N` is complete.

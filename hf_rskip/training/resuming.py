@@ -10,11 +10,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..errors import UserError
 from ..manifest import check_model
-from .arguments import DEFAULT_LOGGING_STEPS
+from ..recipe.describe import describe_schedule
+from ..recipe.keys import MAY_CHANGE, MUST_STAY
+from ..recipe.parsing import Recipe
+from ..recipe.training import DEFAULT_LOGGING_STEPS
 from .checkpoints import checkpoint_step, list_checkpoints, read_state, read_step
-from .describe import describe_schedule
-from .keys import MAY_CHANGE, MUST_STAY
-from .recipe import Recipe
 
 RECORD_NAME = "recipe.json"
 """In every checkpoint, and in the folder of a run as the last file that is written there."""
@@ -65,12 +65,6 @@ def write_record(folder: str | Path, record: dict[str, Any], step: int) -> None:
     """Writes [`begin_record`]'s record with the number of steps after which it holds."""
     content = json.dumps({"step": step, **record}, indent=2, ensure_ascii=False)
     Path(folder, RECORD_NAME).write_text(content + "\n", encoding="utf-8")
-
-
-def describe_resumption(resumption: dict[str, Any]) -> str:
-    """One entry of a record's `resumed`, as `step 4 with num_train_epochs 8 (before: 4)`."""
-    changes = [f"{key} {now} (before: {before})" for key, (before, now) in resumption["changed"].items()]
-    return f"step {resumption['step']:,}" + (f" with {', '.join(changes)}" if changes else "")
 
 
 def finished_results(recipe: Recipe) -> dict[str, Any] | None:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..studies.probe_data import Batch
-from .recipe import Recipe
+from ..probing.batches import Batch
+from ..recipe.parsing import Recipe
 from .recipe_trainer import RecipeTrainer
 
 
@@ -46,7 +46,7 @@ class Task(ABC):
 
     @abstractmethod
     def probe_batch(self, model: PreTrainedModel) -> Batch:
-        """Training examples for [`~hf_rskip.studies.probe_callback.ProbeCallback`]."""
+        """Training examples for [`~hf_rskip.probing.callback.ProbeCallback`]."""
 
     @abstractmethod
     def create_trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> RecipeTrainer:

@@ -10,18 +10,18 @@ from transformers import set_seed
 from ..errors import UserError
 from ..evaluation.predictions import write_predictions
 from ..manifest import check_model
-from ..studies.probe_callback import ProbeCallback
+from ..probing.callback import ProbeCallback
+from ..recipe.describe import describe_resumption
+from ..recipe.parsing import Recipe, check_configuration
 from .checkpoints import find_checkpoint
 from .image_classification import ImageClassification
 from .output_lock import locked
-from .recipe import Recipe, check_configuration
 from .resuming import (
     CurrentSteps,
     EarlyStopping,
     begin_record,
     check_data,
     complete_metrics,
-    describe_resumption,
     finished_results,
     write_record,
 )

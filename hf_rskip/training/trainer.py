@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from ..data.batching import TokenBatchSampler
-from ..data.columns import read_column
+from ..data.text.batching import TokenBatchSampler
+from ..data.text.columns import read_column
 from ..errors import UserError
 from ..models import RSkipForConditionalGeneration
 from .chunked_loss import chunked_cross_entropy

@@ -7,18 +7,18 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainerCallback
 
-from ..data.cleaning import clean_corpus
-from ..data.corpora import checksum, load_translation_dataset
-from ..data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
-from ..data.tokenizer import load_tokenizer
+from ..data.text.cleaning import clean_corpus
+from ..data.text.corpora import checksum, load_translation_dataset
+from ..data.text.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
+from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer, scored_form
 from ..evaluation.evaluate import evaluate_translation, lowercases, split_languages
 from ..hub.translation_model_card import write_model_card
 from ..models import RSkipForConditionalGeneration
-from ..studies.probe_data import Batch, training_sentences
-from .describe import describe_model
-from .recipe import Recipe
+from ..probing.batches import Batch, training_sentences
+from ..recipe.describe import describe_model
+from ..recipe.parsing import Recipe
 from .task import Task, Tested
 from .trainer import RSkipTrainer
 from .translation_model import create_model, make_tokenizer

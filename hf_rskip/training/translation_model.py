@@ -7,13 +7,13 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..data.corpora import iterate_sentences
-from ..data.preprocessing import tokenizer_cache_file
-from ..data.tokenizer import check_known, load_tokenizer, train_tokenizer
+from ..data.text.corpora import iterate_sentences
+from ..data.text.preprocessing import tokenizer_cache_file
+from ..data.text.tokenizer import check_known, load_tokenizer, train_tokenizer
 from ..decoding.loading import load_config
 from ..errors import UserError
 from ..models import RSkipConfig, RSkipForConditionalGeneration
-from .recipe import Recipe, check_lengths
+from ..recipe.parsing import Recipe, check_lengths
 
 _CHECKED_PAIRS = 1000
 """Pairs, at even distances in the corpus, of which a tokenizer must know most."""

@@ -71,13 +71,13 @@ def run_stage(stage: str, folder: Path, values: dict) -> dict:
     from transformers import DataCollatorForSeq2Seq
 
     from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
-    from hf_rskip.data.arguments import DataArguments
-    from hf_rskip.data.cleaning import clean_corpus
-    from hf_rskip.data.corpora import iterate_sentences, load_translation_dataset
-    from hf_rskip.data.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
-    from hf_rskip.data.tokenizer import load_tokenizer, train_tokenizer
+    from hf_rskip.data.text.arguments import DataArguments
+    from hf_rskip.data.text.cleaning import clean_corpus
+    from hf_rskip.data.text.corpora import iterate_sentences, load_translation_dataset
+    from hf_rskip.data.text.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
+    from hf_rskip.data.text.tokenizer import load_tokenizer, train_tokenizer
+    from hf_rskip.recipe.translation import RSkipTrainingArguments
     from hf_rskip.training.trainer import RSkipTrainer
-    from hf_rskip.training.translation_arguments import RSkipTrainingArguments
 
     data = DataArguments(
         dataset_name=str(folder / "data"),

@@ -20,8 +20,8 @@ from report import append_csv, describe_run, print_row
 from transformers import MarianConfig, MarianMTModel
 
 from hf_rskip.conversion.marian import _SAME_FIELDS, _new_name
-from hf_rskip.data.arguments import DataArguments
-from hf_rskip.data.corpora import load_translation_dataset
+from hf_rskip.data.text.arguments import DataArguments
+from hf_rskip.data.text.corpora import load_translation_dataset
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.decoding.translate import search
 

@@ -20,10 +20,10 @@ from report import append_csv, describe_run, print_table
 from transformers import TrainerCallback
 
 from hf_rskip import RSkipResNetConfig, RSkipResNetForImageClassification
-from hf_rskip.data.augmentation import normalize, random_crop, random_flip
-from hf_rskip.data.image_arguments import ImageDataArguments
-from hf_rskip.data.pixels import ImageTensors
-from hf_rskip.training.image_arguments import ImageTrainingArguments
+from hf_rskip.data.images.arguments import ImageDataArguments
+from hf_rskip.data.images.augmentation import normalize, random_crop, random_flip
+from hf_rskip.data.images.pixels import ImageTensors
+from hf_rskip.recipe.images import ImageTrainingArguments
 from hf_rskip.training.image_trainer import ImageTrainer
 
 EPOCH = 390

@@ -27,13 +27,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_rskip.data.corpora import load_translation_dataset
-from hf_rskip.data.preprocessing import filter_by_length, tokenize_corpus
-from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.data.text.corpora import load_translation_dataset
+from hf_rskip.data.text.preprocessing import filter_by_length, tokenize_corpus
+from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.models import RSkipConfig, RSkipForConditionalGeneration
-from hf_rskip.training.recipe import parse_recipe
+from hf_rskip.recipe.parsing import parse_recipe
+from hf_rskip.recipe.translation import RSkipTrainingArguments
 from hf_rskip.training.trainer import RSkipTrainer
-from hf_rskip.training.translation_arguments import RSkipTrainingArguments
 
 DIMENSIONS = (
     "d_model",

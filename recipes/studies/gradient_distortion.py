@@ -3,7 +3,7 @@
     python recipes/studies/gradient_distortion.py --output_dir recipes/studies/gradient-distortion
 
 For each form, network, depth and seed: a new model, one batch of random tokens or noise images, one backward pass,
-and the gradient norm of the loss at the input of every sublayer (see `hf_rskip.studies.probe`). Two numbers sum a
+and the gradient norm of the loss at the input of every sublayer (see `hf_rskip.probing.probe`). Two numbers sum a
 network up: the gradient norm at the input of the first sublayer over that at the output of the last, and the factor by
 which the norm grows with each sublayer on its way down (regression of the logarithm on depth): 1 is no distortion, more
 explodes, less vanishes. All is in float64; "overflow" is what has no number even there.
@@ -30,9 +30,9 @@ from tabulate import tabulate
 from transformers import set_seed
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration, RSkipResNetConfig, RSkipResNetForImageClassification
-from hf_rskip.studies.probe import probe
-from hf_rskip.studies.probe_data import random_batch
-from hf_rskip.studies.probe_table import gradient_growth, gradient_ratio
+from hf_rskip.probing.batches import random_batch
+from hf_rskip.probing.probe import probe
+from hf_rskip.probing.table import gradient_growth, gradient_ratio
 
 FORMS = {
     **{f"xSkip, s = {s}": {"skip_type": "xskip", "skip_norm": "none", "skip_scale": s} for s in (0.5, 1.0, 2.0)},

@@ -41,13 +41,13 @@ import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_rskip.conversion.growth import grow_recursions
-from hf_rskip.data.cleaning import clean_corpus
-from hf_rskip.data.corpora import load_translation_dataset
-from hf_rskip.data.preprocessing import filter_by_length, tokenize_corpus
+from hf_rskip.data.text.cleaning import clean_corpus
+from hf_rskip.data.text.corpora import load_translation_dataset
+from hf_rskip.data.text.preprocessing import filter_by_length, tokenize_corpus
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.evaluation.evaluate import evaluate_translation, split_languages
+from hf_rskip.recipe.parsing import parse_recipe
 from hf_rskip.training.progress import TrainingLog
-from hf_rskip.training.recipe import parse_recipe
 from hf_rskip.training.trainer import RSkipTrainer
 
 

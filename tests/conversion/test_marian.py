@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, Pr
 from hf_rskip import RSkipForConditionalGeneration
 from hf_rskip.cli import main
 from hf_rskip.conversion.marian import convert_marian_checkpoint, convert_marian_model
-from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
 
 SEPARATE = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 33}
@@ -232,7 +232,7 @@ def test_error_without_sentencepiece(capsys, marian_folder, tmp_path, monkeypatc
     def missing(*args, **kwargs):
         raise ImportError("MarianTokenizer requires the SentencePiece library but it was not found")
 
-    monkeypatch.setattr(sys.modules["hf_rskip.data.tokenizer"].AutoTokenizer, "from_pretrained", missing)
+    monkeypatch.setattr(sys.modules["hf_rskip.data.text.tokenizer"].AutoTokenizer, "from_pretrained", missing)
     error = error_of(capsys, marian_folder, tmp_path / "new")
     assert "most often sentencepiece" in error
     assert "pip install 'hf_rskip[marian]'" in error

@@ -13,7 +13,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from tokenizers import normalizers
 from transformers.utils import logging as transformers_logging
 
-from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
 from hf_rskip.evaluation.bleu import choose_tokenizer
 from hf_rskip.evaluation.evaluate import evaluate_translation, lowercases, split_languages

@@ -14,7 +14,7 @@ from transformers import TrainerState
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.hub.training_curve import Curve, draw_training_curve
 from hf_rskip.hub.translation_model_card import write_model_card
-from hf_rskip.training.recipe import parse_recipe, parse_values
+from hf_rskip.recipe.parsing import parse_recipe, parse_values
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_callback import TrainerState
 
 import hf_rskip
-from hf_rskip.studies.probe import probe
+from hf_rskip.probing.probe import probe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Translation
 
 from hf_rskip import RSkipResNetConfig, parse_recipe
 from hf_rskip.cli import main
-from hf_rskip.training.describe import find_idle_keys
+from hf_rskip.recipe.describe import find_idle_keys
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FOLDERS = [RECIPES, *(path for path in RECIPES.iterdir() if path.is_dir() and path.name != "accelerate")]

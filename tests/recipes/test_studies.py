@@ -10,10 +10,10 @@ from datasets import Dataset, Features, Translation
 from transformers import GenerationConfig
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
-from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.models import RSkipResNetConfig, RSkipResNetForImageClassification
+from hf_rskip.recipe.parsing import parse_recipe
 from hf_rskip.studies.study import read_study
-from hf_rskip.training.recipe import parse_recipe
 
 STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 

@@ -7,8 +7,8 @@ import yaml
 from made_up_cells import diverge, finish
 
 from hf_rskip.errors import UserError
+from hf_rskip.probing.callback import TABLE_NAME
 from hf_rskip.studies.evidence import EVIDENCE_NAME, restore_cells, write_evidence
-from hf_rskip.studies.probe_callback import TABLE_NAME
 from hf_rskip.studies.report import write_report
 from hf_rskip.studies.results import gather_results
 from hf_rskip.studies.study import read_study

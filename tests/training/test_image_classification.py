@@ -20,7 +20,7 @@ from hf_rskip import RSkipResNetBackbone
 from hf_rskip.cli.main import main
 from hf_rskip.models import SKIP_CONNECTIONS
 from hf_rskip.models.configuration_rskip_resnet import ARCHITECTURES
-from hf_rskip.training.recipe import parse_recipe
+from hf_rskip.recipe.parsing import parse_recipe
 
 README = Path(__file__).parents[2] / "README.md"
 RECIPES = README.parent / "recipes"

@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback, set_seed
 
-from hf_rskip.data.augmentation import normalize
-from hf_rskip.data.image_arguments import ImageDataArguments
-from hf_rskip.data.pixels import ImageTensors
+from hf_rskip.data.images.arguments import ImageDataArguments
+from hf_rskip.data.images.augmentation import normalize
+from hf_rskip.data.images.pixels import ImageTensors
 from hf_rskip.models import RSkipResNetConfig, RSkipResNetForImageClassification
-from hf_rskip.training.image_arguments import ImageTrainingArguments
+from hf_rskip.recipe.images import ImageTrainingArguments
 from hf_rskip.training.image_trainer import ImageTrainer
 
 NESTEROV = {"momentum": 0.5, "nesterov": True, "weight_decay": 0.1}

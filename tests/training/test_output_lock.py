@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
+from hf_rskip.recipe.parsing import parse_recipe
 from hf_rskip.training import train
 from hf_rskip.training.output_lock import locked
-from hf_rskip.training.recipe import parse_recipe
 
 HOLD = """
 import sys

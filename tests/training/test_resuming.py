@@ -11,16 +11,16 @@ import yaml
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState
 
 from hf_rskip.cli.main import main
-from hf_rskip.data.pixels import ImageTensors
+from hf_rskip.data.images.pixels import ImageTensors
 from hf_rskip.errors import UserError
+from hf_rskip.recipe.describe import describe_resumption
+from hf_rskip.recipe.parsing import parse_recipe
 from hf_rskip.training.checkpoints import list_checkpoints
-from hf_rskip.training.recipe import parse_recipe
 from hf_rskip.training.resuming import (
     RECORD_NAME,
     CurrentSteps,
     begin_record,
     check_data,
-    describe_resumption,
     finished_results,
     write_record,
 )

@@ -15,12 +15,12 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
 
-from hf_rskip.data.tokenizer import train_tokenizer
+from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
 from hf_rskip.models import RSkipConfig, RSkipForConditionalGeneration
+from hf_rskip.recipe.translation import RSkipTrainingArguments
 from hf_rskip.training.averaging import choose_checkpoints
 from hf_rskip.training.trainer import RSkipTrainer
-from hf_rskip.training.translation_arguments import RSkipTrainingArguments
 
 EOS, VOCABULARY = 2, 260
 EPOCHS = 2

@@ -25,8 +25,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 from decoding import create_marian, translate_ours, until_end
 from report import append_csv, describe_run, print_row
 
-from hf_rskip.data.arguments import DataArguments
-from hf_rskip.data.corpora import load_translation_dataset
+from hf_rskip.data.text.arguments import DataArguments
+from hf_rskip.data.text.corpora import load_translation_dataset
 from hf_rskip.decoding.loading import load_model
 
 

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from report import append_csv, describe_run, print_row
 from training_throughput import create_models, measure, read_data
 
-from hf_rskip.training.recipe import parse_recipe
+from hf_rskip.recipe.parsing import parse_recipe
 
 PEERS = {
     # With packages that they import without requiring them.

@@ -1,0 +1,1 @@
+"""From a dataset of images to batches."""

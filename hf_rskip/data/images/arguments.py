@@ -1,0 +1,107 @@
+"""What the user says about images, checked before anything is read."""
+
+from dataclasses import dataclass, field
+
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ...errors import UserError
+
+
+@dataclass
+class ImageDataArguments:
+    """A dataset of images in classes and how to prepare it, for [`transformers.HfArgumentParser`].
+
+    Raises:
+        UserError: if a value is not allowed; the message names the field and what is allowed.
+    """
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder of a dataset with images and labels."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    image_column: str | None = field(default=None, metadata={"help": "The only column of images unless given."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "The only column of class labels, or that called label, unless given."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Name the dataset gives its training split."})
+    validation_split: str | None = field(default=None, metadata={"help": "Name of its validation split, if any."})
+    validation_size: int | None = field(
+        default=None,
+        metadata={"help": "Hold out so many training images for validation, in the proportions of the classes."},
+    )
+    test_split: str = field(default="test", metadata={"help": "Name of its test split."})
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use so many images of the training split only: the first, or where these lack classes some at "
+            "even distances (of a stream always the first)."
+        },
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use so many images of the validation split only."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Use so many images of the test split only."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read images while training, rather than all of them before."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Streaming draws the next image from so many at random."}
+    )
+    image_size: int = field(default=32, metadata={"help": "Height and width of the images, in pixels."})
+    crop_pct: float = field(
+        default=1.0,
+        metadata={"help": "Resize the shorter edge to image_size / crop_pct, then take the centre (evaluation)."},
+    )
+    image_mean: list[float] = field(
+        default_factory=lambda: list(IMAGENET_DEFAULT_MEAN), metadata={"help": "Mean of each channel, from 0 to 1."}
+    )
+    image_std: list[float] = field(
+        default_factory=lambda: list(IMAGENET_DEFAULT_STD), metadata={"help": "Standard deviation of each channel."}
+    )
+    crop_padding: int = field(
+        default=4, metadata={"help": "Train on random crops of images with so many pixels of padding; 0 is off."}
+    )
+    random_resized_crop: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on random parts, 8% to 100% of the area, resized to image_size, in place of crop_padding; a "
+            "resumed run draws other ones."
+        },
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes that decode the images."}
+    )
+
+    def __post_init__(self):
+        if self.dataset_name is None:
+            raise UserError("No dataset is named: set dataset_name.")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "validation_size"):
+            if getattr(self, name) is not None:
+                self._check_count(name)
+        for name in ("image_size", "shuffle_buffer_size"):
+            self._check_count(name)
+        if self.preprocessing_num_workers is not None:
+            self._check_count("preprocessing_num_workers")
+        if self.crop_padding != 0:
+            self._check_count("crop_padding")
+        if self.validation_size is not None and self.validation_split is not None:
+            raise UserError("validation_size and validation_split are both set: give one or the other.")
+        if self.validation_size is not None and self.streaming:
+            raise UserError("validation_size cannot hold out images that are streamed: set validation_split.")
+        if not 0.1 <= self.crop_pct <= 1:
+            raise UserError(f"crop_pct must be a number from 0.1 to 1, not {self.crop_pct!r}.")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise UserError(f"{name} must be three numbers, for red, green and blue, not {getattr(self, name)!r}.")
+        if not all(abs(value) < float("inf") for value in self.image_mean):
+            raise UserError(f"image_mean must be finite, not {self.image_mean!r}.")
+        if not all(0 < value < float("inf") for value in self.image_std):
+            raise UserError(f"image_std must be above 0, not {self.image_std!r}.")
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")

@@ -1,0 +1,227 @@
+"""Datasets of images in classes from the Hub or local folders, in one shape and checked before training."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from transformers.utils import logging
+
+from ...errors import UserError
+from ..loading import load_named_dataset, select_split
+from .arguments import ImageDataArguments
+
+logger = logging.get_logger(__name__)
+
+_SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+_HOLD_OUT_SEED = 0
+
+
+class ImageDatasets(NamedTuple):
+    """The splits of a dataset of images."""
+
+    splits: dict[str, Dataset | IterableDataset]
+    """With the columns `image` (a dictionary with `bytes` or `path`), `label` (the index of a class) and `row` (the
+    number of the image in its split, from 0)."""
+    class_names: list[str]
+
+
+def load_image_dataset(
+    args: ImageDataArguments, splits: tuple[str, ...] = ("train", "validation", "test")
+) -> ImageDatasets:
+    """Loads the images that `args` names.
+
+    Args:
+        args: the dataset, its columns, and how many images of each split to use.
+        splits: the splits that are needed, out of "train", "validation" (without an error if there is none) and "test".
+
+    Raises:
+        UserError: if something is missing, empty or not a class; the message names the dataset, split and row.
+    """
+    corpus = load_named_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
+    needed = [split for split in splits if getattr(args, f"{split}_split") is not None]
+    found = {
+        split: select_split(corpus, getattr(args, f"{split}_split"), args.dataset_name, f"{split}_split")
+        for split in needed
+    }
+    if "test" in found and "train" in found and args.test_split == args.train_split:
+        raise UserError(f"train_split and test_split are both {args.train_split!r}: the test would be of no use.")
+    found = {split: _name_columns(dataset, args, split) for split, dataset in found.items()}
+    # What the classes are called is for the training split to say, also where only another one is needed.
+    source = found.get("train")
+    if source is None and args.train_split in corpus:
+        source = _name_columns(corpus[args.train_split], args, "train")
+    class_names = _class_names(found[needed[0]] if source is None else source, args)
+    loaded = {}
+    for split, dataset in found.items():
+        limit = getattr(args, _SAMPLE_LIMITS[split])
+        if isinstance(dataset, IterableDataset):
+            if limit is not None:
+                logger.warning(f"{_where(args, split)} is streamed: its first {limit:,} images, of whatever classes.")
+                dataset = dataset.take(limit)
+            loaded[split] = _stream_labels(dataset, class_names, args, split)
+        else:
+            rows = _choose_rows(dataset, limit, _where(args, split))
+            loaded[split] = _with_labels(dataset.select(rows), rows, class_names, args, split)
+    if "train" in loaded and "validation" in splits and args.validation_size is not None:
+        loaded["train"], loaded["validation"] = _hold_out(loaded["train"], class_names, args)
+        if args.max_eval_samples is not None:
+            rows = _choose_rows(loaded["validation"], args.max_eval_samples, _where(args, "validation"))
+            loaded["validation"] = loaded["validation"].select(rows)
+    if "train" in loaded and not args.streaming and len(set(loaded["train"]["label"])) < 2:
+        raise UserError(f"{_where(args, 'train')} has one class only: there is nothing to tell apart.")
+    return ImageDatasets(loaded, class_names)
+
+
+def name_row(args: ImageDataArguments, split: str, row: int) -> str:
+    """The beginning of a sentence about a row."""
+    return f"{_where(args, split)} row {row} (counted from 0)"
+
+
+def _where(args: ImageDataArguments, split: str) -> str:
+    held_out = split == "validation" and args.validation_split is None
+    name = args.train_split if held_out else getattr(args, f"{split}_split")
+    return f"Dataset {args.dataset_name!r}, split {name!r},"
+
+
+def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, split: str):
+    """The dataset with the two columns that matter, called `image` and `label`."""
+    features = dataset.features or {}
+    chosen = {}
+    for column, field, feature, usual in (
+        ("image", "image_column", Image, ()),
+        ("label", "label_column", ClassLabel, ("label", "labels")),
+    ):
+        candidates = [name for name, value in features.items() if isinstance(value, feature)]
+        candidates = candidates or [name for name in usual if name in features]
+        name = getattr(args, field)
+        if name is None:
+            if column == "label" and list(features) == ["image"]:  # what `datasets` makes of pictures in one folder
+                raise UserError(
+                    f"{_where(args, split)} has pictures without labels: give each class a folder of its own, and at "
+                    "least two of them."
+                )
+            if len(candidates) != 1:
+                what = f"{len(candidates) or 'no'} columns of {column}s ({', '.join(features)})"
+                raise UserError(f"{_where(args, split)} has {what}: set {field} to one of these.")
+            name = candidates[0]
+        elif name not in features:
+            raise UserError(f"{_where(args, split)} has no column {name!r}, only {', '.join(features)}: set {field}.")
+        chosen[name] = column
+    if len(chosen) < 2:
+        raise UserError(f"image_column and label_column are both {next(iter(chosen))!r}.")
+    image = next(iter(chosen))
+    if not isinstance(features[image], Image):
+        raise UserError(f"{_where(args, split)} has a column {image!r} that does not hold images: set image_column.")
+    # First of all, as every later step of a stream would decode what comes before it.
+    dataset = dataset.cast_column(image, Image(decode=False)).select_columns(list(chosen))
+    return dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
+
+
+def _class_names(dataset: Dataset | IterableDataset, args: ImageDataArguments) -> list[str]:
+    feature = dataset.features["label"]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    if args.streaming:
+        raise UserError(f"{_where(args, 'train')} has labels without names, which cannot be found out by streaming it.")
+    kind = getattr(feature, "dtype", "nested")
+    if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
+        raise UserError(
+            f"{_where(args, 'train')} has labels of type {kind}, no names or whole numbers: set label_column."
+        )
+    labels = set(dataset.unique("label")) - {None}
+    if "string" in kind:
+        return sorted(labels)
+    largest = max(labels, default=-1)
+    if largest >= len(dataset):
+        raise UserError(
+            f"{_where(args, 'train')} has the label {largest} in only {len(dataset):,} images: its labels are not "
+            "classes counted from 0, so set label_column."
+        )
+    return [str(label) for label in range(largest + 1)]
+
+
+def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
+    """The first `limit` rows, or as many at even distances where those lack classes, as of a folder sorted by class."""
+    if limit is None or limit >= len(dataset):
+        return np.arange(len(dataset))
+    labels = dataset["label"][:]
+
+    def find_missing(rows: np.ndarray) -> list[str]:
+        missing = set(labels) - {labels[row] for row in rows}
+        names = getattr(dataset.features["label"], "names", None)
+        return sorted(str(label if names is None else names[label]) for label in missing - {None, -1})
+
+    first, spread = np.arange(limit), np.arange(limit) * len(dataset) // limit
+    missing = find_missing(first)
+    if not missing:
+        return first
+    still = find_missing(spread)
+    end = f", which have none of {', '.join(still)}" if still else ""
+    logger.warning(
+        f"{where} has no image of {', '.join(missing)} among its first {limit:,}: {limit:,} at even distances are used"
+        f"{end}."
+    )
+    return spread
+
+
+def _index_labels(feature, class_names: list[str], args: ImageDataArguments, split: str) -> Callable[[Any, int], int]:
+    """A function from the label of a row to the index of its class."""
+    # Another split may name the same classes in another order, or others.
+    index = {name: number for number, name in enumerate(class_names)}
+
+    def to_index(label, row: int) -> int:
+        if label is None or label == -1:
+            raise UserError(f"{name_row(args, split, row)} has no label.")
+        name = label
+        if isinstance(feature, ClassLabel):
+            name = feature.names[label] if 0 <= label < len(feature.names) else label
+        if str(name) not in index:
+            some = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+            raise UserError(f"{name_row(args, split, row)} has the label {name!r}, which is not one of {some}.")
+        return index[str(name)]
+
+    return to_index
+
+
+def _stream_labels(
+    dataset: IterableDataset, class_names: list[str], args: ImageDataArguments, split: str
+) -> IterableDataset:
+    """The stream with its labels as indices of `class_names`, each checked when it is read, and its rows numbered."""
+    to_index = _index_labels(dataset.features["label"], class_names, args, split)
+    return dataset.map(
+        lambda example, row: {"label": to_index(example["label"], row), "row": row},
+        with_indices=True,
+        features=Features({"image": Image(decode=False), "label": Value("int64"), "row": Value("int64")}),
+    )
+
+
+def _with_labels(
+    dataset: Dataset, rows: np.ndarray, class_names: list[str], args: ImageDataArguments, split: str
+) -> Dataset:
+    """The dataset with its labels as indices of `class_names`, all of them checked, and the numbers of its rows."""
+    if len(dataset) == 0:
+        raise UserError(f"{_where(args, split)} has no images.")
+    to_index = _index_labels(dataset.features["label"], class_names, args, split)
+    labels = np.array([to_index(*pair) for pair in zip(dataset["label"][:], rows.tolist(), strict=True)], np.int64)
+    return dataset.remove_columns("label").add_column("label", labels).add_column("row", rows)
+
+
+def _hold_out(dataset: Dataset, class_names: list[str], args: ImageDataArguments) -> tuple[Dataset, Dataset]:
+    """Splits off `validation_size` images, of each class in proportion to its number."""
+    labels = np.asarray(dataset["label"][:])
+    present, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    if counts.min() == 1:
+        label, row = present[counts.argmin()], first[counts.argmin()]
+        raise UserError(
+            f"{name_row(args, 'train', row)} is the only image of class {class_names[label]!r}, of which none could be "
+            "held out: remove it, or set validation_split in place of validation_size."
+        )
+    if not len(present) <= args.validation_size <= len(dataset) - len(present):
+        raise UserError(
+            f"validation_size must leave an image of each of the {len(present)} classes on either side: from "
+            f"{len(present)} to {len(dataset) - len(present)}, not {args.validation_size}."
+        )
+    dataset = dataset.cast_column("label", ClassLabel(names=class_names))
+    parts = dataset.train_test_split(args.validation_size, stratify_by_column="label", seed=_HOLD_OUT_SEED)
+    return parts["train"], parts["test"]

@@ -1,0 +1,1 @@
+"""From a corpus of sentence pairs to batches."""

@@ -1,0 +1,159 @@
+"""What the user says about the data, checked before anything is read."""
+
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+from ...errors import UserError
+
+_OPTIONAL_COUNTS = (
+    "max_train_samples",
+    "max_eval_samples",
+    "max_predict_samples",
+    "validation_size",
+    "preprocessing_num_workers",
+)
+
+
+@dataclass
+class DataArguments:
+    """The parallel corpus and how to prepare it, for [`transformers.HfArgumentParser`].
+
+    The corpus is either one dataset (`dataset_name`) or pairs of plain-text files (`train_files`, `validation_files`,
+    `test_files`). Lengths are counted in tokens and include the closing `</s>`.
+
+    Raises:
+        UserError: if a value is not allowed; the message names the field and what is allowed.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or local folder of a dataset with a `translation` column, or `cldr`."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, such as `de-en` for `wmt/wmt14`."}
+    )
+    source_lang: str | None = field(default=None, metadata={"help": "Code of the language translated from."})
+    target_lang: str | None = field(default=None, metadata={"help": "Code of the language translated into."})
+    train_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Two UTF-8 text files for training, source then target, one sentence a line."},
+    )
+    validation_files: list[str] | None = field(
+        default=None, metadata={"help": "Two UTF-8 text files for validation, source then target."}
+    )
+    test_files: list[str] | None = field(
+        default=None, metadata={"help": "Two UTF-8 text files for the test, source then target."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Name the dataset gives its training split."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Name of its validation split; validation unless there is a validation_size."}
+    )
+    validation_size: int | None = field(
+        default=None, metadata={"help": "Hold out so many training pairs, drawn at random, for validation."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Name of its test split."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many pairs of the training split."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many pairs of the validation split."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many pairs of the test split."}
+    )
+    max_characters: int = field(
+        default=10_000, metadata={"help": "Drop training pairs with a side of more characters, before tokenization."}
+    )
+    remove_duplicates: bool = field(
+        default=False, metadata={"help": "Drop training pairs whose source and target both came before."}
+    )
+    max_source_length: int = field(
+        default=256, metadata={"help": "Drop training pairs whose source has more tokens than this."}
+    )
+    max_target_length: int = field(
+        default=256, metadata={"help": "Drop training pairs whose target has more tokens than this."}
+    )
+    max_length_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Drop training pairs whose longer side has more than this many times the other's tokens."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of an existing tokenizer; without it one is trained on the corpus."},
+    )
+    tokenizer_train_samples: int = field(
+        default=1_000_000,
+        metadata={"help": "Train the tokenizer on at most so many pairs, taken at even distances from the corpus."},
+    )
+    lowercase: bool = field(
+        default=False, metadata={"help": "Lower-case all text, in the normalizer of the tokenizer that is trained."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes that tokenize the corpus."}
+    )
+
+    def __post_init__(self):
+        for name in ("source_lang", "target_lang"):
+            value = getattr(self, name)
+            # `no` (Norwegian) is the boolean False in an unquoted YAML value.
+            if not isinstance(value, str) or not value:
+                raise UserError(f"{name} must be a language code such as 'en' (in quotes in YAML), not {value!r}.")
+            if code := _code_of(value):
+                raise UserError(f"{name} must be the language's code, {code!r}, not its name {value!r}.")
+        if self.source_lang == self.target_lang:
+            raise UserError(f"source_lang and target_lang must differ, but both are {self.source_lang!r}.")
+
+        given = [name for name in ("train_files", "validation_files", "test_files") if getattr(self, name) is not None]
+        if self.dataset_name is None and not given:
+            raise UserError("No corpus is named: set dataset_name or train_files (source file, then target file).")
+        if self.dataset_name is not None and given:
+            raise UserError(f"dataset_name and {given[0]} are both set: give one or the other.")
+        for name in given:
+            self._check_files(name)
+        for name in ("dataset_config_name", "train_split", "validation_split", "test_split"):
+            is_said = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            if is_said and (given or self.dataset_name == "cldr" and name == "dataset_config_name"):
+                raise UserError(
+                    f"{name} has no effect with {given[0] if given else 'dataset_name cldr'}: leave it out."
+                )
+        for name in ("validation_split", "validation_files"):
+            if self.validation_size is not None and getattr(self, name) is not None:
+                raise UserError(f"validation_size and {name} are both set: give one or the other.")
+        if self.dataset_name is not None and self.validation_size is None and self.validation_split is None:
+            self.validation_split = "validation"
+
+        counts = ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
+        for name in (*_OPTIONAL_COUNTS, *counts):
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL_COUNTS:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if self.lowercase and self.tokenizer_name is not None:
+            raise UserError("lowercase shapes a tokenizer that is trained, so it cannot be set with tokenizer_name.")
+        ratio = self.max_length_ratio
+        if ratio is not None and (not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not ratio >= 1):
+            raise UserError(f"max_length_ratio must be a number of at least 1 (longer over shorter), not {ratio!r}.")
+
+    def _check_files(self, name: str):
+        files = getattr(self, name)
+        if not isinstance(files, (list, tuple)) or len(files) != 2:
+            raise UserError(f"{name} must be exactly two files, source then target, not {files!r}.")
+        # Nothing downstream could notice the wrong direction; the suffixes are the only hint there is.
+        first, second = (PurePath(file).suffixes for file in files)
+        source, target = f".{self.source_lang}", f".{self.target_lang}"
+        if target in first and source not in first and source in second and target not in second:
+            raise UserError(
+                f"{name} must be the {self.source_lang} file, then the {self.target_lang} file, but they are named "
+                f"the other way round: {files[0]}, {files[1]}."
+            )
+
+
+def _code_of(name: str) -> str | None:
+    """The code of a language by its English name, whatever its case; `None` if there is no such language."""
+    if len(name) <= 3:  # a code
+        return None
+    from babel import Locale  # its tables take long to load
+
+    names = Locale("en").languages
+    return next((code for code, language in names.items() if language.casefold() == name.casefold()), None)

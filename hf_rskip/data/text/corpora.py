@@ -1,0 +1,231 @@
+"""Parallel corpora from the Hub, local folders, CLDR or text files, in one shape and checked before training."""
+
+import difflib
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, NamedSplit, Translation
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+
+from ...errors import UserError
+from ..loading import load_named_dataset, select_split
+from .arguments import DataArguments
+from .columns import keep_rows
+
+_SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+_HOLD_OUT_SEED = 0
+
+
+def load_translation_dataset(
+    args: DataArguments, splits: Iterable[str] = ("train", "validation", "test")
+) -> DatasetDict:
+    """Loads the corpus that `args` names.
+
+    Args:
+        args: The corpus, its languages, and how many of the first pairs of each split to use.
+        splits: The splits that are needed, out of "train", "validation" and "test".
+
+    Returns:
+        A dataset for each of `splits`, under these names whatever the corpus calls them, with the one column
+        `translation`: a dictionary from each of the two language codes to a string. No split is empty. In the training
+        split alone, text may be missing: [`~hf_rskip.data.text.cleaning.clean_corpus`] drops such pairs.
+
+    Raises:
+        UserError: if something is missing, misaligned, empty or not text; the message names the file and line, or the
+            dataset, split and row.
+    """
+    corpus = None if args.dataset_name is None else _load_corpus(args)
+    loaded = DatasetDict()
+    for split in splits:
+        if split == "validation" and args.validation_size is not None:
+            continue
+        dataset = (
+            _load_text_files(args, split)
+            if corpus is None
+            else select_split(corpus, getattr(args, f"{split}_split"), args.dataset_name, f"{split}_split")
+        )
+        limit = getattr(args, _SAMPLE_LIMITS[split])
+        if limit is not None:
+            dataset = dataset.select(range(min(limit, len(dataset))))
+        loaded[split] = dataset if corpus is None else _select_languages(dataset, args, split)
+    if "validation" in splits and args.validation_size is not None:
+        loaded["train"], loaded["validation"] = _hold_out(loaded["train"], args)
+        if args.max_eval_samples is not None:
+            loaded["validation"] = loaded["validation"].take(args.max_eval_samples)
+    return loaded
+
+
+def _hold_out(dataset: Dataset, args: DataArguments) -> tuple[Dataset, Dataset]:
+    """Splits off `validation_size` pairs that have text on both sides, the same at every call."""
+    tables = dataset.with_format("arrow").iter(10_000)
+    usable = np.flatnonzero(np.concatenate([_has_text(table["translation"], args) for table in tables]))
+    if not args.validation_size < len(usable):
+        raise UserError(
+            f"validation_size must be below {len(usable):,}, the number of training pairs with text, not "
+            f"{args.validation_size:,}."
+        )
+    is_held_out = np.zeros(len(dataset), dtype=bool)
+    is_held_out[np.random.default_rng(_HOLD_OUT_SEED).choice(usable, args.validation_size, replace=False)] = True
+    return keep_rows(dataset, ~is_held_out), keep_rows(dataset, is_held_out)
+
+
+def _has_text(pairs: pa.ChunkedArray, args: DataArguments) -> np.ndarray:
+    sides = [pc.utf8_trim_whitespace(pc.struct_field(pairs, code)) for code in (args.source_lang, args.target_lang)]
+    return np.logical_and(*[pc.fill_null(pc.not_equal(side, ""), False).to_numpy() for side in sides])
+
+
+def _load_corpus(args: DataArguments) -> DatasetDict:
+    name = args.dataset_name
+    if name == "cldr":
+        from .cldr import build_cldr_corpus
+
+        return build_cldr_corpus(args.source_lang, args.target_lang)
+    return load_named_dataset(name, args.dataset_config_name)
+
+
+def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
+    """Reduces a dataset to its column `translation` with the two languages, every side of every row a string."""
+    where = f"Dataset {args.dataset_name!r}, split {getattr(args, f'{split}_split')!r},"
+    if "translation" not in dataset.features:
+        raise UserError(f"{where} has no column 'translation', only {', '.join(dataset.features)}.")
+    feature = dataset.features["translation"]
+    if isinstance(feature, Translation):
+        found = dict.fromkeys(feature.languages, "string")
+    elif isinstance(feature, dict):
+        found = {language: getattr(value, "dtype", "nested") for language, value in feature.items()}
+    else:
+        raise UserError(f"{where} has a column 'translation' that is not a dictionary from language to sentence.")
+
+    dataset = dataset.select_columns("translation")
+    languages = {"source_lang": args.source_lang, "target_lang": args.target_lang}
+    for field, language in languages.items():
+        if language not in found:
+            close = difflib.get_close_matches(language, found, n=1, cutoff=0.6)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            known = ", ".join(sorted(found))
+            raise UserError(f"{where} has no language {language!r}, only {known}: set {field} to one of these{hint}.")
+        if found[language] not in ("string", "large_string", "null"):
+            raise UserError(f"{where} has {found[language]} values instead of strings for language {language!r}.")
+
+    if split != "train":
+        _check_every_row(dataset, languages.values(), where)
+
+    pair = list(languages.values())
+    if found.keys() == set(pair):
+        return dataset
+    return (
+        dataset.with_format("arrow")
+        .map(
+            partial(_select_fields, names=tuple(pair)),
+            batched=True,
+            features=Features({"translation": Translation(pair)}),
+        )
+        .with_format(None)
+    )
+
+
+def _check_every_row(dataset: Dataset, languages: Iterable[str], where: str) -> None:
+    batch_size = 10_000
+    for batch, table in enumerate(dataset.with_format("arrow").iter(batch_size)):
+        for language in languages:
+            missing = pc.is_null(pc.struct_field(table["translation"], language))
+            row = pc.index(missing, True).as_py()
+            if row >= 0:
+                row += batch * batch_size
+                raise UserError(f"{where} row {row} (counted from 0) has no text for language {language!r}.")
+
+
+def _select_fields(table: pa.Table, names: tuple[str, str]) -> pa.Table:
+    sides = [pc.struct_field(table["translation"], name).combine_chunks() for name in names]
+    return pa.table({"translation": pa.StructArray.from_arrays(sides, names)})
+
+
+def iterate_sentences(dataset: Dataset, args: DataArguments, max_pairs: int) -> Iterator[str]:
+    """Source and target of every pair in turn; where there are more than `max_pairs`, of pairs at even distances."""
+    count = min(len(dataset), max_pairs)
+    chosen = np.arange(count) * len(dataset) // count
+    batch_size = 10_000
+    for batch, table in enumerate(dataset.with_format("arrow").iter(batch_size)):
+        first, end = np.searchsorted(chosen, (batch * batch_size, (batch + 1) * batch_size))
+        for pair in table["translation"].take(pa.array(chosen[first:end] - batch * batch_size)).to_pylist():
+            yield pair[args.source_lang]
+            yield pair[args.target_lang]
+
+
+def checksum(dataset: Dataset, args: DataArguments) -> int:
+    """CRC-32 of the sentences of both sides, in their order, wherever they were read from."""
+    value = 0
+    for table in dataset.with_format("arrow").iter(1_000):
+        for language in (args.source_lang, args.target_lang):
+            side = pc.struct_field(table["translation"].combine_chunks(), language).cast(pa.string())
+            lines = pa.ListArray.from_arrays([0, len(side)], pc.fill_null(side, ""))
+            value = zlib.crc32(pc.binary_join(lines, "\n")[0].as_buffer(), value)
+    return value
+
+
+def _load_text_files(args: DataArguments, split: str) -> Dataset:
+    field = f"{split}_files"
+    if getattr(args, field) is None:
+        raise UserError(f"{field} is not set, but the {split} split is needed: give its source and target file.")
+    paths = [Path(file).absolute() for file in getattr(args, field)]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{field} names a file that does not exist: {path}.")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty.")
+    languages = [args.source_lang, args.target_lang]
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    try:
+        return Dataset.from_generator(
+            _read_pairs,
+            features=Features({"translation": Translation(languages)}),
+            gen_kwargs={"source": paths[0], "target": paths[1], "languages": tuple(languages)},
+            split=NamedSplit(split),
+            fingerprint=Hasher.hash((state, languages, split)),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def _read_pairs(source: Path, target: Path, languages: tuple[str, str]) -> Iterator[dict[str, dict[str, str]]]:
+    with source.open("rb") as source_lines, target.open("rb") as target_lines:
+        pairs = zip_longest(_decode_lines(source_lines, source), _decode_lines(target_lines, target))
+        for number, pair in enumerate(pairs):
+            if None in pair:
+                if pair[0] is None:
+                    shorter, longer, rest = source, target, target_lines
+                else:
+                    shorter, longer, rest = target, source, source_lines
+                total = number + 1 + sum(1 for _ in rest)
+                raise UserError(
+                    f"The files of a pair need equally many lines, but {longer} has {total:,} and {shorter} only "
+                    f"{number:,}."
+                )
+            yield {"translation": dict(zip(languages, pair, strict=True))}
+
+
+def _decode_lines(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+    # Binary files break lines at \n alone, where text mode and str.splitlines also break at \r, \x0b, U+2028 and the
+    # like: one of these inside a sentence would shift every later pair.
+    offset = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, line {number} is not UTF-8: byte 0x{line[error.start]:02x} at byte offset "
+                f"{offset + error.start:,} of the file."
+            ) from None
+        if number == 1:
+            text = text.removeprefix("\ufeff")
+        offset += len(line)
+        yield text.removesuffix("\n").rstrip("\r")

@@ -1,0 +1,1 @@
+"""What skip connections do in a model: angles, effective weights, gradients."""

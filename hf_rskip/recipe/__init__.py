@@ -1,0 +1,1 @@
+"""What a recipe may say: its keys, their values and how they are read."""

@@ -1,0 +1,75 @@
+"""Descriptions of a recipe and its model, for the terminal and the model card."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from ..models import SKIP_CONNECTIONS
+from .parsing import Recipe
+
+
+def describe_model(model: PreTrainedModel, recipe: Recipe, shape: str) -> None:
+    """Prints the skip connection and the size of a model, and which keys of the recipe have no effect."""
+    config = model.config
+    kind = SKIP_CONNECTIONS[config.skip_type]
+    print(f"model: {kind.describe(config)}; {model.num_parameters():,} parameters, {shape}", flush=True)
+    if config.skip_type == "rskip" and config.skip_norm == "none":
+        print(f"note: without a norm, this is {config.skip_recursions} * x + F", flush=True)
+    for key, condition in find_idle_keys(recipe, config):
+        print(f"note: {key} has no effect {condition}", flush=True)
+
+
+def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, str]]:
+    """The keys that the recipe says although others of its keys, or those of the model's configuration, leave them
+    without effect, each with the condition."""
+    values, options = recipe.values, SKIP_CONNECTIONS[config.skip_type].options
+    no_warmup = ("constant", "reduce_lr_on_plateau", "greedy")
+    idle = {
+        "eval_steps": (values["eval_strategy"] != "steps", "unless eval_strategy is steps"),
+        "eval_delay": (values["eval_strategy"] == "no", "with eval_strategy no"),
+        "save_steps": (values["save_strategy"] != "steps", "unless save_strategy is steps"),
+        "save_total_limit": (values["save_strategy"] == "no", "with save_strategy no"),
+        "logging_steps": (values["logging_strategy"] != "steps", "unless logging_strategy is steps"),
+        "num_train_epochs": (values["max_steps"] > 0, "with max_steps"),
+        "loss_spike_window": (values["loss_spike_factor"] is None, "without loss_spike_factor"),
+        "average_checkpoints_by": (values["average_checkpoints"] is None, "without average_checkpoints"),
+    }
+    for key in ("skip_recursions", "skip_norm_affine", "skip_scale"):
+        idle[key] = (key not in options, f"with skip_type {config.skip_type}")
+    schedule = values["lr_scheduler_type"]
+    if values.get("lr_milestones") is None:
+        idle["warmup_steps"] = (schedule in no_warmup, f"with lr_scheduler_type {schedule}")
+        idle["lr_gamma"] = (True, "without lr_milestones")
+    else:
+        idle |= dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs"), (True, "with lr_milestones"))
+    is_adam = "adam" in values["optim"]
+    idle |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (not is_adam, f"with optim {values['optim']}"))
+    idle |= dict.fromkeys(("momentum", "nesterov"), (values["optim"] != "sgd", f"with optim {values['optim']}"))
+    no_push = not values["push_to_hub"]
+    idle |= {key: (no_push, "without push_to_hub") for key in values if key.startswith("hub_")}
+    if recipe.task == "translation":
+        own_tokenizer = values["tokenizer_name"] or values["model_name_or_path"]
+        idle["generation_num_beams"] = (not values["predict_with_generate"], "without predict_with_generate")
+        idle |= dict.fromkeys(
+            ("vocab_size", "tokenizer_train_samples", "lowercase"), (own_tokenizer, "with a tokenizer that is there")
+        )
+    else:
+        idle["shuffle_buffer_size"] = (not values["streaming"], "without streaming")
+        idle["crop_padding"] = (values["random_resized_crop"], "with random_resized_crop")
+    return [(key, condition) for key, (is_idle, condition) in idle.items() if is_idle and key in recipe.keys]
+
+
+def describe_schedule(args: TrainingArguments, steps: int) -> str:
+    """The line about the learning rate of so many steps."""
+    name, warmup = args.lr_scheduler_type.value, args.get_warmup_steps(steps)
+    if getattr(args, "lr_milestones", None) is not None:
+        name = f"times {args.lr_gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in args.lr_milestones)}"
+    if warmup > steps:
+        name += " (its peak is never reached)"
+    return f"learning rate: {args.learning_rate:g}, {name}, warm-up in {warmup:,} of {steps:,} steps"
+
+
+def describe_resumption(resumption: dict[str, Any]) -> str:
+    """One entry of a record's `resumed`, as `step 4 with num_train_epochs 8 (before: 4)`."""
+    changes = [f"{key} {now} (before: {before})" for key, (before, now) in resumption["changed"].items()]
+    return f"step {resumption['step']:,}" + (f" with {', '.join(changes)}" if changes else "")

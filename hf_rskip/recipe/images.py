@@ -1,0 +1,94 @@
+"""The training keys of image classification."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from ..errors import UserError
+from ..models import RSkipResNetConfig
+from ..models.configuration_rskip_resnet import ARCHITECTURES
+from .training import CommonTrainingArguments, make_model_arguments
+
+# What the data decide.
+_NOT_IN_RECIPES = {"num_channels", "image_column", "label_column"}
+
+
+@dataclass
+class ImageModelArguments(make_model_arguments("ImageModelArguments", RSkipResNetConfig, _NOT_IN_RECIPES)):
+    """The fields of [`RSkipResNetConfig`] under their own names, or an architecture of the literature."""
+
+    architecture: str | None = field(
+        default=None,
+        metadata={
+            "help": "Such as resnet20_cifar: the defaults of the other model keys, with the plain skip connection "
+            "unless there is a skip_type."
+        },
+    )
+
+    def __post_init__(self):
+        if self.architecture is not None and self.architecture not in ARCHITECTURES:
+            raise UserError(f"architecture must be one of {', '.join(ARCHITECTURES)}, not {self.architecture!r}.")
+
+
+@dataclass
+class ImageTrainingArguments(CommonTrainingArguments):
+    """`TrainingArguments` with the habits of image classification as defaults, and what the Trainer lacks."""
+
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
+    nesterov: bool = field(default=False, metadata={"help": "Whether the momentum of SGD is Nesterov's."})
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma, in place of a schedule."},
+    )
+    lr_gamma: float = field(default=0.1, metadata={"help": "What the learning rate is multiplied by at lr_milestones."})
+    channels_last: bool = field(
+        default=False, metadata={"help": "Whether tensors of images lie in memory with the channels last."}
+    )
+    optim: OptimizerNames = field(default=OptimizerNames.SGD, metadata={"help": "The optimizer."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate, reached after warmup_steps."})
+    lr_scheduler_type: SchedulerType = field(
+        default=SchedulerType.COSINE, metadata={"help": "Learning-rate schedule, where there are no lr_milestones."}
+    )
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay of all parameters, as in He et al. (2016)."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Longest gradient; 0 is any."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images in a batch on one device."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images in an evaluation batch."})
+    eval_strategy: Literal["no", "steps", "epoch"] = field(
+        default="epoch", metadata={"help": "When to evaluate, if there is validation data."}
+    )
+    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="epoch", metadata={"help": "When to save."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    metric_for_best_model: str | None = field(
+        default="accuracy", metadata={"help": "By which metric the best model is chosen, where it is."}
+    )
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("nesterov needs a momentum above 0.")
+        if self.optim == OptimizerNames.SGD:
+            own = f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}"
+            self.optim_args = own if self.optim_args is None else f"{own},{self.optim_args}"
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # the Trainer averages the running statistics of all processes
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("nesterov needs a momentum above 0.")
+        if self.lr_milestones is not None and (
+            sorted(set(self.lr_milestones)) != list(self.lr_milestones)
+            or not all(0 < epoch < float("inf") for epoch in self.lr_milestones)
+        ):
+            raise UserError(f"lr_milestones must be rising numbers of epochs, not {self.lr_milestones}.")
+        if self.lr_milestones is not None and self.max_steps > 0:
+            raise UserError("lr_milestones are epochs: set num_train_epochs, not max_steps.")
+        if not 0 < self.lr_gamma < float("inf"):
+            raise UserError(f"lr_gamma must be a number above 0, not {self.lr_gamma}.")
+        self.check_metric_for_best_model(("accuracy", "top5_accuracy", "loss"))

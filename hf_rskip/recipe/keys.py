@@ -1,0 +1,135 @@
+"""Which keys a recipe may have, and what becomes of each when a run is resumed.
+
+A key of Transformers that stands in none of the three sets is refused: it would have no effect, or a wrong one.
+"""
+
+from dataclasses import fields
+
+from .images import ImageModelArguments
+from .translation import GenerationArguments, ModelArguments
+
+
+def _names(*parts: type | str) -> frozenset[str]:
+    return frozenset(
+        name
+        for part in parts
+        for name in (part.split() if isinstance(part, str) else [field.name for field in fields(part)])
+    )
+
+
+MUST_STAY = _names(
+    ModelArguments,
+    ImageModelArguments,
+    # what is learned from
+    "task model_name_or_path dataset_name dataset_config_name source_lang target_lang image_column label_column",
+    "train_files validation_files train_split validation_split validation_size max_train_samples max_eval_samples",
+    "max_characters remove_duplicates max_source_length max_target_length max_length_ratio",
+    "tokenizer_name tokenizer_train_samples lowercase",
+    "streaming shuffle_buffer_size image_size crop_pct image_mean image_std crop_padding random_resized_crop",
+    "horizontal_flip",
+    # the steps
+    "seed data_seed full_determinism per_device_train_batch_size per_device_train_batch_tokens global_batch_tokens",
+    "gradient_accumulation_steps pad_to_multiple_of dataloader_drop_last",
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs lr_milestones lr_gamma warmup_steps",
+    "optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon momentum nesterov max_grad_norm",
+    "label_smoothing_factor ema_decay bf16 fp16",
+    # by what the best model is chosen
+    "metric_for_best_model predict_with_generate generation_num_beams bleu_tokenize",
+)
+"""Must be the same in a resumed run, which would ignore another value or become a mixture of two runs."""
+
+MAY_CHANGE = _names(
+    GenerationArguments,
+    "num_train_epochs max_steps early_stopping_patience load_best_model_at_end",
+    "test_files test_split max_predict_samples",
+    "average_checkpoints average_checkpoints_by loss_spike_factor loss_spike_window probe_steps",
+    "logging_strategy logging_steps logging_first_step eval_strategy eval_steps eval_delay eval_on_start",
+    "save_strategy save_steps save_total_limit save_only_model",
+    "attn_implementation chunked_cross_entropy channels_last tf32 use_cpu",
+    "torch_compile torch_compile_backend torch_compile_mode",
+    "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs",
+)
+"""May change in a resumed run, which follows the new value, says so, and keeps both in its record."""
+
+CANNOT_MATTER = _names(
+    "output_dir resume_from_checkpoint preprocessing_num_workers per_device_eval_batch_size save_on_each_node",
+    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+    "ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
+    "log_level log_level_replica disable_tqdm report_to run_name",
+    "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
+)
+"""Changes nothing of what is learned, nor of its record."""
+
+_SUPPORTED = MUST_STAY | MAY_CHANGE | CANNOT_MATTER
+
+_LAUNCH = "launch by `--accelerate_config`"
+_TRACKIO = "it is for Trackio alone"
+_PREDICTIONS = "evaluations predict in their own way"
+REFUSED = {
+    "use_liger_kernel": "there are no Liger kernels for these models",
+    "liger_kernel_config": "there are no Liger kernels for these models",
+    "use_cache": "training needs no cache, and the finished model has one",
+    "neftune_noise_alpha": "it is for instruction tuning",
+    "auto_find_batch_size": "a smaller batch would be another training",
+    "optim_target_modules": "low-rank optimizers are not supported",
+    "average_tokens_across_devices": "the loss is always the mean over all devices",
+    "torch_empty_cache_steps": "it only slows training down",
+    "bf16_full_eval": "evaluations run in the precision of the weights",
+    "fp16_full_eval": "evaluations run in the precision of the weights",
+    "log_on_each_node": "the main process alone logs",
+    "logging_nan_inf_filter": "a loss that is not finite always ends the run",
+    "include_num_input_tokens_seen": "it would count padding",
+    "project": _TRACKIO,
+    "trackio_space_id": _TRACKIO,
+    "trackio_bucket_id": _TRACKIO,
+    "trackio_static_space_id": _TRACKIO,
+    "prediction_loss_only": _PREDICTIONS,
+    "eval_do_concat_batches": _PREDICTIONS,
+    "eval_use_gather_object": _PREDICTIONS,
+    "eval_accumulation_steps": _PREDICTIONS,
+    "include_for_metrics": _PREDICTIONS,
+    "batch_eval_metrics": _PREDICTIONS,
+    "enable_jit_checkpoint": "SIGTERM always saves a checkpoint",
+    "greater_is_better": "it follows from metric_for_best_model",
+    "ignore_data_skip": "a resumed run always goes on where it was",
+    "restore_callback_states_from_checkpoint": "a resumed run always goes on where it was",
+    "accelerator_config": _LAUNCH,
+    "parallelism_config": _LAUNCH,
+    "fsdp": _LAUNCH,
+    "fsdp_config": _LAUNCH,
+    "deepspeed": "DeepSpeed is not supported",
+    "local_rank": _LAUNCH,
+    "dataloader_in_order": "the order of batches is part of the run",
+    "remove_unused_columns": "the data are made for the model",
+    "label_names": "the data are made for the model",
+    "train_sampling_strategy": "batches are always drawn at random, those of translation by length",
+    "length_column_name": "batches are always drawn at random, those of translation by length",
+    "debug": "a loss that is not finite always ends the run and names the batch",
+    "skip_memory_metrics": "memory is not measured",
+    "do_train": "`hf-rskip train` always trains",
+    "do_eval": "eval_strategy says when to evaluate",
+    "do_predict": "`hf-rskip train` always ends with the test split",
+    "sortish_sampler": "batches are always drawn by length",
+    "generation_max_length": "max_new_tokens, max_len_a and max_len_b say how long a translation may be",
+    "generation_config": "num_beams, length_penalty and the other generation keys say how to translate",
+}
+"""Keys of Transformers that a recipe cannot have, and why."""
+
+REFUSED_BY_TASK = {
+    "translation": {
+        "per_device_train_batch_size": "per_device_train_batch_tokens is the budget of a batch",
+        "dataloader_drop_last": "no batch is incomplete",
+    },
+    "image-classification": {},
+}
+
+
+def is_supported(key: str, task: str) -> bool:
+    """Whether a recipe of the task may have a key, which is one of the task's."""
+    return key in _SUPPORTED and key not in REFUSED_BY_TASK[task]
+
+
+def why_refused(key: str, task: str) -> str:
+    """Why a key of Transformers is not supported, for the end of a sentence."""
+    return {**REFUSED, **REFUSED_BY_TASK[task]}.get(key, "this version of hf_rskip does not know it")

@@ -1,0 +1,148 @@
+"""The training keys of translation."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import SchedulerType, Seq2SeqTrainingArguments
+
+from ..errors import UserError
+from ..evaluation.bleu import create_bleu
+from ..models import RSkipConfig
+from .training import CommonTrainingArguments, check_at_least, make_model_arguments
+
+# What the tokenizer and the data decide, and what is not for a recipe to say.
+_NOT_IN_RECIPES = {
+    "decoder_vocab_size",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "is_encoder_decoder",
+    "use_cache",
+    "source_lang",
+    "target_lang",
+}
+
+ModelArguments = make_model_arguments("ModelArguments", RSkipConfig, _NOT_IN_RECIPES)
+
+
+@dataclass
+class GenerationArguments:
+    """How the finished model translates; saved in its `generation_config.json`."""
+
+    num_beams: int = field(default=5, metadata={"help": "Number of beams; 1 is greedy search."})
+    length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length by which scores are divided."})
+    gnmt_length_penalty: float | None = field(
+        default=None, metadata={"help": "In place of length_penalty: alpha of ((5 + length) / 6) ** alpha."}
+    )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest translation, in tokens; max_target_length unless this or max_len_a or _b is given."},
+    )
+    max_len_a: float | None = field(
+        default=None, metadata={"help": "A sentence of n tokens gets at most max_len_a * n + max_len_b tokens."}
+    )
+    max_len_b: int | None = field(default=None, metadata={"help": "See max_len_a."})
+    early_stopping: bool = field(
+        default=False, metadata={"help": "Whether a beam search ends when num_beams candidates have ended."}
+    )
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "Longest n-gram that may occur once only; 0 is off."}
+    )
+
+    def __post_init__(self):
+        check_at_least("num_beams", self.num_beams, 1)
+        check_at_least("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        check_at_least("max_new_tokens", 1 if self.max_new_tokens is None else self.max_new_tokens, 1)
+        for key in ("length_penalty", "gnmt_length_penalty", "max_len_a", "max_len_b"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{key} must be a finite number of at least 0, not {value}.")
+        if self.gnmt_length_penalty is not None and self.length_penalty != 1.0:
+            raise UserError("length_penalty and gnmt_length_penalty are two forms of one thing: give one of them.")
+        if self.num_beams == 1:
+            for key in ("length_penalty", "gnmt_length_penalty", "early_stopping"):
+                if getattr(self, key) != GenerationArguments.__dataclass_fields__[key].default:
+                    raise UserError(f"{key} has no effect with num_beams 1, which is greedy search.")
+
+
+@dataclass
+class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the habits of machine translation as defaults, and what the Trainer lacks."""
+
+    per_device_train_batch_tokens: int = field(
+        default=4096,
+        metadata={"help": "Budget of a batch on one device: padded tokens of the source, and of the target."},
+    )
+    chunked_cross_entropy: bool = field(
+        default=True,
+        metadata={"help": "Compute the loss in chunks, without the logits of a whole batch: less memory and time."},
+    )
+    global_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Budget of an optimizer step over all processes: the same sentences form a step on any number of "
+            "them. Decides gradient_accumulation_steps, so that no device exceeds its budget by more than a sentence."
+        },
+    )
+    pad_to_multiple_of: int = field(
+        default=1,
+        metadata={"help": "Pad batches to such lengths, which tensor cores and compiled kernels divide evenly."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters that a step did not use: there are none."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
+    )
+    bleu_tokenize: str | None = field(
+        default=None,
+        metadata={
+            "help": "sacreBLEU's `tokenize`, by default that of the target language; `none` for text that is tokenized "
+            "already."
+        },
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate, reached after warmup_steps."})
+    lr_scheduler_type: SchedulerType = field(
+        default=SchedulerType.INVERSE_SQRT, metadata={"help": "Learning-rate schedule."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps in which the learning rate rises to its peak, or this fraction of all."}
+    )
+    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of Adam."})
+    adam_epsilon: float = field(default=1e-9, metadata={"help": "Epsilon of Adam."})
+    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
+    eval_strategy: Literal["no", "steps", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="epoch", metadata={"help": "When to save."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether to end with the best model."})
+    metric_for_best_model: str = field(default="bleu", metadata={"help": "By which metric the best model is chosen."})
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Whether evaluation during training translates, for BLEU and chrF."}
+    )
+    generation_num_beams: int = field(default=1, metadata={"help": "Number of beams of evaluation during training."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sentences in an evaluation batch."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("per_device_train_batch_tokens", "pad_to_multiple_of", "generation_num_beams"):
+            check_at_least(key, getattr(self, key), 1)
+        if self.global_batch_tokens is not None:
+            check_at_least("global_batch_tokens", self.global_batch_tokens, 1)
+            self._share_out_global_batch()
+        if self.bleu_tokenize is not None:
+            create_bleu(self.bleu_tokenize)
+        if self.predict_with_generate:
+            self.check_metric_for_best_model(("bleu", "chrf", "loss"))
+        else:
+            self.check_metric_for_best_model(("loss",), " without predict_with_generate")
+
+    def _share_out_global_batch(self) -> None:
+        steps = math.ceil(self.global_batch_tokens / (self.world_size * self.per_device_train_batch_tokens))
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UserError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} cannot be set with "
+                "global_batch_tokens, which decides it: set per_device_train_batch_tokens, the budget of a device."
+            )
+        self.gradient_accumulation_steps = steps
