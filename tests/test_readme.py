@@ -10,7 +10,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8")
 
 
 def test_readme_has_examples():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 2
 
 
 def test_readme_examples_run(tmp_path):

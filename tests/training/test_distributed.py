@@ -162,8 +162,7 @@ def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli):
     assert stopped.code == 143, stopped.err
     assert "stopped by SIGTERM after step 21" in stopped.err
     run = train(*launcher("cpu", 2), "--resume_from_checkpoint", "true", recipe=recipe)
-    for key, values in whole.curve.items():  # of the step that was saved at once there is no log
-        assert run.curve[key] == values[:20] + values[21:], key
+    assert run.curve == whole.curve
     assert all(torch.equal(weight, whole.weights[name]) for name, weight in run.weights.items())
     assert run.scores == whole.scores
 
