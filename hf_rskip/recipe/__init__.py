@@ -1,1 +1,1 @@
-"""What a recipe may say: its keys, their values and how they are read."""
+"""Training recipes: their keys, and how a YAML of them is read and checked."""

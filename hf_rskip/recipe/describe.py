@@ -20,8 +20,7 @@ def describe_model(model: PreTrainedModel, recipe: Recipe, shape: str) -> None:
 
 
 def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, str]]:
-    """The keys that the recipe says although others of its keys, or those of the model's configuration, leave them
-    without effect, each with the condition."""
+    """Finds the keys of a recipe that have no effect beside its other keys or with its model; each with the reason."""
     values, options = recipe.values, SKIP_CONNECTIONS[config.skip_type].options
     no_warmup = ("constant", "reduce_lr_on_plateau", "greedy")
     idle = {
@@ -60,7 +59,7 @@ def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, 
 
 
 def describe_schedule(args: TrainingArguments, steps: int) -> str:
-    """The line about the learning rate of so many steps."""
+    """Describes the learning-rate schedule of so many steps in one line."""
     name, warmup = args.lr_scheduler_type.value, args.get_warmup_steps(steps)
     if getattr(args, "lr_milestones", None) is not None:
         name = f"times {args.lr_gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in args.lr_milestones)}"
@@ -70,6 +69,6 @@ def describe_schedule(args: TrainingArguments, steps: int) -> str:
 
 
 def describe_resumption(resumption: dict[str, Any]) -> str:
-    """One entry of a record's `resumed`, as `step 4 with num_train_epochs 8 (before: 4)`."""
+    """Describes one entry of a record's `resumed`, as `step 4 with num_train_epochs 8 (before: 4)`."""
     changes = [f"{key} {now} (before: {before})" for key, (before, now) in resumption["changed"].items()]
     return f"step {resumption['step']:,}" + (f" with {', '.join(changes)}" if changes else "")

@@ -34,7 +34,7 @@ class ImageModelArguments(make_model_arguments("ImageModelArguments", RSkipResNe
 
 @dataclass
 class ImageTrainingArguments(CommonTrainingArguments):
-    """`TrainingArguments` with the habits of image classification as defaults, and what the Trainer lacks."""
+    """Training keys of image classification, with its usual defaults."""
 
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
     nesterov: bool = field(default=False, metadata={"help": "Whether the momentum of SGD is Nesterov's."})
@@ -78,10 +78,6 @@ class ImageTrainingArguments(CommonTrainingArguments):
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # the Trainer averages the running statistics of all processes
         super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
-        if self.nesterov and self.momentum == 0:
-            raise UserError("nesterov needs a momentum above 0.")
         if self.lr_milestones is not None and (
             sorted(set(self.lr_milestones)) != list(self.lr_milestones)
             or not all(0 < epoch < float("inf") for epoch in self.lr_milestones)

@@ -1,4 +1,4 @@
-"""Which keys a recipe may have, and what becomes of each when a run is resumed.
+"""The supported keys of a recipe, and which of them may change when a run is resumed.
 
 A key of Transformers that stands in none of the three sets is refused: it would have no effect, or a wrong one.
 """
@@ -126,10 +126,10 @@ REFUSED_BY_TASK = {
 
 
 def is_supported(key: str, task: str) -> bool:
-    """Whether a recipe of the task may have a key, which is one of the task's."""
+    """Whether a recipe of the task may have the key."""
     return key in _SUPPORTED and key not in REFUSED_BY_TASK[task]
 
 
 def why_refused(key: str, task: str) -> str:
-    """Why a key of Transformers is not supported, for the end of a sentence."""
+    """Returns the reason why a key of Transformers is not supported, for the end of a sentence."""
     return {**REFUSED, **REFUSED_BY_TASK[task]}.get(key, "this version of hf_rskip does not know it")

@@ -1,4 +1,4 @@
-"""What a training recipe may say: one flat list of keys, checked before anything starts."""
+"""Reads and checks training recipes: flat YAML files of keys."""
 
 import difflib
 import json
@@ -57,7 +57,7 @@ TASKS: dict[str, dict[str, type]] = {
 
 @dataclass
 class TaskArguments:
-    """What the model is to learn; it decides which other keys there are."""
+    """The key that decides which other keys there are."""
 
     task: str = field(default="translation", metadata={"help": "translation or image-classification."})
 
@@ -79,7 +79,7 @@ class _Parser(HfArgumentParser):
         return [part.name for part in self.fields() if is_supported(part.name, task)]
 
     def refuses(self, key: str, task: str) -> bool:
-        """Whether it is a key of the task, but one that has no effect, or a wrong one."""
+        """Whether the task has the key, but hf_rskip does not support it."""
         return not is_supported(key, task) and any(part.name == key for part in self.fields())
 
     def list_keys(self) -> list[str]:
@@ -129,7 +129,7 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
-    """As [`parse_recipe`], of what has been read; `where` names its place in errors."""
+    """Parses the keys of a YAML file; `where` names the file in errors. See [`parse_recipe`]."""
     values, overrides = _unset(values, overrides)
     task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
     if task == "translation":
@@ -174,7 +174,7 @@ class _Start:
 
 
 def _languages_of_start(values: dict[str, Any], overrides: list[str]) -> dict[str, str]:
-    """Those of the model that a recipe starts from, where the recipe names none."""
+    """Returns the languages of the model that a recipe starts from, unless the recipe names its own."""
     words = [*_as_command_line({"model_name_or_path": values.get("model_name_or_path")}), *overrides]
     start = _Parser(_Start, allow_abbrev=False).parse_known_args(words)[0].model_name_or_path
     given = {_key_of(str(key)) for key, value in values.items() if value is not None} | set(map(_key_of, overrides))
@@ -238,12 +238,12 @@ def _check_values(values: dict[str, Any], parser: _Parser, where: str, task: str
 
 
 def _key_of(word: str) -> str:
-    """The key that a word of the command line names, if it names one."""
+    """The key in a word of the command line, such as `seed` in `--seed=1`."""
     return word.removeprefix("--").split("=")[0].replace("-", "_")
 
 
 def _unset(values: dict, overrides: Sequence[str]) -> tuple[dict, list[str]]:
-    """Takes out the keys that the command line sets to `null`, as YAML does."""
+    """Removes the keys that the command line sets to `null`."""
     words = iter(overrides)
     kept, unset = [], {key for key, value in values.items() if value is None}
     for word in words:
@@ -278,7 +278,7 @@ def _plain(value):
 
 
 def describe_keys(task: str, word: str | None = None) -> str:
-    """The keys of a task, with default, meaning and choices of each; with a `word`, those in which it occurs.
+    """Describes the keys of a task with default, meaning and choices; with a `word`, only those in which it occurs.
 
     Raises:
         [`UserError`]: if it occurs in none.
@@ -305,7 +305,7 @@ def _describe_key(key: Field, type_hint: Any) -> str:
 
 
 def read_yaml(path: Path, what: str = "recipe") -> dict:
-    """The mapping that a YAML file holds; raises a [`UserError`], in which `what` names the file's kind."""
+    """Reads the mapping in a YAML file; `what` names the kind of file in a [`UserError`]."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
     except FileNotFoundError:
@@ -333,7 +333,7 @@ def _check_key(key: str, parser: _Parser, where: str, task: str, prefix: str = "
 
 
 def _as_command_line(values: dict) -> list[str]:
-    """A recipe as words of a command line, so that both are converted to the fields' types in one way."""
+    """Converts a recipe to words of a command line, so that one parser reads both."""
     words = []
     for key, value in values.items():
         if value is None:

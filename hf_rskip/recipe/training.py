@@ -1,4 +1,4 @@
-"""What the training keys of all tasks have in common."""
+"""The training keys of all tasks."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ def check_at_least(key: str, value: float, least: float) -> None:
 
 
 def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> type:
-    """A dataclass of the fields that `config_class` itself defines, under their own names and with their defaults."""
+    """Makes a dataclass of the fields that `config_class` itself defines, with their names and defaults."""
     own = [part for part in fields(config_class) if part.name in config_class.__annotations__]
     about = _read_docstring(config_class)
     return make_dataclass(
@@ -41,7 +41,7 @@ def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> t
 
 
 def _read_docstring(config_class: type) -> dict[str, str]:
-    """What the docstring of a configuration says of each field."""
+    """Reads the description of each field from the docstring of a configuration."""
     entries = re.findall(r"^    ([\w, ]+) \(`.*\):\n((?: {8}.+\n)+)", inspect.getdoc(config_class), re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
@@ -71,7 +71,7 @@ DEFAULT_LOGGING_STEPS = 50
 
 @dataclass
 class CommonTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what every task adds."""
+    """`TrainingArguments` with the keys that all tasks add."""
 
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
@@ -176,7 +176,7 @@ class CommonTrainingArguments(TrainingArguments):
                 )
 
     def _check_optimization(self) -> None:
-        """Makes the optimizer and the schedule of a model of one weight."""
+        """Refuses keys of which no optimizer or schedule can be made, by making them for a model of one weight."""
         try:
             optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self)
             optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **options)

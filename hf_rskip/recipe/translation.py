@@ -29,7 +29,7 @@ ModelArguments = make_model_arguments("ModelArguments", RSkipConfig, _NOT_IN_REC
 
 @dataclass
 class GenerationArguments:
-    """How the finished model translates; saved in its `generation_config.json`."""
+    """Keys of generation, saved in `generation_config.json`."""
 
     num_beams: int = field(default=5, metadata={"help": "Number of beams; 1 is greedy search."})
     length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length by which scores are divided."})
@@ -69,7 +69,7 @@ class GenerationArguments:
 
 @dataclass
 class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with the habits of machine translation as defaults, and what the Trainer lacks."""
+    """Training keys of translation, with its usual defaults."""
 
     per_device_train_batch_tokens: int = field(
         default=4096,

@@ -1,1 +1,1 @@
-"""Training on the Seq2SeqTrainer of Transformers."""
+"""Training of translation models and image classifiers with the Trainer of Transformers."""

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints as a model: Vaswani et al. (2017), section 6.1."""
+"""Averages of checkpoints, as in Vaswani et al. (2017), section 6.1."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from .checkpoints import checkpoint_step, list_checkpoints, read_state
 
 
 def average_models(output: str | Path, folders: Sequence[str | Path]) -> None:
-    """Writes the mean of models, with what belongs to the last one of them: tokenizer, generation, image processor.
+    """Writes the mean of models, with the tokenizer, generation configuration or image processor of the last one.
 
     Args:
         output: a new or empty folder.
@@ -80,7 +80,7 @@ def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _open(stack: ExitStack, files: dict[str, Path]) -> dict[str, safe_open]:
-    """The opened file of every tensor."""
+    """Opens the safetensors files of a model; returns the open file of each tensor."""
     model = {}
     for name, path in files.items():
         if name.endswith(".safetensors"):
@@ -133,6 +133,6 @@ def choose_checkpoints(
 
 
 def is_out_of_turn(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written at a step at which none was due."""
+    """Whether a checkpoint was written because of a signal, at a step at which none was due."""
     control = read_state(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
     return not control.get("args", {}).get("should_save", True)

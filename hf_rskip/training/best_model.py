@@ -1,4 +1,4 @@
-"""Which evaluation of a run is the best: by its metric, and where that is equal by other ones."""
+"""Ranks the evaluations of a run by its metric, and ties by other metrics."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ TIE_BREAKERS = ("chrf", "accuracy", "loss")
 
 
 def rank_scores(scores: Mapping[str, float], metric: str) -> tuple[float, ...]:
-    """A tuple that is the greater the better the scores are; a score that is missing or not a number is the worst.
+    """Returns a tuple that is greater for better scores; a score that is not a number is the worst.
 
     Args:
         scores: by name, with or without `eval_`.

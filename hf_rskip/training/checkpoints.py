@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, and the one from which a killed run goes on."""
+"""Checkpoints on disk: published when complete, rotated, checked, and found for resuming."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _KINDS = {"model": "*model*", "optimizer": "*optim*", "scheduler": "*scheduler*"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run in the order of their steps.
+    """Lists the checkpoints of a run in the order of their steps.
 
     Raises:
         [`UserError`]: if the folder cannot be read, which is not the same as one without checkpoints.
@@ -61,7 +61,7 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]
 
 
 def remove_checkpoints(output_dir: Path, checkpoints: Iterable[Path]) -> None:
-    """Takes checkpoints away, each at once, for [`clear_staging`] to delete.
+    """Moves checkpoints, each in one step, to where [`clear_staging`] deletes them.
 
     The function of Transformers that removes them may leave a part of one if it is killed.
     """
@@ -70,7 +70,7 @@ def remove_checkpoints(output_dir: Path, checkpoints: Iterable[Path]) -> None:
 
 
 def clear_staging(output_dir: str | Path) -> None:
-    """Deletes what has been removed, and what a killed run was writing; puts back what it was replacing."""
+    """Deletes removed and incomplete checkpoints, and restores those that a killed run was replacing."""
     staging = Path(output_dir, STAGING_NAME)
     for checkpoint in list_checkpoints(staging / _REPLACED_NAME):
         if not Path(output_dir, checkpoint.name).exists():
@@ -142,7 +142,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
 
 
 def _check_whole(checkpoint: Path) -> bool:
-    """Whether it has a manifest; raises a [`UserError`] if something is missing or wrong."""
+    """Checks the files of a checkpoint; returns whether it has a manifest."""
     has_manifest = check_manifest(checkpoint)
     read_step(checkpoint)
     # Without one of these the Trainer goes on with a fresh one. Under FSDP and DeepSpeed they have longer names.
@@ -193,7 +193,7 @@ def _list_names(folder: str | Path) -> list[str]:
 
 
 def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterable[str]) -> None:
-    """A run must not go on as another model than it began; where the weights fit all the same, nobody would notice.
+    """Refuses to resume with another model configuration, which the weights may fit all the same.
 
     Raises:
         [`UserError`]: if one of `fields` is another in the configuration of the checkpoint.

@@ -1,4 +1,4 @@
-"""Output projection and label-smoothed cross-entropy in one, so that the logits of a batch are never held whole.
+"""Label-smoothed cross-entropy of an output projection, in chunks: the logits of a batch are never held whole.
 
 The gradient of a cross-entropy follows from its logits, and is computed with it while those of a chunk are at hand
 (Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989): chunks cost no second projection, and on a CPU, whose

@@ -81,7 +81,7 @@ class ImageClassification(Task):
 
 
 def _do_without_validation(recipe: Recipe) -> None:
-    """The model is evaluated at the end only, on the test split, unless the recipe asks for more."""
+    """Turns evaluations off; refuses keys that need validation images."""
     training = recipe.training
     for key in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(training, key):
@@ -92,7 +92,7 @@ def _do_without_validation(recipe: Recipe) -> None:
 
 
 def _prepare(images: ImageDatasets, split: str, recipe: Recipe, checkpoint: Path | None):
-    """A split as the Trainer takes it."""
+    """Decodes the images of a split, or opens the stream of them."""
     dataset, data, training = images.splits[split], recipe.data, recipe.training
     if data.streaming:
         if training.max_steps <= 0:
@@ -152,7 +152,7 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
 
 
 def _check_last_batch(config: RSkipResNetConfig, train_set, recipe: Recipe) -> None:
-    """Batch normalisation has no variance of a single value: refuses a batch of one image on maps of 1 x 1."""
+    """Refuses a batch of one image on feature maps of 1 x 1, of which batch normalisation has no variance."""
     training = recipe.training
     if recipe.data.streaming or training.dataloader_drop_last:
         return

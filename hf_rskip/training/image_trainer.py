@@ -1,4 +1,4 @@
-"""The Trainer for images: augmentation on the device, step schedules, and what batch normalisation needs."""
+"""The Trainer for images: augmentation on the device, step schedules, averages of running statistics."""
 
 from bisect import bisect_right
 

@@ -1,4 +1,4 @@
-"""What a recipe's training begins with: a new model, and a batch of its training split."""
+"""The initial model of a recipe, and a batch of its training split: what a probe measures before training."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: two would overwrite and remove each other's checkpoints."""
+"""Locks the folder of a run: two runs would overwrite and remove each other's checkpoints."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def locked(output_dir: str | Path) -> Iterator[None]:
-    """Keeps other processes out of the folder of a run, which is created; the lock ends with the process at the latest.
+    """Creates and locks the folder of a run; the lock ends with the process at the latest.
 
     Where the file system has no locks nobody is kept out.
 

@@ -1,4 +1,4 @@
-"""Stops a run with a checkpoint when a scheduler, or a user by Ctrl-C, asks for it by a signal."""
+"""Stops a run with a checkpoint at SIGTERM or Ctrl-C."""
 
 import copy
 import os
@@ -88,7 +88,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def outlive_signal(dataloader: DataLoader) -> None:
-    """Lets the workers of a loader ignore the signals, which reach them too: the last step needs them."""
+    """Makes the workers of a data loader ignore the signals, as the last step still needs them."""
     dataloader.worker_init_fn = partial(_ignore_signals, dataloader.worker_init_fn)
 
 

@@ -1,4 +1,4 @@
-"""What a user sees of a running training: a bar in a terminal, and one short line a log."""
+"""Progress of a training: a bar in a terminal, and a short line for each log."""
 
 import time
 from datetime import timedelta
@@ -22,7 +22,7 @@ _FORMS = {
 
 
 def describe_log(state: TrainerState, logs: dict[str, float]) -> str | None:
-    """One line for what the Trainer logs, or `None` for its summary at the end."""
+    """Formats a log of the Trainer as one line; returns `None` for its summary at the end."""
     if "train_runtime" in logs:
         return None
     values = [form.format(logs[name]) for name, form in _FORMS.items() if name in logs]
@@ -30,7 +30,7 @@ def describe_log(state: TrainerState, logs: dict[str, float]) -> str | None:
 
 
 class TrainingBar(ProgressCallback):
-    """For a terminal: the bar of Transformers, which tells the time left, and short lines above it."""
+    """Progress in a terminal: the bar of Transformers, and short lines above it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = describe_log(state, logs)
@@ -39,7 +39,7 @@ class TrainingBar(ProgressCallback):
 
 
 class TrainingLog(TrainerCallback):
-    """For a file: short lines only, with the time left at the pace so far."""
+    """Progress in a file: short lines, with the time left at the pace so far."""
 
     def __init__(self):
         self._start, self._first_step = time.perf_counter(), 0  # of an evaluation without a training

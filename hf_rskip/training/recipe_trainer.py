@@ -88,7 +88,7 @@ class RecipeTrainer(Trainer):
         self._restart_clock()
 
     def describe_batch(self, inputs: dict) -> str:
-        """Which examples a batch holds, in a few words."""
+        """Describes the examples of a batch in a few words."""
         raise NotImplementedError
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -152,7 +152,7 @@ class RecipeTrainer(Trainer):
         return (0 if self._has_finished(max_steps) else num_epochs), *others, max_steps
 
     def _has_finished(self, max_steps: int) -> bool:
-        """Whether the run had come to its end in the checkpoint from which it goes on."""
+        """Whether the checkpoint to resume from is the last one of its run."""
         if self._resumed is None:
             return False
         if self._resumed.global_step >= max_steps:
@@ -191,7 +191,7 @@ class RecipeTrainer(Trainer):
         return metrics
 
     def _make_up_for(self, metrics: dict[str, float]) -> None:
-        """Does what the Trainer does after an evaluation in the course of a training."""
+        """Updates schedule and best model, as the Trainer does after an evaluation while it trains."""
         if self.args.metric_for_best_model is None:
             return
         value = metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
@@ -291,7 +291,7 @@ class RecipeTrainer(Trainer):
         )
 
     def use_average(self) -> None:
-        """Ends with the average that the arguments ask for, if any, as the model.
+        """Replaces the weights by the average that the arguments ask for, if any.
 
         A mean of checkpoints is evaluated; a moving average was.
         """
@@ -356,7 +356,7 @@ class RecipeTrainer(Trainer):
 
 @contextmanager
 def replaced(args: TrainingArguments, **values) -> Iterator[None]:
-    """`args` have these values inside this context."""
+    """Sets values of `args` inside this context."""
     before = {name: getattr(args, name) for name in values}
     for name, value in values.items():
         setattr(args, name, value)
@@ -368,8 +368,9 @@ def replaced(args: TrainingArguments, **values) -> Iterator[None]:
 
 
 class _SamplerEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins, through all wrappers: in the first epoch after resuming under several
-    processes there are two, and the Trainer looks through one.
+    """Sets the epoch of the sampler through all its wrappers.
+
+    The Trainer looks through one; in the first epoch after resuming under several processes there are two.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):

@@ -1,4 +1,4 @@
-"""What a checkpoint and a finished model say of their training, and whether a run may go on from there."""
+"""Records of trainings: the values of all keys beside the weights, compared when a run is resumed."""
 
 import json
 import os
@@ -27,7 +27,7 @@ _LENGTHEN = ("num_train_epochs", "max_steps", "early_stopping_patience")
 
 
 def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
-    """What is to be written beside the weights: the value of every key, and how the run was resumed.
+    """Makes the record of a run: the value of every key, and how the run was resumed.
 
     Returns:
         `values` by key, with the number of `processes`; `data`, which [`check_data`] completes; and `resumed`: for each
@@ -47,7 +47,7 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
 
 
 def check_data(record: dict[str, Any], checksums: dict[str, int]) -> None:
-    """Completes a record by the checksums of the data, by split.
+    """Adds the checksums of the data, by split, to a record.
 
     Raises:
         [`UserError`]: if the run was trained on other data before it was resumed.
@@ -68,7 +68,7 @@ def write_record(folder: str | Path, record: dict[str, Any], step: int) -> None:
 
 
 def finished_results(recipe: Recipe) -> dict[str, Any] | None:
-    """The results of a run that is to be resumed although it has finished, or `None` if there is something to train.
+    """Returns the results of a finished run that is to be resumed, or `None` if there is something to train.
 
     Raises:
         [`UserError`]: if the recipe asks a finished run for something else than a longer training.
@@ -114,7 +114,7 @@ def _check_end(recipe: Recipe, folder: Path) -> None:
 
 
 def complete_metrics(metrics: dict[str, Any], recipe: Recipe, record: dict[str, Any], step: int) -> None:
-    """Says in the metrics of a resumed training from where it went on; without a step there was no loss.
+    """Adds to the metrics of a resumed training the step from which it was resumed; drops the loss of no step.
 
     Args:
         step: at which the training has ended.
@@ -134,9 +134,10 @@ def complete_metrics(metrics: dict[str, Any], recipe: Recipe, record: dict[str, 
 
 
 class CurrentSteps(TrainerCallback):
-    """Evaluates, saves and logs as the recipe says, also in a resumed run, where the Trainer takes this from the
-    checkpoint; and logs at least twenty times unless it says how often, for a curve needs points. Says the schedule,
-    and refuses an `eval_delay` until after the end.
+    """Evaluates, saves and logs as often as the recipe says; a resumed Trainer would take this from the checkpoint.
+
+    Unless the recipe says how often to log, there are at least twenty logs, for a curve. Prints the schedule, and
+    refuses an `eval_delay` beyond the end.
 
     Args:
         says_logging: whether the recipe says how often to log.
@@ -148,7 +149,7 @@ class CurrentSteps(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         by_steps = args.eval_strategy == IntervalStrategy.STEPS
         end = state.max_steps if by_steps else state.num_train_epochs
-        if args.eval_strategy != IntervalStrategy.NO and args.eval_delay > end:
+        if args.eval_strategy != IntervalStrategy.NO and args.eval_delay > end > 0:
             unit = "steps" if by_steps else "epochs"
             raise UserError(f"eval_delay {args.eval_delay:g} would be after the end of {end:,} {unit}.")
         if state.is_world_process_zero:
@@ -188,7 +189,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _find_changes(record: dict[str, Any], now: dict[str, Any], where: str) -> dict[str, list]:
-    """`[before, now]` of each key that differs and may; raises a [`UserError`] for one that may not."""
+    """Returns `[before, now]` of each changed key; raises a [`UserError`] for one that may not change."""
     before, may_change = record["values"], MAY_CHANGE
     differing = {key: [old, now[key]] for key, old in before.items() if key in now and _real(old) != _real(now[key])}
     if before.get("global_batch_tokens") is not None:
@@ -206,7 +207,7 @@ def _find_changes(record: dict[str, Any], now: dict[str, Any], where: str) -> di
 
 
 def _real(value: Any) -> Any:
-    """The value with each path that exists in one spelling."""
+    """Replaces each path that exists by its real path."""
     if isinstance(value, list):
         return [_real(item) for item in value]
     return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value

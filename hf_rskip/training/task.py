@@ -1,4 +1,4 @@
-"""What a task adds to the training that all tasks share."""
+"""The interface between a task (data, model, scores) and the training that all tasks share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .recipe_trainer import RecipeTrainer
 
 
 class Tested(NamedTuple):
-    """The test split, as a model sees it: strings, or numbers of classes."""
+    """Scores, predictions and references of the test split: texts, or numbers of classes."""
 
     metrics: dict[str, Any]
     """By name, with `test_`."""
@@ -42,7 +42,7 @@ class Task(ABC):
 
     @abstractmethod
     def create_model(self) -> PreTrainedModel:
-        """The model before its first step."""
+        """Creates the model."""
 
     @abstractmethod
     def probe_batch(self, model: PreTrainedModel) -> Batch:
@@ -50,7 +50,7 @@ class Task(ABC):
 
     @abstractmethod
     def create_trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> RecipeTrainer:
-        """The Trainer, with the data."""
+        """Creates the Trainer with model and data."""
 
     @abstractmethod
     def describe(self, trainer: RecipeTrainer) -> None:

@@ -1,4 +1,4 @@
-"""Trains by a recipe: the way from data to a tested model, which all tasks share."""
+"""Trains by a recipe: from data to a tested model, the same way for all tasks."""
 
 import errno
 import resource
@@ -102,7 +102,7 @@ def _train(recipe: Recipe) -> dict[str, float | str]:
 
 
 def _is_full(error: Exception) -> bool:
-    """Of safetensors there is the text only."""
+    """Whether the disk is full; an error of safetensors says so in its text only."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 

@@ -85,7 +85,7 @@ class RSkipTrainer(RecipeTrainer):
         return super().train(*args, **kwargs)
 
     def _shard_tied_embeddings(self) -> None:
-        """FSDP2 wants the modules that share a weight sharded together; accelerate knows of two of the three."""
+        """Shards the modules that share a weight together, as FSDP2 demands; accelerate finds two of the three."""
         encoder, decoder = self.model.model.encoder, self.model.model.decoder
         embeddings = [encoder.embed_tokens, decoder.embed_tokens, self.model.lm_head]
         tied = [module for module in embeddings if module.weight is decoder.embed_tokens.weight]
@@ -100,7 +100,7 @@ class RSkipTrainer(RecipeTrainer):
         )
 
     def make_sampler(self) -> TokenBatchSampler:
-        """The batches of the training set for this process."""
+        """Creates the sampler of this process's training batches."""
         whole_steps = self.args.global_batch_tokens is not None
         return TokenBatchSampler(
             read_column(self.train_dataset, "source_length"),
@@ -163,7 +163,7 @@ class RSkipTrainer(RecipeTrainer):
         return output
 
     def whole_model(self) -> PreTrainedModel:
-        """The model without the wrappers of accelerate, in evaluation mode; to be called on every process.
+        """Returns the model without the wrappers of accelerate, in evaluation mode; to be called on every process.
 
         Under FSDP a copy with all weights: processes that translate different sentences, and so differ in their number
         of steps, would wait for each other's weights for ever.

@@ -1,4 +1,4 @@
-"""The tokenizer and the model that a translation recipe begins with."""
+"""The initial tokenizer and model of a translation recipe."""
 
 from dataclasses import asdict
 
@@ -20,7 +20,7 @@ _CHECKED_PAIRS = 1000
 
 
 def make_tokenizer(recipe: Recipe, train_set: Dataset) -> PreTrainedTokenizerBase:
-    """The tokenizer that the recipe names, or a new one for `train_set`, a cleaned corpus."""
+    """Loads the tokenizer that the recipe names, or trains one on `train_set`, a cleaned corpus."""
     if recipe.training.model_name_or_path:
         _load_start_config(recipe.training.model_name_or_path)
     name = recipe.data.tokenizer_name or recipe.training.model_name_or_path
@@ -38,7 +38,7 @@ def make_tokenizer(recipe: Recipe, train_set: Dataset) -> PreTrainedTokenizerBas
 
 
 def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipForConditionalGeneration:
-    """A new model of the recipe's configuration, or the one that it starts from."""
+    """Creates a model of the recipe's configuration, or loads the one that it starts from."""
     data, start = recipe.data, recipe.training.model_name_or_path
     special_tokens = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -81,7 +81,7 @@ def _load_start_config(start: str) -> RSkipConfig:
 
 
 def _start_from(start: str, recipe: Recipe, languages: dict[str, str]) -> RSkipForConditionalGeneration:
-    """The model of a folder or Hub id, with the recipe's model keys in place of its own."""
+    """Loads the model of a folder or Hub id, with the recipe's model keys in place of its own."""
     before = _load_start_config(start)
     said = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys and key != "vocab_size"}
     model, info = RSkipForConditionalGeneration.from_pretrained(
