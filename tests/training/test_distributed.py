@@ -18,7 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from hf_rskip.cli.launch import PROFILES, find_profile
 from hf_rskip.cli.main import main
-from hf_rskip.training import arguments
+from hf_rskip.recipe import training as arguments
 from hf_rskip.training.averaging import average_weights
 
 STEPS = 50

@@ -366,19 +366,6 @@ def test_every_recipe_is_valid(path, tmp_path):
     assert recipe.task == "image-classification" and recipe.model.architecture in ARCHITECTURES
 
 
-def test_the_variants_differ_in_the_skip_connection_alone():
-    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES.glob("cifar10/*-*.yaml")}
-    del recipes["cpu-small"]
-    for net in ("resnet20", "preact_resnet110"):
-        rest = [
-            {key: value for key, value in recipe.items() if not key.startswith("skip_") and key != "output_dir"}
-            for name, recipe in recipes.items()
-            if name.startswith(net)
-        ]
-        assert len(rest) == 8 and all(recipe == rest[0] for recipe in rest)
-    assert all(recipe["output_dir"] == f"outputs/cifar10-{name}" for name, recipe in recipes.items())
-
-
 def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
     ResNetForImageClassification(ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path)
     assert main(["train", str(write_image_recipe(**TINY, model_name_or_path=str(tmp_path)))]) == 2

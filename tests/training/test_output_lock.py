@@ -139,7 +139,7 @@ def test_a_full_disk_at_the_last_save(write_recipe, tmp_path, monkeypatch, write
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setitem(train._TRAIN, "translation", run)
+    monkeypatch.setattr(train, "_train", run)
     with pytest.raises(UserError) as error:
         train.train(parse_recipe(write_recipe(), []))
     assert "File too large" in str(error.value)
