@@ -1,10 +1,10 @@
-"""Recursive skip connections as one operator for CPUs: a row stays in the cache while it passes through its K steps.
+"""Builds and calls `rskip.cpp`, in which a row stays in the cache while it passes through its K steps.
 
-The C++ of `skip_kernels_cpu_source.py` is plain enough that any `c++` builds it in some seconds: no headers of torch,
-no ninja. It is compiled for the processor at hand when a precision is first used, and kept in torch's folder of
-extensions (`TORCH_EXTENSIONS_DIR`); processes that do so at once each build for themselves, and the last one's file
-stays. Size and hash stand beside a library, which is built anew where it does not have them: what is torn or damaged
-would end the process at its first call. A folder that others can write to is not used.
+The C++ needs no headers of torch and no ninja, so that any `c++` builds it in some seconds. It is compiled for the
+processor at hand when a precision is first used, and kept in torch's folder of extensions (`TORCH_EXTENSIONS_DIR`);
+processes that do so at once each build for themselves, and the last one's file stays. Size and hash stand beside a
+library, which is built anew where it does not have them: what is torn or damaged would end the process at its first
+call. A folder that others can write to is not used.
 """
 
 import ctypes
@@ -19,25 +19,24 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from importlib import resources
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import get_default_build_root
 from transformers.utils import logging
 
-from .autograd import register_recomputation
-from .cpu_source import SOURCE
-
 logger = logging.get_logger(__name__)
 
+SOURCE = resources.files(__package__).joinpath("rskip.cpp").read_text(encoding="utf-8")
 FLAGS = "-std=c++17 -O3 -march=native -Wno-psabi -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
 
 
 @functools.cache
-def load(types: tuple[torch.dtype, torch.dtype, torch.dtype], source: str = SOURCE):
+def load(types: tuple[torch.dtype, torch.dtype, torch.dtype], source: str = SOURCE) -> ctypes.CDLL | None:
     """The compiled functions of `source` for x, F and y of these precisions, or `None`, with one line of log, where
-    there is no compiler for them."""
+    they cannot be built."""
     names = zip(("TYPE_OF_X", "TYPE_OF_BRANCH", "TYPE_OF_Y"), types, strict=True)
     options = [*FLAGS.split(), *(f"-D{name}={_NAMES[dtype]}" for name, dtype in names)]
     try:
@@ -98,85 +97,26 @@ def _processor() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(set(found))])
 
 
-_NAMESPACE = re.sub(r"\W", "_", __name__)  # a copy of this file that came with a checkpoint has operators of its own
-
-
-def _arguments(tensors, sizes, numbers, seed):
-    return (
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_double * len(numbers))(*numbers),
-        ctypes.c_int64(0 if seed is None else seed.item()),
-        torch.get_num_threads(),
-    )
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::rskip_layer_norm", mutates_args=(), device_types="cpu")
-def rskip_layer_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    seed: torch.Tensor | None,
-    recursions: int,
-    closed: bool,
-    centred: bool,
-    eps: float,
-    scale: float,
-    dropout: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y = torch.empty_like(x, dtype=dtype)
-    stats = x.new_empty(len(x), _stats_of_row(recursions, closed), dtype=torch.float32)
-    tensors = (x, branch, weight.float(), bias.float(), y, stats)
-    sizes = (*x.shape, recursions, len(weight), closed, centred)
-    library = load((x.dtype, branch.dtype, dtype))
-    library.rskip_forward(*_arguments(tensors, sizes, (eps, scale, dropout), seed))
+def forward(x, branch, weight, bias, centred, eps, dtype):
+    """The kernel of [`operators.forward`]."""
+    y, stats = torch.empty_like(x, dtype=dtype), x.new_empty(len(x), 2 * len(weight) + 2, dtype=torch.float32)
+    tensors = x, branch, weight.float(), bias.float(), y, stats
+    load((x.dtype, branch.dtype, dtype)).rskip_forward(*_arguments(tensors, (*x.shape, len(weight), centred), eps))
     return y, stats
 
 
-@rskip_layer_norm.register_fake
-def _(x, branch, weight, bias, seed, recursions, closed, centred, eps, scale, dropout, dtype):
-    stats = x.new_empty(x.shape[0], _stats_of_row(recursions, closed), dtype=torch.float32)
-    return torch.empty_like(x, dtype=dtype), stats
-
-
-def _stats_of_row(recursions, closed):
-    return 5 if closed else 2 + 2 * recursions
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::rskip_layer_norm_backward", mutates_args=(), device_types="cpu")
-def rskip_layer_norm_backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    stats: torch.Tensor,
-    seed: torch.Tensor | None,
-    recursions: int,
-    closed: bool,
-    centred: bool,
-    eps: float,
-    scale: float,
-    dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradient = gradient.contiguous()
-    grad_x, grad_branch = torch.empty_like(x), torch.empty_like(branch)
-    rows, size = x.shape
+def backward(gradient, x, branch, weight, bias, stats, centred, eps):
+    """The kernel of [`operators.backward`]."""
+    (rows, size), grad_x, grad_branch = x.shape, torch.empty_like(x), torch.empty_like(branch)
     chunks = min(64, -(-rows // (64 if size <= 8192 else 16)))
     partial = torch.empty(chunks, 2, *weight.shape, dtype=torch.float64)
-    tensors = (gradient, x, branch, weight.float(), bias.float(), stats, grad_x, grad_branch, partial)
-    sizes = (rows, size, recursions, len(weight), closed, centred, chunks)
-    library = load((x.dtype, branch.dtype, gradient.dtype))
-    library.rskip_backward(*_arguments(tensors, sizes, (eps, scale, dropout), seed))
+    tensors = gradient, x, branch, weight.float(), bias.float(), stats, grad_x, grad_branch, partial
+    sizes = rows, size, len(weight), centred, chunks
+    load((x.dtype, branch.dtype, gradient.dtype)).rskip_backward(*_arguments(tensors, sizes, eps))
     grad_weight, grad_bias = partial.sum(0)
     return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True)
 
 
-@rskip_layer_norm_backward.register_fake
-def _(gradient, x, branch, weight, bias, stats, seed, recursions, closed, centred, eps, scale, dropout):
-    return tuple(map(torch.empty_like, (x, branch, weight, bias)))
-
-
-register_recomputation(rskip_layer_norm, rskip_layer_norm_backward)
+def _arguments(tensors, sizes, eps):
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    return *pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_double(eps), torch.get_num_threads()

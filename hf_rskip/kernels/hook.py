@@ -6,15 +6,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..models.skip_connections import RSkip
 from ..models.skip_norms import LayerNorm, RMSNorm, SampleLayerNorm, SampleRMSNorm
-from .rskip import choose_backend, rskip_layer_norm, rskip_rms_norm
+from .rskip import choose_backend, run
 
 _FUSED = {
-    LayerNorm: (rskip_layer_norm, "channels"),
-    RMSNorm: (rskip_rms_norm, "channels"),
-    SampleLayerNorm: (rskip_layer_norm, "sample"),
-    SampleRMSNorm: (rskip_rms_norm, "sample"),
+    LayerNorm: (True, "channels"),
+    RMSNorm: (False, "channels"),
+    SampleLayerNorm: (True, "sample"),
+    SampleRMSNorm: (False, "sample"),
 }
-"""Fused function and `axes` for each class of norm."""
+"""Whether each class of norm is centred, and its `axes`."""
 
 
 def fused_rskip(skip: RSkip, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor | None:
@@ -22,15 +22,13 @@ def fused_rskip(skip: RSkip, x: torch.Tensor, branch: torch.Tensor) -> torch.Ten
     norms = list(skip.norm)
     if not all(map(_is_plain, norms)) or _has_any_global_hook() or not _are_of_one_kind(norms, skip.affine):
         return None
-    function, axes = _FUSED[type(norms[0])]
-    backend = choose_backend(x, branch, len(norms), skip.affine, axes)
+    centred, axes = _FUSED[type(norms[0])]
+    backend = choose_backend(x, branch, len(norms), axes)
     if backend == "reference":
         return None
-    own = norms if skip.affine == "per_step" else [norms[0 if skip.affine == "shared" else -1]]
-    gains = torch.stack([norm.weight for norm in own])
-    biases = None if own[0].bias is None else torch.stack([norm.bias for norm in own])
-    parameters = [gains] if biases is None else [gains, biases]
-    return function(x, branch, *parameters, len(norms), skip.affine, norms[0].eps, backend=backend, axes=axes)
+    of_steps = norms[:1] * len(norms) if skip.affine == "shared" else norms
+    gains, biases = [norm.weight for norm in of_steps], [norm.bias for norm in of_steps]
+    return run(x, branch, gains, biases, centred, norms[0].eps, backend, axes)
 
 
 def _is_plain(norm: nn.Module) -> bool:

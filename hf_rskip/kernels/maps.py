@@ -1,105 +1,91 @@
 """Recursive skip connections whose norms go over whole samples: K steps are K updates of a few numbers a channel.
 
 With one mean and one standard deviation a sample, and gains and biases for each channel, every y_k is in each channel
-of a sample a combination of s x and u = s x + F: a (s x - mean) + c (u - mean) + e, where e is the mean of y_k there.
-What a step makes of a, c and e depends on five numbers for each channel and sample: the means of s x and u, their
+of a sample a combination of x and u = x + F: a (x - mean) + c (u - mean) + e, where e is the mean of y_k there.
+What a step makes of a, c and e depends on five numbers for each channel and sample: the means of x and u, their
 variances and their covariance. One pass over the maps gives those, a second one the output, whatever K is; in the
 backward pass one gives three sums, a second one the gradients. Kept are x, F and the five numbers.
 """
 
 import torch
 
-from .autograd import gradient_with_graph
+from .operators import gradients_with_graph
 
 
-def rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, operators):
-    """The K steps over `(samples, ..., channels)`; gain and bias are `(rows, channels)`, one row for each step that has
-    its own. The layout of x in memory becomes that of y and of the gradients.
-    """
-    if affine == "shared":
-        weight, bias = weight.expand(recursions, -1), bias.expand(recursions, -1)
-    elif affine == "last":
-        ones = torch.ones_like(weight).expand(recursions - 1, -1)
-        weight, bias = torch.cat([ones, weight]), torch.cat([torch.zeros_like(ones), bias])
-    samples, *spatial, channels = x.shape
-    positions = x.shape[1:-1].numel()
-    if x.is_contiguous():
-        dim = 1
-        x, branch = (tensor.reshape(samples, positions, channels).contiguous() for tensor in (x, branch))
-    else:
-        dim = 2
-        x, branch = (tensor.movedim(-1, 1).reshape(samples, channels, positions).contiguous() for tensor in (x, branch))
-    y = RecomputedMapsRSkip.apply(x, branch, weight, bias, centred, eps, scale, dim, dtype, operators)
-    return y.view(samples, *spatial, channels) if dim == 1 else y.view(samples, channels, *spatial).movedim(1, -1)
+class ClosedFormOverMaps(torch.autograd.Function):
+    """The K steps over `(samples, ..., channels)` in tensor operations, on any device and in any precision.
 
-
-class RecomputedMapsRSkip(torch.autograd.Function):
-    """The K steps over contiguous maps, `(samples, positions, channels)` or `(samples, channels, positions)`, by two
-    functions: [`OPERATORS`] or others that do the same.
-
-    `dim` is that of the positions; gain and bias are `(recursions, channels)`.
+    Gains and biases are `(K, channels)`. y has precision `dtype`; y and the gradients lie in memory as x does.
     """
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, centred, eps, scale, dim, dtype, operators):
-        y, moments = operators[0](x, branch, weight, bias, centred, eps, scale, dim, dtype)
+    def forward(ctx, x, branch, weight, bias, centred, eps, dtype):
+        ctx.centred, ctx.eps = centred, eps
+        dim = 1 if x.is_contiguous() else 2
+        moments, of_x, of_u = _centred_pair(x, branch, dim)
+        variances = ((p * q).mean(dim) for p, q in ((of_x, of_x), (of_u, of_u), (of_x, of_u)))
+        moments = torch.stack([*moments, *variances])
         ctx.save_for_backward(x, branch, weight, bias, moments)
-        ctx.arguments = centred, eps, scale, dim
-        ctx.operator = operators[1]
-        return y
+        state, _ = _chain(moments, weight, bias, centred, eps)
+        return _unflat(_combined(state.to(of_x.dtype), (of_x, of_u), dim).to(dtype), x.shape, dim)
 
     @staticmethod
     def backward(ctx, gradient):
-        *inputs, moments = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is differentiated again
-            arguments = *ctx.arguments, gradient.dtype
-            gradients = gradient_with_graph(lambda *given: forward(*given, *arguments)[0], inputs, gradient)
-        else:
-            gradients = ctx.operator(gradient.contiguous(), *inputs, moments, *ctx.arguments)
-        return *gradients, *[None] * 6
+        *inputs, moments = ctx.saved_tensors  # read once: a checkpoint gives them no second time
+        x, branch, weight, bias = inputs
+        if torch.is_grad_enabled():
+            return *gradients_with_graph(inputs, gradient, ctx.centred, ctx.eps, "sample"), None, None, None
+        dim = 1 if x.is_contiguous() else 2
+        _, of_x, of_u = _centred_pair(x, branch, dim, moments[:2])
+        up = _flat(gradient, dim).to(of_x.dtype)
+        positions = up.shape[dim]
+        sums = torch.stack([(up * of_x).sum(dim), (up * of_u).sum(dim), up.sum(dim)]).double()
+        (a, c, _), steps = _chain(moments, weight, bias, ctx.centred, ctx.eps)
+        by_means, by_variances, grad_weight, grad_bias = _chain_backward(sums, steps, weight, ctx.centred)
+        (by_x, by_u), (by_xx, by_uu, by_xu) = by_means / positions, by_variances / positions
+        up_mean = sums[2] / positions
+
+        def combined(factor, along_x, along_u, rest):
+            numbers = torch.stack([factor, along_x, along_u, rest - factor * up_mean]).to(up.dtype)
+            return _combined(numbers, (up, of_x, of_u), dim)
+
+        grad_u = combined(c, by_xu, 2 * by_uu, by_u)
+        grad_x = combined(a, 2 * by_xx, by_xu, by_x).add_(grad_u)
+        maps = (_unflat(found.to(given.dtype), x.shape, dim) for found, given in ((grad_x, x), (grad_u, branch)))
+        return *maps, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None
 
 
-def forward(x, branch, weight, bias, centred, eps, scale, dim, dtype):
-    """y and the moments of each channel and sample."""
-    x, u = _scaled_and_sum(x, branch, scale)
-    means = x.mean(dim), u.mean(dim)
-    x, u = (values - mean.unsqueeze(dim) for values, mean in zip((x, u), means, strict=True))
-    moments = torch.stack([*means, *((p * q).mean(dim) for p, q in ((x, x), (u, u), (x, u)))])
-    state, _ = _chain(moments, weight, bias, centred, eps)
-    a, c, e = state.to(x.dtype).unsqueeze(dim + 1)
-    return (a * x + c * u + e).to(dtype), moments
+def _flat(maps, dim):
+    """Contiguous, `(samples, positions, channels)` for dim 1 and `(samples, channels, positions)` for dim 2: `dim` is
+    that of the positions."""
+    samples, *_, channels = maps.shape
+    positions = maps.shape[1:-1].numel()
+    if dim == 1:
+        return maps.reshape(samples, positions, channels).contiguous()
+    return maps.movedim(-1, 1).reshape(samples, channels, positions).contiguous()
 
 
-def backward(gradient, x, branch, weight, bias, moments, centred, eps, scale, dim):
-    """The gradients of x, F, gains and biases."""
-    dtypes, positions = [tensor.dtype for tensor in (x, branch, weight, bias)], x.shape[dim]
-    x, u = _scaled_and_sum(x, branch, scale)
-    mean_x, mean_u = moments[:2].unsqueeze(dim + 1)
-    x, u = x - mean_x, u - mean_u
-    gradient = gradient.to(x.dtype)
-    sums = torch.stack([(gradient * x).sum(dim), (gradient * u).sum(dim), gradient.sum(dim)]).double()
-    (a, c, _), steps = _chain(moments, weight, bias, centred, eps)
-    of_means, of_variances, grad_weight, grad_bias = _chain_backward(sums, steps, weight, centred)
-    (of_x, of_u), (by_xx, by_uu, by_xu) = of_means / positions, of_variances / positions
-    gradient = gradient - (sums[2] / positions).to(x.dtype).unsqueeze(dim)
-
-    def combined(*numbers):
-        up, along_x, along_u, rest = torch.stack(numbers).to(x.dtype).unsqueeze(dim + 1)
-        return up * gradient + along_x * x + along_u * u + rest
-
-    of_x, of_u = combined(a, 2 * by_xx, by_xu, of_x), combined(c, by_xu, 2 * by_uu, of_u)
-    found = scale * (of_x + of_u), of_u, grad_weight, grad_bias
-    return tuple(gradient.to(dtype) for gradient, dtype in zip(found, dtypes, strict=True))
+def _unflat(flat, shape, dim):
+    samples, *spatial, channels = shape
+    return flat.view(shape) if dim == 1 else flat.view(samples, channels, *spatial).movedim(1, -1)
 
 
-OPERATORS = forward, backward
-"""The K steps over contiguous maps and their gradient, in tensor operations; other modules have those of a device."""
+def _centred_pair(x, branch, dim, means=None):
+    """The means over positions of x and u, and x and u less these, in float32 at least."""
+    x, branch = _flat(x, dim), _flat(branch, dim)
+    x = x.to(torch.promote_types(torch.promote_types(x.dtype, branch.dtype), torch.float32))
+    u = x + branch
+    means = (x.mean(dim), u.mean(dim)) if means is None else means
+    return means, x - means[0].unsqueeze(dim), u.sub_(means[1].unsqueeze(dim))
 
 
-def _scaled_and_sum(x, branch, scale):
-    """s x and u, in float32 at least."""
-    x = scale * x.to(torch.promote_types(torch.promote_types(x.dtype, branch.dtype), torch.float32))
-    return x, x + branch
+def _combined(numbers, maps, dim):
+    """The sum of `maps`, each times its own number of each channel and sample, and of the last such number."""
+    *factors, rest = numbers.unsqueeze(dim + 1)
+    total = torch.addcmul(rest, factors[0], maps[0])
+    for factor, values in zip(factors[1:], maps[1:], strict=True):
+        total.addcmul_(factor, values)
+    return total
 
 
 def _chain(moments, weight, bias, centred, eps):

@@ -1,48 +1,26 @@
-"""Recursive skip connections with layer normalisation at the price of one.
+"""Recursive skip connections as one function, with several implementations: see `README.md` in this folder.
 
-One function, [`rskip_layer_norm`], with several implementations of the same formula: y_1 = LN(s x + F),
-y_k = LN(s x + y_{k-1}), output y_K.
-
-| `backend` | what it is | where |
-|---|---|---|
-| `reference` | the formula, step by step | any device and precision |
-| `recompute` | tensor operations that keep x and F only, and compute the rest again in the backward pass | any |
-| `cpp` | the same as one operator for CPUs, compiled at its first use | CPU; float32, bfloat16, float16 |
-| `triton` | the same as two kernels for GPUs | CUDA; float32, bfloat16, float16 |
-| `auto` | the fastest one that was measured not to be slower than `reference` | |
-
-Where one value is normalised alone, and where s is 0, it is `reference` whatever was asked for.
-
-All but the reference keep one activation whatever K is, and take the closed form where gain and bias come only at the
-last step; their numbers are those of float32 throughout, rounded once at the end. Dropout of F is part of them, from a
-seed (see `dropout.py`) rather than a mask that is kept. Derivatives of any order are those of reverse mode: under
-forward mode and `torch.func` there is only the reference.
-
-Statistics are float32 sums. Where a step cancels almost all of a row, the closed form and the norms over samples lose
-more digits than the reference: with F = -2 x + noise of .01 x and K = 2, the error of y is 1e-3 and 2e-4 of its largest
-value, and 1e-5 in the reference. `recompute` with `affine="per_step"` over channels is as good as that.
-
-LN goes over the features of each position (`axes="channels"`) or, for feature maps, over whole samples
-(`axes="sample"`, see `maps.py`). Not here: batch norm, and norms of another's making. In [`RSkip`] they
-take the formula step by step.
+y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K. LN goes over the features of each position (`axes="channels"`) or,
+for feature maps, over whole samples (`axes="sample"`).
 """
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from ..models.skip_connections import AFFINES
-from ..models.skip_norms import sample_layer_norm, sample_rms_norm
-from .autograd import RecomputedRSkip
-from .dropout import draw_seed, keep_factors
-from .maps import OPERATORS, rskip_over_maps
+from .maps import ClosedFormOverMaps
+from .operators import forward
+from .reference import reference
 
-AXES = ("channels", "sample")
-"""What the norms go over: the last dimension, or all but the first (`skip_norm_axes`)."""
-BACKENDS = ("auto", "reference", "recompute", "cpp", "triton")
+BACKENDS = {
+    "channels": ("auto", "reference", "cpp", "triton"),
+    "sample": ("auto", "reference", "closed_form"),
+}
+"""The implementations by what the norms go over: the last dimension, or all but the first (`skip_norm_axes`)."""
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,13 +32,10 @@ def rskip_layer_norm(
     recursions: int = 2,
     affine: str = "per_step",
     eps: float = 1e-5,
-    scale: float = 1.0,
-    dropout: float = 0.0,
-    seed: torch.Tensor | None = None,
     backend: str = "auto",
     axes: str = "channels",
 ) -> torch.Tensor:
-    """K steps of adding x and normalising: y_1 = LN(s x + F), y_k = LN(s x + y_{k-1}), output y_K.
+    """K steps of adding x and normalising: y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K.
 
     LN is layer normalisation over the last dimension. With K = 1 it is post-LN.
 
@@ -74,13 +49,8 @@ def rskip_layer_norm(
         affine: `"per_step"`, `"shared"` (one gain and bias for all steps) or `"last"` (only at step K), as in
             [`RSkip`].
         eps: added to the variance.
-        scale: the factor s of x.
-        dropout: the part p of F that is zeroed first, at least 0 and less than 1; the rest is divided by 1 - p. For
-            training only: evaluation passes 0. The mask is kept by the reference and over samples only.
-        seed: of the mask, int64 `()` on the device of x: the same mask in all implementations. Without one it is drawn
-            from torch's default generator, by the reference as torch's dropout draws it.
-        backend: `"auto"`, `"reference"`, `"recompute"`, `"cpp"` or `"triton"`, see the table of
-            `hf_rskip.kernels.rskip`.
+        backend: `"auto"`, `"reference"`, over channels `"cpp"` or `"triton"`, over samples `"closed_form"`: see
+            `hf_rskip/kernels/README.md`.
         axes: `"channels"`, or `"sample"` for layer normalisation over all dimensions but the first, still with gains
             and biases of the size of the last. Maps `(batch, channels, height, width)` are given as the view
             `movedim(1, -1)`; over samples they are not rearranged, and y lies in memory as x does.
@@ -101,7 +71,9 @@ def rskip_layer_norm(
 
     ```
     """
-    return _rskip(x, branch, weight, bias, recursions, affine, True, eps, scale, dropout, seed, backend, axes)
+    _check(x, branch, {"weight": weight, "bias": bias}, recursions, affine, backend, axes)
+    gains, biases = (_of_steps(rows, recursions, affine) for rows in (weight, bias))
+    return run(x, branch, gains, biases, True, eps, backend, axes)
 
 
 def rskip_rms_norm(
@@ -111,130 +83,123 @@ def rskip_rms_norm(
     recursions: int = 2,
     affine: str = "per_step",
     eps: float = 1e-5,
-    scale: float = 1.0,
-    dropout: float = 0.0,
-    seed: torch.Tensor | None = None,
     backend: str = "auto",
     axes: str = "channels",
 ) -> torch.Tensor:
     """[`rskip_layer_norm`] with root-mean-square normalisation: no centring, and no argument `bias`."""
-    return _rskip(x, branch, weight, None, recursions, affine, False, eps, scale, dropout, seed, backend, axes)
+    _check(x, branch, {"weight": weight}, recursions, affine, backend, axes)
+    return run(x, branch, _of_steps(weight, recursions, affine), [None] * recursions, False, eps, backend, axes)
 
 
-def _rskip(x, branch, weight, bias, recursions, affine, centred, eps, scale, dropout, seed, backend, axes):
-    _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend, axes)
-    if backend == "auto":
-        backend = choose_backend(x, branch, recursions, affine, axes, seeded=seed is not None)
-    # Of their gradients rounding alone is left, which the other implementations multiply from step to step.
-    if scale == 0 or (x.shape[1:].numel() if axes == "sample" else x.shape[-1]) <= 1:
-        backend = "reference"
-    if dropout and (backend == "reference" or axes == "sample"):
-        if seed is None:
-            branch = F.dropout(branch, dropout)  # faster than a mask from a seed
-        else:
-            branch = (branch * keep_factors(seed, dropout, branch)).to(branch.dtype)
-    elif dropout and seed is None:
-        seed = draw_seed(x.device)
-    if backend == "reference":
-        return _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes)
-    if _is_transformed():
-        raise ValueError(
-            f"backend={backend!r} has no rule for torch.func and forward-mode derivatives: use backend='reference'"
-        )
-    size, rows = x.shape[-1], recursions if affine == "per_step" else 1
-    weight = x.new_ones(rows, size, dtype=torch.float32) if weight is None else weight.reshape(rows, size)
-    bias = torch.zeros_like(weight) if bias is None else bias.reshape(rows, size)
-    dtype = torch.promote_types(x.dtype, branch.dtype)
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
-    if axes == "sample":
-        operators = OPERATORS if backend == "recompute" else _operator(backend, x, branch, axes)
-        return rskip_over_maps(x, branch, weight, bias, recursions, affine, centred, eps, scale, dtype, operators)
-    closed = affine == "last" and recursions > 1
-    arguments = (seed, recursions, closed, centred, eps, scale, dropout, dtype)
-    if backend == "recompute":
-        return RecomputedRSkip.apply(x, branch, weight, bias, *arguments, (-1,))
-    operator = _operator(backend, x, branch, axes)
-    flat = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
-    y, _ = operator(*flat, weight.contiguous(), bias.contiguous(), *arguments)
-    return y.view(x.shape)
-
-
-def _check(x, branch, weight, bias, recursions, affine, dropout, seed, backend, axes):
-    if axes not in AXES:
-        raise ValueError(f"`axes` must be one of {', '.join(AXES)}, not {axes!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
+def _check(x, branch, rows, recursions, affine, backend, axes):
+    if axes not in BACKENDS:
+        raise ValueError(f"`axes` must be one of {', '.join(BACKENDS)}, not {axes!r}")
+    if backend not in BACKENDS[axes]:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS[axes])} for axes={axes!r}, not {backend!r}")
     if affine not in AFFINES:
         raise ValueError(f"`affine` must be one of {', '.join(AFFINES)}, not {affine!r}")
     if not isinstance(recursions, int) or recursions < 1:
         raise ValueError(f"`recursions` must be an integer of at least 1, not {recursions!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`dropout` must be at least 0 and less than 1, not {dropout!r}")
-    if seed is not None and (not torch.is_tensor(seed) or seed.dtype != torch.int64 or seed.dim()):
-        raise ValueError(f"`seed` must be an int64 tensor of shape `()`, such as `torch.tensor(1)`, not {seed!r}")
     if not x.shape or x.shape != branch.shape:
         raise ValueError(f"`x` and `branch` must have one shape `(..., size)`, not {[*x.shape]} and {[*branch.shape]}")
     if axes == "sample" and x.dim() < 2:
         raise ValueError(f"`x` must have a shape `(batch, ..., size)` for axes='sample', not {[*x.shape]}")
-    rows, size = recursions if affine == "per_step" else 1, x.shape[-1]
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
+    count, size = recursions if affine == "per_step" else 1, x.shape[-1]
+    for name, tensor in rows.items():
+        if tensor is None or tensor.shape == (count, size) or (count == 1 and tensor.shape == (size,)):
             continue
-        one, several = tensor.dim() == 1 and rows == 1, tensor.dim() == 2 and tensor.shape[0] == rows
-        if (one or several) and tensor.shape[-1] == size:
-            continue
-        expected = f"({rows}, {size})" + (f" or ({size},)" if rows == 1 else "")
+        expected = f"({count}, {size})" + (f" or ({size},)" if count == 1 else "")
         raise ValueError(f"`{name}` must have shape {expected}, not {tuple(tensor.shape)}")
 
 
-def choose_backend(
+def _of_steps(rows: torch.Tensor | None, recursions: int, affine: str) -> Sequence[torch.Tensor | None]:
+    """Gain or bias of each of the K steps, `(size,)`; `None` where there is none."""
+    if rows is None:
+        return [None] * recursions
+    rows = rows.reshape(-1, rows.shape[-1]).unbind()
+    if affine == "last":
+        return [*[None] * (recursions - 1), *rows]
+    return rows if affine == "per_step" else [*rows] * recursions
+
+
+def run(
     x: torch.Tensor,
     branch: torch.Tensor,
-    recursions: int,
-    affine: str,
-    axes: str = "channels",
-    seeded: bool = False,
-) -> str:
+    gains: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+    centred: bool,
+    eps: float,
+    backend: str,
+    axes: str,
+) -> torch.Tensor:
+    """The K steps by `backend`, without checks of shapes; gains and biases of each step are `(size,)` or `None`."""
+    if backend == "auto":
+        backend = choose_backend(x, branch, len(gains), axes)
+    # Of the gradients of a value that is normalised alone only rounding is left, which kernels multiply at each step.
+    if backend == "reference" or (x.shape[1:].numel() if axes == "sample" else x.shape[-1]) <= 1:
+        return reference(x, branch, gains, biases, centred, eps, axes)
+    if _is_transformed():
+        raise ValueError(
+            f"backend={backend!r} has no rule for torch.func and forward-mode derivatives: use backend='reference'"
+        )
+    size = x.shape[-1]
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
+    weight, bias = (
+        torch.stack([x.new_full((size,), neutral, dtype=torch.float32) if row is None else row for row in rows])
+        for rows, neutral in ((gains, 1.0), (biases, 0.0))
+    )
+    if backend == "closed_form":
+        return ClosedFormOverMaps.apply(x, branch, weight, bias, centred, eps, dtype)
+    _check_device(backend, x, branch)
+    rows = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
+    y, _ = forward(*rows, weight, bias, centred, eps, dtype)
+    return y.view(x.shape)
+
+
+def _check_device(backend, x, branch):
+    if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
+        raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
+    device = "cpu" if backend == "cpp" else "cuda"
+    if x.device.type != device:
+        raise ValueError(f"backend={backend!r} runs on {device}, and x is on {x.device.type}")
+    if backend == "cpp" and not has_cpp(x.dtype, branch.dtype):
+        raise ValueError("backend='cpp' could not be built; the log says why")
+    if backend == "triton" and not has_triton():
+        raise ValueError("backend='triton' needs the package triton")
+
+
+def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, axes: str = "channels") -> str:
     """What `backend="auto"` stands for: the reference, unless another one was measured to be faster.
 
     One recursion is left to torch, which has kernels of its own for it. Small tensors do not pay for the call, and an
-    exported program is to run where there is no operator of ours. A given seed of dropout, `seeded`, makes the
-    reference slow at any size.
+    exported program is to run where there is no operator of ours.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or _is_transformed() or isinstance(x, torch.fx.Proxy):
         return "reference"
     size = x.shape[-1] if x.dim() else 0
     supported = branch.dtype in LOW_PRECISION and x.dtype in (branch.dtype, torch.float32)
     plain = not any(hasattr(tensor, "__tensor_flatten__") for tensor in (x, branch))
-    seeded = seeded and axes == "channels"
-    torchs_own = recursions == 1 and not seeded
-    if torchs_own or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
+    if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
         return "reference"
-    # What a call costs of itself is not shared among threads. Rows whose end does not fill a vector had .74 to .98 of
-    # the reference's speed, and float16, which compilers widen value by value, .3 to .6.
-    run = x.shape[1:-1].numel() if axes == "sample" and not x.is_contiguous() else size
-    pays = run % 16 == 0 and torch.float16 not in (x.dtype, branch.dtype)
-    pays = pays and x.numel() * recursions >= 2**21 * cpu_threads()
-    worth_cpp = x.device.type == "cpu" and (seeded or pays)
     if axes == "sample":
-        # Measured with one thread, forward and backward, K = 2 and 4: from 512 / K positions on 1.01 to 3.5 times the
-        # reference's speed, of 49 or 64 positions down to .7. Samples of 200,704 values whose features lie side by
-        # side had .92 to 1.4 of it at K = 2. No GPU has been measured.
-        positions, values = x.shape[1:-1].numel(), x.shape[1:].numel()
-        fits = recursions > 2 or values <= 2**17 or not x.is_contiguous()
-        fused = worth_cpp and fits and positions * recursions >= 512 and has_cpp(x.dtype, branch.dtype, axes)
-        return "cpp" if fused else "reference"
-    # The chain keeps the K rows in registers. Compiled for an H100, up to here nothing spills, and at 16 recursions of
+        # Measured with one thread, forward and backward, on 1.6 and 2.1 million values: 1.3 to 1.8 times the speed of
+        # the reference at K = 8, and .5 to 1.1 at K = 3 and 4; .7 on 64 positions.
+        pays = recursions >= 8 and x.shape[1:-1].numel() >= 512 and x.numel() >= 2**20
+        return "closed_form" if x.device.type == "cpu" and pays else "reference"
+    # The kernels keep K rows in registers. Compiled for an H100, up to here nothing spills, and at 16 recursions of
     # 512 features, 8 of 2048 and 2 of 8192, 40 to 256 bytes of a thread do.
-    fits = affine == "last" or (recursions <= 8 and size * recursions <= 8192)
-    if x.is_cuda and (seeded or x.numel() >= 2**20) and fits and has_triton():
+    fits = recursions <= 8 and size * recursions <= 8192
+    if x.is_cuda and x.numel() >= 2**20 and fits and wants_triton():
         return "triton"
-    # Measured with one thread, forward and backward, K = 2 and 4: from 64 features on 1.02 to 4.7 times the
-    # reference's speed; at half as many values or 16 features down to .9 of it.
-    if worth_cpp and (seeded or size >= 64) and has_cpp(x.dtype, branch.dtype):
-        return "cpp"
-    return "reference"
+    # What a call costs of itself is not shared among threads. Measured with one thread, forward and backward, K = 2
+    # and 4: from 64 features on 1.02 to 4.7 times the reference's speed; at half as many values or 16 features down to
+    # .9 of it. Rows whose end does not fill a vector had .74 to .98 of it, and float16, which compilers widen value by
+    # value, .3 to .6.
+    pays = size >= 64 and size % 16 == 0 and torch.float16 not in (x.dtype, branch.dtype)
+    pays = pays and x.numel() * recursions >= 2**21 * cpu_threads()
+    return "cpp" if x.device.type == "cpu" and pays and has_cpp(x.dtype, branch.dtype) else "reference"
 
 
 def _is_transformed() -> bool:
@@ -255,49 +220,21 @@ def has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def has_cpp(x: torch.dtype, branch: torch.dtype, axes: str = "channels") -> bool:
-    """Whether the operator for CPUs is or can be built; here is where that happens."""
-    from .cpu import SOURCE, load
-    from .maps_cpu_source import SOURCE as OF_MAPS
+def wants_triton() -> bool:
+    """Whether the environment asks for Triton where `auto` would leave rows to torch.
 
-    return load((x, branch, torch.promote_types(x, branch)), OF_MAPS if axes == "sample" else SOURCE) is not None
+    Raises:
+        `ValueError`: if `HF_RSKIP_TRITON` is neither 0 nor 1.
+    """
+    value = os.environ.get("HF_RSKIP_TRITON", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"The environment variable HF_RSKIP_TRITON must be 0 or 1, not {value!r}")
+    return value == "1"
 
 
 @torch.compiler.assume_constant_result
-def _device_of(backend: str) -> str:
-    return "cpu" if backend == "cpp" or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+def has_cpp(x: torch.dtype, branch: torch.dtype) -> bool:
+    """Whether the kernel for CPUs is or can be built; here is where that happens."""
+    from .cpu import load
 
-
-def _operator(backend, x, branch, axes):
-    """What runs the K steps over rows; over maps, that and what computes their gradients."""
-    if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
-        raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
-    device = _device_of(backend)
-    if x.device.type != device:
-        raise ValueError(f"backend={backend!r} runs on {device}, and x is on {x.device.type}")
-    if backend == "cpp":
-        if not has_cpp(x.dtype, branch.dtype, axes):
-            raise ValueError("backend='cpp' could not be built; the log says why")
-        from .cpu import rskip_layer_norm
-        from .maps_cpu import OPERATORS as of_maps
-    else:
-        if not has_triton():
-            raise ValueError("backend='triton' needs the package triton")
-        from .maps_triton import OPERATORS as of_maps
-        from .triton import rskip_layer_norm
-    return of_maps if axes == "sample" else rskip_layer_norm
-
-
-def _reference(x, branch, weight, bias, recursions, affine, centred, eps, scale, axes):
-    size, y = x.shape[-1], branch
-    for step in range(recursions):
-        gain, shift = None, None
-        if affine != "last" or step == recursions - 1:
-            row = step if affine == "per_step" else 0
-            gain, shift = (None if tensor is None else tensor.reshape(-1, size)[row] for tensor in (weight, bias))
-        y = torch.add(y, x, alpha=scale)
-        if axes == "sample":
-            y = sample_layer_norm(y, gain, shift, eps) if centred else sample_rms_norm(y, gain, eps)
-        else:
-            y = F.layer_norm(y, (size,), gain, shift, eps) if centred else F.rms_norm(y, (size,), gain, eps)
-    return y
+    return load((x, branch, torch.promote_types(x, branch))) is not None

@@ -26,52 +26,29 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_rskip.kernels import maps_triton as maps  # noqa: E402
 from hf_rskip.kernels import triton as kernels  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel}
-KERNELS_OF_MAPS = {name.removesuffix("_kernel"): kernel for name, kernel in vars(maps).items() if "_kernel" in name}
-LAYOUTS = {"contiguous": 2, "channels_last": 1}
-INTEGERS = ("rows", "positions", "channels", "tiles", "steps")
-SINGLE, DOUBLE = (
-    ("weight", "bias", "stats", "closed", "partial", "moments", "numbers"),
-    ("states", "rstd", "grad_weight", "grad_bias"),
-)
+SINGLE = ("weight", "bias", "stats", "partial")
 
 
-def compile_kernel(kernel, constants, architecture, dtype="bf16"):
-    """`kernel` compiled for tensors of `dtype` and float32 gains; `constants` with `num_warps`."""
-    constants = dict(constants)
+def compile_kernel(name, size, steps, architecture, dtype="bf16"):
+    """The `forward` or `backward` kernel, compiled for rows of `size` values of `dtype` and float32 gains."""
+    constants = {"N": size, "STEPS": steps, "CENTRED": True} | getattr(kernels, f"{name}_options")(size)
     warps = {"num_warps": constants.pop("num_warps")}
-    types, attributes = {}, {}
+    kernel, types, attributes = KERNELS[name], {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             types[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            other = "fp32" if argument.startswith(SINGLE) else "fp64" if argument.startswith(DOUBLE) else dtype
-            types[argument] = "*i64" if argument == "seed_ptr" else f"*{other}"
+            types[argument] = "*fp32" if argument.startswith(SINGLE) else f"*{dtype}"
             attributes[index,] = [["tt.divisibility", 16]]
         else:
-            types[argument] = "i32" if argument in INTEGERS else "fp32"
+            types[argument] = "i32" if argument == "rows" else "fp32"
     values = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     source = ASTSource(kernel, types, constexprs=values, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=warps)
-
-
-def compile_for_rows(name, size, steps, affine, architecture, dtype="bf16", dropout=False):
-    """The `forward` or `backward` kernel for rows of `size` values."""
-    per_step, closed = affine == "per_step" and steps > 1, affine == "last" and steps > 1
-    constants = {"N": size, "STEPS": steps, "PER_STEP": per_step, "CLOSED": closed, "CENTRED": True}
-    constants |= {"DROPOUT": dropout} | getattr(kernels, f"{name}_options")(size)
-    return compile_kernel(KERNELS[name], constants, architecture, dtype)
-
-
-def compile_for_maps(name, positions, channels, dim, architecture, dtype="bf16"):
-    """A kernel for maps, where `dim` is that of the positions."""
-    tiles, of_chain = maps.tile_options(positions, channels, dim), maps.chain_options(channels)
-    of_chain |= {"CENTRED": True} | ({"TILE": tiles["TILE"]} if name == "chain" else {})
-    return compile_kernel(KERNELS_OF_MAPS[name], of_chain if "chain" in name else tiles, architecture, dtype)
 
 
 def resources(compiled) -> dict[str, int]:
@@ -93,35 +70,23 @@ def resources(compiled) -> dict[str, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--recursions", type=int, nargs="+", default=[1, 2, 3, 4, 8])
-    parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--maps", nargs="*", default=["3136x64", "784x512"], help="POSITIONSxCHANNELS")
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90], help="80 is an A100, 90 an H100")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of all but the gains")
-    parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
     args = parser.parse_args()
 
     rows = []
-    grid = itertools.product(args.kernels, args.sizes, args.affines, args.recursions, args.architectures)
-    for name, size, affine, steps, architecture in grid:
-        compiled = compile_for_rows(name, size, steps, affine, architecture, args.dtype, args.dropout)
+    for grid in itertools.product(args.kernels, args.sizes, args.recursions, args.architectures):
+        name, size, steps, architecture = grid
+        compiled = compile_kernel(name, size, steps, architecture, args.dtype)
         rows.append(
-            {"kernel": name, "size": size, "affine": affine, "K": steps, "architecture": f"sm_{architecture}"}
-            | resources(compiled)
+            {"kernel": name, "size": size, "K": steps, "architecture": f"sm_{architecture}"} | resources(compiled)
         )
-    for name, size, layout, architecture in itertools.product(KERNELS_OF_MAPS, args.maps, LAYOUTS, args.architectures):
-        if "chain" in name and layout != "contiguous":
-            continue  # it sees numbers of channels, not maps
-        compiled = compile_for_maps(name, *map(int, size.split("x")), LAYOUTS[layout], architecture, args.dtype)
-        label = name if "chain" in name else f"{name}/{layout}"
-        what = {"kernel": label, "size": size, "affine": "any", "K": "any"}
-        rows.append(what | {"architecture": f"sm_{architecture}"} | resources(compiled))
     about = {
         "dtype": args.dtype,
-        "dropout": args.dropout,
         "triton": triton.__version__,
         "torch": torch.__version__,
         "commit": describe_commit(),

@@ -69,8 +69,8 @@ class Skip(nn.Module):
 
 def make_skips(size, recursions, affine, axes, device):
     """Skip connections by the name of their implementation."""
-    fused = "triton" if device == "cuda" else "cpp"
-    skips = {name: Skip(size, recursions, affine, axes, name) for name in ("reference", "recompute", fused)}
+    fused = "closed_form" if axes == "sample" else "triton" if device == "cuda" else "cpp"
+    skips = {name: Skip(size, recursions, affine, axes, name) for name in ("reference", fused)}
     skips["auto"] = RSkip(size, recursions, SampleLayerNorm if axes == "sample" else "layer_norm", affine)
     skips["compile"] = torch.compile(Skip(size, recursions, affine, axes, "reference"))
     skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, axes, fused))
@@ -197,7 +197,7 @@ def make_cases(args, shape, device, dtype):
                     continue
                 skip.to(device, dtype)
                 cases["skip", name, affine, recursions] = Case(skip, inputs, upstream)
-                if args.layer and axes == "channels" and name in ("reference", "recompute", "auto"):
+                if args.layer and axes == "channels" and name in ("reference", "cpp", "triton", "auto"):
                     skips = nn.ModuleList([make_skips(size, recursions, affine, axes, device)[name] for _ in range(2)])
                     layer = EncoderLayer(size, skips).to(device, dtype)
                     cases["layer", name, affine, recursions] = Case(layer, (x,), upstream)
@@ -254,8 +254,8 @@ def main():
     parser.add_argument("--channels_last", action="store_true", help="memory format of the maps")
     parser.add_argument("--recursions", type=int, nargs="+", default=RECURSIONS)
     parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
-    fused = "triton" if torch.cuda.is_available() else "cpp"
-    names = ("reference", "recompute", fused, "auto", "compile", f"compile {fused}", "liger", "flash_attn")
+    fused = "triton" if torch.cuda.is_available() else "cpp", "closed_form"
+    names = ("reference", *fused, "auto", "compile", *(f"compile {name}" for name in fused), "liger", "flash_attn")
     parser.add_argument("--implementations", nargs="+", choices=names, help="only these; `reference` is eager")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on a GPU, else float32")
     parser.add_argument("--rounds", type=int, help="measured calls of each: 100 on a GPU, 7 on a CPU")
