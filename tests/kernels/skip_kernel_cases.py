@@ -154,6 +154,16 @@ def assert_compile_and_checkpoint_see_through(backend, leaves, upstream, affine,
         torch.testing.assert_close(found, expected)
 
 
+def assert_gradients_are_the_same_alone(leaves, upstream, **arguments):
+    y, *expected = results(rskip_layer_norm, leaves, upstream, **arguments)
+    for index, leaf in enumerate(leaves):
+        alone = [other.detach().requires_grad_(other is leaf) for other in leaves]
+        (found,) = torch.autograd.grad(rskip_layer_norm(*alone, **arguments), alone[index], upstream)
+        assert torch.equal(found, expected[index])
+    with torch.inference_mode():
+        assert torch.equal(rskip_layer_norm(*leaves, **arguments), y)
+
+
 def assert_rskip_is_formula(skip, leaves, upstream, affine, axes):
     """With the gains and biases of `leaves`, and the same where a hook watches one of its norms."""
     names = ("weight", "bias")[: len(leaves) - 2]
