@@ -262,10 +262,11 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
 
 // `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds the K normalised rows, each until the
 // gradient of what was normalised takes its place. What waits for the step before it goes by groups of vectors, which
-// wait together. Sums live as long as one pass: where later ones saw them, too, they would be in memory.
+// wait together. Sums live as long as one pass: where later ones saw them, too, they would be in memory. Inlined it was
+// measured 7% slower (g++ 12).
 constexpr int GROUP = 4;
-static void chain_backward(const Rows at, const float* w, const float* inner, float* acc_w, float* acc_b,
-                           const Job job, float* work) {
+static __attribute__((noinline)) void chain_backward(const Rows at, const float* w, const float* inner, float* acc_w,
+                                                     float* acc_b, const Job job, float* work) {
   const int64_t n = job.n, steps = job.steps, stride = job.stride;
   float mean, std, rstd;
   const auto finish = [&](int64_t k, const Sum& of_mean, const Sum& of_std) {
