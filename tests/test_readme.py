@@ -1,16 +1,20 @@
-"""The Python of the README runs as it stands there."""
+"""The Python of the README and of the guide to the kernels runs as it stands there."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+EXAMPLES = [
+    example
+    for guide in ("README.md", "hf_rskip/kernels/README.md")
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / guide).read_text(encoding="utf-8"), flags=re.DOTALL)
+]
 
 
 def test_readme_has_examples():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 def test_readme_examples_run(tmp_path):
