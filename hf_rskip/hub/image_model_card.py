@@ -62,7 +62,6 @@ def write_image_model_card(
         ],
         metrics=metrics,
         record=record,
-        packages=("pillow",),
         architecture=recipe.model.architecture or f"ResNet of {config.layer_type} blocks",
         depths=" + ".join(map(str, config.depths)),
         hidden_sizes=", ".join(map(str, config.hidden_sizes)),

@@ -1,22 +1,19 @@
 """What the model cards of all tasks have in common."""
 
-import platform
-from importlib.metadata import metadata, version
+from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
 
-import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from ..data.names import is_path
+from ..environment import describe_device, read_versions
 from ..models import SKIP_CONNECTIONS
 from ..recipe.describe import describe_resumption, find_idle_keys
 from ..recipe.parsing import Recipe
-
-_VERSIONS = ("hf_rskip", "torch", "transformers", "datasets", "accelerate")
 
 
 def save_card(
@@ -31,7 +28,6 @@ def save_card(
     metrics: dict,
     record: dict,
     language: list[str] | None = None,
-    packages: tuple[str, ...] = (),
     **values,
 ) -> None:
     """Fills a template of `model_cards/` and writes it as `README.md`.
@@ -47,7 +43,6 @@ def save_card(
         metrics: `train_runtime` in seconds.
         record: of [`~hf_rskip.training.resuming.begin_record`].
         language: codes of the languages, for the metadata.
-        packages: whose versions matter beside those of all tasks.
         values: what else the template names.
     """
     config, name, start = model.config, Path(folder).resolve().name, recipe.training.model_name_or_path
@@ -80,8 +75,8 @@ def save_card(
         time=f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes",
         resumed="; ".join(map(describe_resumption, record["resumed"])),
         processes=recipe.training.world_size,
-        device=_device_name(),
-        versions=", ".join(f"{package} {version(package)}" for package in (*_VERSIONS, *packages)),
+        device=describe_device(),
+        versions=", ".join(f"{package} {version}" for package, version in read_versions().items()),
         recipe=yaml.safe_dump(keys, allow_unicode=True, sort_keys=False).strip(),
         **values,
     )
@@ -103,9 +98,3 @@ def _template(name: str):
     """In an installed package the folder `model_cards` is inside the package, in the repository beside it."""
     packaged = files("hf_rskip").joinpath("model_cards", name)
     return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / name
-
-
-def _device_name() -> str:
-    if torch.accelerator.is_available():
-        return torch.get_device_module().get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"

@@ -71,7 +71,6 @@ def write_model_card(
         record=record,
         # The Hub refuses a card with anything else.
         language=[code for code in (data.source_lang, data.target_lang) if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)],
-        packages=("sacrebleu",),
         # JSON writes a string as Python would.
         example=json.dumps(example, ensure_ascii=False),
         source_lang=data.source_lang,

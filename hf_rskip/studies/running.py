@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver
 
+from ..environment import find_commit
 from ..errors import Preempted, UserError
 from ..training.checkpoints import list_checkpoints
 from .cell import DIVERGED, FAILED, FINISHED, TAKEN, Surroundings, is_done, read_result, record, run_cell
@@ -44,7 +44,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
         [`Preempted`]: after SIGTERM, when the running cells have saved their checkpoints.
         [`UserError`]: if the process from which those of the cells are forked was killed.
     """
-    surroundings = Surroundings(tuple(modules), _find_commit(), keep_models)
+    surroundings = Surroundings(tuple(modules), find_commit(), keep_models)
     waiting, taken, failed = [cell for cell in cells if not is_done(cell)], [], []
     for cell in cells:
         if is_done(cell) and not keep_models:
@@ -156,14 +156,3 @@ def _stopping(running: dict):
 
 def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _find_commit() -> str | None:
-    """Of the package, if it is run from a working tree of git; an installed one may lie in somebody else's."""
-    folder = os.path.dirname(__file__)
-    try:
-        for command in (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty", "--abbrev=12"]):
-            answer = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()

@@ -18,14 +18,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from report import append_csv, describe_commit, print_table
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton  # noqa: E402
+from report import append_csv, print_table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from hf_rskip.environment import find_commit  # noqa: E402
 from hf_rskip.kernels import triton as kernels  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -89,7 +90,7 @@ def main():
         "dtype": args.dtype,
         "triton": triton.__version__,
         "torch": torch.__version__,
-        "commit": describe_commit(),
+        "commit": find_commit() or "",
     }
     print_table([{name: str(value) for name, value in row.items()} for row in rows], about)
     append_csv([row | about for row in rows], args.output)

@@ -2,37 +2,21 @@
 
 import csv
 import datetime
-import platform
-import subprocess
 from pathlib import Path
 
-import torch
-import transformers
+from hf_rskip.environment import describe_device, find_commit, read_versions
 
 
 def describe_run(device: str) -> dict[str, str]:
     """Where and with what a benchmark ran."""
+    versions = read_versions()
     return {
         "device": describe_device(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": versions["torch"],
+        "transformers": versions["transformers"],
         "date": datetime.date.today().isoformat(),
-        "commit": describe_commit(),
+        "commit": find_commit() or "",
     }
-
-
-def describe_device(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def describe_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def print_table(rows: list[dict[str, str]], about: dict) -> None:
