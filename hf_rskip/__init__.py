@@ -2,6 +2,7 @@
 
 Importing the package registers its models with the Auto classes, and lets them use its kernels.
 """
+# ruff: noqa: F405
 
 import sys
 from importlib import import_module
@@ -56,33 +57,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from .kernels import rskip_layer_norm, rskip_rms_norm
-    from .models import (
-        B2T,
-        NORMS,
-        SKIP_CONNECTIONS,
-        Admin,
-        DeepNorm,
-        DetachedRSkip,
-        FixedAdmin,
-        Keel,
-        PeriNorm,
-        PreNorm,
-        ReZero,
-        RSkip,
-        RSkipConfig,
-        RSkipForConditionalGeneration,
-        RSkipModel,
-        RSkipResNetBackbone,
-        RSkipResNetConfig,
-        RSkipResNetForImageClassification,
-        RSkipResNetModel,
-        SampleLayerNorm,
-        SampleRMSNorm,
-        SkipConnection,
-        SublayerPosition,
-        XSkip,
-        make_norm,
-    )
+    from .models import *  # noqa: F403
     from .recipe.parsing import parse_recipe
     from .recipe.translation import RSkipTrainingArguments
     from .training.train import train

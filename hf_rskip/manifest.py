@@ -14,6 +14,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
+from .atomic import replace_text
 from .errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -49,9 +50,7 @@ def write_manifest(folder: str | Path, patterns: Collection[str] | None = None) 
     found = folder.rglob("*") if patterns is None else chain.from_iterable(map(folder.glob, patterns))
     paths = sorted(path for path in found if path.is_file() and path.name != MANIFEST_NAME)
     listed = {path.relative_to(folder).as_posix(): _describe(path) for path in paths}
-    written = folder / f".{MANIFEST_NAME}"
-    written.write_text(json.dumps({"files": listed}, indent=2) + "\n", encoding="utf-8")
-    written.replace(folder / MANIFEST_NAME)
+    replace_text(folder / MANIFEST_NAME, json.dumps({"files": listed}, indent=2) + "\n")
 
 
 def check_manifest(folder: str | Path) -> bool:
@@ -88,7 +87,10 @@ def check_model(name: str | Path, patterns: Collection[str] = MODEL_FILES) -> No
             continue
         path = Path(name, file)
         if file in CONFIGURATIONS:
-            _check_json(path)
+            try:
+                _read_json(path)
+            except FileNotFoundError as error:
+                raise _missing(path) from error
             continue
         try:
             _check_file(path, listed[file])
@@ -101,36 +103,27 @@ def _read_manifest(folder: str | Path) -> dict[str, tuple[int, str]] | None:
     """Size and checksum of each file, or `None` where there is no manifest."""
     path = Path(folder, MANIFEST_NAME)
     try:
-        files = json.loads(_read(path))["files"]
-        if not files:
-            raise ValueError("it lists no file")
-        return {name: (file["size"], file["crc32"]) for name, file in files.items()}
+        content = _read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    try:
+        listed = {name: (file["size"], file["crc32"]) for name, file in content["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(path)!r} is damaged") from error
+    if not listed:
+        raise UserError(f"{str(path)!r} is damaged: it lists no file")
+    return listed
 
 
-def _check_json(path: Path) -> None:
+def _read_json(path: Path):
     try:
-        json.loads(_read(path))
-    except FileNotFoundError as error:
-        raise _missing(path) from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
+        return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise unreadable(path, error) from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from error
 
 
 def _check_file(path: Path, expected: tuple[int, str]) -> None:

@@ -3,11 +3,22 @@
 import argparse
 
 from ..errors import UserError
-from ..training.averaging import average_models, choose_checkpoints
+from .options import count
 
 
-def average(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="*", help="folders of models of one configuration")
+    parser.add_argument("--run", metavar="FOLDER", help="output_dir of a training, in place of its checkpoints")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--last", type=count, metavar="N", help="its last so many checkpoints")
+    number.add_argument("--best", type=count, metavar="N", help="those that it evaluated as best")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Writes the mean of checkpoints as a model."""
+    from ..training.averaging import average_models, choose_checkpoints
+
     if args.run is None:
         if args.last or args.best:
             raise UserError("`--last` and `--best` choose from the run that `--run` names")

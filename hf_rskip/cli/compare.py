@@ -4,41 +4,66 @@ import argparse
 import os
 from pathlib import Path
 
-from transformers import AutoModelForSeq2SeqLM
-
-from ..data.names import check_different
-from ..decoding.loading import load_config, load_model
-from ..decoding.translate import translate
+from ..checks import check_count
+from ..data.names import short_names
 from ..errors import UserError
-from ..evaluation.bleu import choose_tokenizer
-from ..evaluation.comparison import check_translations, compare_systems
-from ..evaluation.comparison_report import QUESTIONS, format_signatures, format_table, write_comparison
-from ..evaluation.evaluate import lowercases
-from ..evaluation.significance import read_seed
-from .evaluate import find_languages, load_test_set
-from .translate import generation_kwargs, open_file, read_lines
+from .files import create_folder, read_all_lines
+from .options import add_generation_arguments, add_test_set_arguments, count, generation_kwargs
 
 _LEAST_SAMPLES = 100
 """With fewer, the ends of a 95% interval are the one or two most extreme resamples."""
 
 
-def compare(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "systems",
+        nargs="+",
+        metavar="SYSTEM",
+        help="folder or Hub id of a trained model, or UTF-8 text file with a translation a line; the baseline first",
+    )
+    add_test_set_arguments(parser)
+    parser.add_argument(
+        "--n_samples",
+        type=count,
+        help="resamples, at least 100 (default: 1000 of the bootstrap, 10000 of the randomisation)",
+    )
+    parser.add_argument("--output_dir", help="write tables, sentences and a picture to this folder")
+    parser.epilog = "The environment variable SACREBLEU_SEED (default: 12345) seeds the resamples."
+    add_generation_arguments(parser, ensemble=False)
+    parser.set_defaults(max_batch_tokens=None)  # so that it is known whether it was said
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Prints how systems differ from the first one, and writes the details to `--output_dir`.
 
     Case does not count if one of the models gives none.
     """
-    names, generation = _name_systems(args.systems), generation_kwargs(args)
+    from transformers import AutoModelForSeq2SeqLM
+
+    from ..decoding.loading import load_config, load_model
+    from ..decoding.translate import translate
+    from ..evaluation.bleu import choose_tokenizer
+    from ..evaluation.comparison import check_translations, compare_systems
+    from ..evaluation.comparison_report import QUESTIONS, format_signatures, format_table, write_comparison
+    from ..evaluation.evaluate import lowercases
+    from ..evaluation.significance import read_seed
+    from .corpus import find_languages, load_test_set
+
+    names = short_names(args.systems, lambda system: os.path.basename(os.path.normpath(system)))
+    if len(names) < 2:
+        raise UserError("A comparison needs at least two systems: the baseline, then what to compare with it.")
+    generation = generation_kwargs(args)
     files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
     configs = {system: load_config(system, AutoModelForSeq2SeqLM) for system in args.systems if system not in files}
     for option in ["max_batch_tokens"] * (args.max_batch_tokens is not None) + list(generation):
         if not configs:
             raise UserError(f"--{option} is for models, and all systems are files of translations.")
-    if args.n_samples is not None and args.n_samples < _LEAST_SAMPLES:
-        raise UserError(f"--n_samples must be at least {_LEAST_SAMPLES}, not {args.n_samples}.")
-    source_lang, target_lang = find_languages(args, configs)
-    bleu_tokenize = choose_tokenizer(args.bleu_tokenize, target_lang)
+    if args.n_samples is not None:
+        check_count("--n_samples", args.n_samples, _LEAST_SAMPLES)
+    languages = find_languages(args, configs)
+    bleu_tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
     read_seed()
-    sources, references = load_test_set(args, source_lang, target_lang)
+    sources, references = load_test_set(args, *languages, args.max_samples)
     for system, lines in files.items():
         check_translations(system, lines, references)
     folder = create_folder(args.output_dir) if args.output_dir else None
@@ -58,27 +83,8 @@ def compare(args: argparse.Namespace) -> None:
         write_comparison(comparison, folder)
 
 
-def _name_systems(systems: list[str]) -> dict[str, str]:
-    """A short name for each: the last part of the path, where that tells them apart."""
-    check_different(systems)
-    if len(systems) < 2:
-        raise UserError("A comparison needs at least two systems: the baseline, then what to compare with it.")
-    short = [os.path.basename(os.path.normpath(system)) for system in systems]
-    return dict(zip(systems, short if len(set(short)) == len(short) else systems, strict=True))
-
-
 def _read_translations(path: str) -> list[str]:
-    with open_file(path, "rb") as file:
-        lines = [line for block in read_lines(file, path) for line in block]
+    lines = read_all_lines(path)
     if not lines:
         raise UserError(f"{path} is empty.")
     return lines
-
-
-def create_folder(path: str) -> Path:
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path!r} cannot be a folder: {error.strerror}.") from error
-    return folder

@@ -3,81 +3,62 @@
 import argparse
 import contextlib
 import json
+from functools import partial
 
-from transformers import PreTrainedConfig
-from transformers.utils import logging
-
-from ..data.text.arguments import DataArguments
-from ..data.text.corpora import load_translation_dataset
-from ..decoding.loading import load_config, load_ensemble
 from ..errors import UserError
-from ..evaluation.bleu import choose_tokenizer, create_bleu
-from ..evaluation.evaluate import evaluate_translation, split_languages
-from ..models import RSkipResNetConfig
-from . import evaluate_images
-from .translate import check_output, generation_kwargs, new_file, write_lines
+from .files import check_output, new_file, write_lines
+from .options import (
+    GENERATION,
+    add_generation_arguments,
+    add_image_arguments,
+    add_model_argument,
+    add_test_set_arguments,
+    count,
+    generation_kwargs,
+)
 
-logger = logging.get_logger(__name__)
+_OF_IMAGES = ("image_column", "label_column", "batch_size")
+_OF_TRANSLATION = (
+    *("output_file", *GENERATION),
+    *("ensemble", "source_lang", "target_lang", "bleu_tokenize", "max_batch_tokens"),
+)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser)
+    add_test_set_arguments(parser, " or images")
+    add_image_arguments(parser)
+    parser.add_argument("--batch_size", type=count, help="images at once (default: 256)")
+    parser.add_argument("--output_file", help="write the translations here, a line each")
+    add_generation_arguments(parser)
+    parser.set_defaults(max_batch_tokens=None)  # `batch_size` is for images
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Prints the scores of a model on one split as JSON."""
-    if load_config(args.model).model_type == RSkipResNetConfig.model_type:
-        evaluate_images.evaluate(args)
-    else:
-        _evaluate_translation(args)
+    from ..decoding.loading import classifies_images
+
+    evaluate = _evaluate_images if classifies_images(args.model) else _evaluate_translation
+    print(json.dumps(evaluate(args), indent=2))
 
 
-def find_languages(args: argparse.Namespace, configs: dict[str, PreTrainedConfig]) -> list[str]:
-    """Source and target language: those of the command line, or of the models of `configs`, which must agree.
+def _evaluate_translation(args: argparse.Namespace) -> dict:
+    """Scores, the signatures of the metrics, and what decoding used."""
+    from ..decoding.loading import load_config, load_ensemble
+    from ..evaluation.bleu import choose_tokenizer, create_bleu
+    from ..evaluation.evaluate import evaluate_translation
+    from .corpus import find_languages, load_test_set
 
-    Says so where the command line has another than a model, as a data set may have codes of its own.
-    """
-    languages = []
-    for key in ("source_lang", "target_lang"):
-        given = getattr(args, key)
-        said = {model: language for model, config in configs.items() if (language := getattr(config, key, None))}
-        if given is None and len(set(said.values())) > 1:
-            raise UserError(
-                f"The models differ in their {key}: {', '.join(f'{m} has {code!r}' for m, code in said.items())}."
-            )
-        if given is None and not said and (configs or not args.test_files):
-            raise UserError(f"No model says what the {key} is: give --{key}.")
-        for model, language in said.items():
-            if given not in (None, language):
-                logger.warning(f"--{key} is {given!r}, and {model} was trained with {key} {language!r}")
-        languages.append(given or next(iter(said.values()), key))  # no language is needed to pair two files
-    return languages
-
-
-def load_test_set(
-    args: argparse.Namespace, source_lang: str | None, target_lang: str | None
-) -> tuple[list[str], list[str]]:
-    """The sources and references that the command line names."""
-    data = DataArguments(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        test_files=args.test_files,
-        source_lang=source_lang,
-        target_lang=target_lang,
-        test_split=args.split,
-        max_predict_samples=args.max_samples,
-    )
-    return split_languages(load_translation_dataset(data, splits=("test",))["test"], source_lang, target_lang)
-
-
-def _evaluate_translation(args: argparse.Namespace) -> None:
-    """With the signatures and what decoding used."""
-    for option in ("image_column", "label_column", "batch_size"):
+    for option in _OF_IMAGES:
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for models that classify images, and {args.model!r} translates.")
     check_output(args.output_file, args.test_files or ())
     if args.bleu_tokenize is not None:
         create_bleu(args.bleu_tokenize)
-    generation, config = generation_kwargs(args), load_config(args.model)
-    languages = find_languages(args, {args.model: config})
+    generation = generation_kwargs(args)
+    languages = find_languages(args, {args.model: load_config(args.model)})
     with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:
-        sources, references = load_test_set(args, *languages)
+        sources, references = load_test_set(args, *languages, args.max_samples)
         model, tokenizer = load_ensemble([args.model, *args.ensemble])
         scores, translations = evaluate_translation(
             model,
@@ -91,4 +72,33 @@ def _evaluate_translation(args: argparse.Namespace) -> None:
         )
         if file:
             write_lines(file, translations)
-    print(json.dumps({**scores, "sentences": len(translations)}, indent=2))
+    return {**scores, "sentences": len(translations)}
+
+
+def _evaluate_images(args: argparse.Namespace) -> dict:
+    """The accuracies."""
+    from ..data.images.loading import name_row
+    from ..decoding.loading import load_image_classifier
+    from ..evaluation.evaluate_images import evaluate_images
+    from .corpus import load_test_images
+
+    if args.dataset_name is None:
+        raise UserError("An image classifier is evaluated on a --dataset_name.")
+    for option in _OF_TRANSLATION:
+        if getattr(args, option) not in (None, []):
+            raise UserError(f"--{option} is for models that translate, and {args.model!r} classifies images.")
+    model, processor = load_image_classifier(args.model)
+    data, images = load_test_images(args, model.config, args.max_samples)
+    class_names = [name for _, name in sorted(model.config.id2label.items())]
+    if images.class_names != class_names:
+        raise UserError(
+            f"The classes of {args.dataset_name!r} are not those of the model: {_shorten(images.class_names)}, and "
+            f"{_shorten(class_names)}."
+        )
+    test_set = images.splits["test"]
+    scores = evaluate_images(model, processor, test_set, partial(name_row, data, "test"), args.batch_size or 256)
+    return {**scores, "images": len(test_set)}
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

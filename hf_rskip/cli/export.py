@@ -2,22 +2,21 @@
 
 import argparse
 
-from transformers import AutoModelForImageClassification
-
-from ..conversion.onnx import export_onnx
-from ..conversion.output import new_folder
-from ..decoding.loading import load_complete, load_model
-from ..models import RSkipResNetConfig
-from .evaluate import load_config
-from .evaluate_images import load_image_processor
+from .options import add_model_argument
 
 
-def export(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser)
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Writes a trained model to a folder of ONNX graphs, in float32."""
+    from ..conversion.onnx import export_onnx
+    from ..conversion.output import new_folder
+    from ..decoding.loading import classifies_images, load_image_classifier, load_model
+
     new_folder(args.output)
-    if load_config(args.model).model_type == RSkipResNetConfig.model_type:
-        model = load_complete(AutoModelForImageClassification, args.model)
-        processor = load_image_processor(args.model)
-    else:
-        model, processor = load_model(args.model)
+    load = load_image_classifier if classifies_images(args.model) else load_model
+    model, processor = load(args.model)
     export_onnx(model.cpu().float(), processor, args.output)

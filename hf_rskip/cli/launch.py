@@ -16,26 +16,25 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ..errors import UserError
 
 PROFILES = ("ddp", "fsdp2", "cpu", "multi-node")
-LAUNCH_OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
-"""Those of `accelerate launch` that differ from machine to machine; they win over the profile."""
 
 
-def launch(args: argparse.Namespace, rest: list[str]) -> None:
-    """Trains what the recipe says in the processes of an accelerate configuration; `rest` are keys that override it.
+def launch(args: argparse.Namespace, given: dict[str, int | str], rest: list[str]) -> None:
+    """Trains what the recipe says in the processes of an accelerate configuration.
 
     Signals reach the processes, which get 30 seconds to end. An error has been printed by the process that it met. This
     one exits with the code of the first to fail, or with 128 and the number of the signal that ended the run.
 
     Args:
-        args: `accelerate_config`, a name of `PROFILES` or the path of a YAML, [`LAUNCH_OPTIONS`], and what goes on to
-            the processes: `config`, `import_module` and `debug`.
+        args: `accelerate_config`, a name of `PROFILES` or the path of a YAML, and what goes on to the processes:
+            `config`, `import_module` and `debug`.
+        given: the [`~hf_rskip.cli.train.LAUNCH_OPTIONS`] of the command line.
+        rest: keys that override the recipe.
 
     Raises:
         [`UserError`]: if there is no such configuration, or it cannot be used with these options.
     """
     path = find_profile(args.accelerate_config)
     profile = _read_profile(path)
-    given = {name: getattr(args, name) for name in LAUNCH_OPTIONS if getattr(args, name) is not None}
     machines = given.get("num_machines", profile.get("num_machines", 1))
     if given.get("num_processes", profile.get("num_processes", -1)) < 1:
         raise UserError(f"--accelerate_config {args.accelerate_config} needs --num_processes, that of all machines.")

@@ -1,152 +1,51 @@
 """`hf-rskip probe`."""
 
 import argparse
-import copy
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
-from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
-
-from ..data.names import check_different
-from ..data.text.tokenizer import load_tokenizer
-from ..decoding.loading import load_complete, load_config, load_image_processor
-from ..errors import UserError
-from ..models import RSkipResNetConfig
-from ..probing.batches import image_batch, random_batch, sentence_batch, spread
-from ..probing.callback import TABLE_NAME
-from ..probing.figure import draw_probes
-from ..probing.probe import probe
-from ..probing.table import ProbedModel, format_summary, read_table, write_table
-from ..recipe.parsing import parse_recipe
-from ..training.checkpoints import checkpoint_step, list_checkpoints
-from ..training.initial import begin_recipe
-from .compare import create_folder
-from .evaluate import find_languages, load_test_set
-from .evaluate_images import load_test_images
-
-_RECIPE_KEYS = (
-    *("dataset_name", "dataset_config_name", "source_lang", "target_lang", "image_column", "label_column"),
-    "label_smoothing_factor",
-)
-_RANDOM_SEED = 0
+from .options import add_corpus_arguments, add_image_arguments, count
 
 
-def probe_systems(args: argparse.Namespace, rest: list[str]) -> None:
-    """Prints a summary of what was measured, and writes all of it to `--output_dir`; `rest` are keys of recipes."""
-    _check(args, rest)
-    names = _name([*args.systems, *args.run], args.names)
-    folder = create_folder(args.output_dir) if args.output_dir else None
-    probed = list(_probe_all(args, rest, names))
-    print(format_summary(probed))
-    if folder:
-        write_table(probed, folder / TABLE_NAME)
-        pictures = draw_probes(probed, folder)
-        print(f"table and pictures: {', '.join(str(path) for path in [folder / TABLE_NAME, *pictures])}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "systems",
+        nargs="*",
+        metavar="SYSTEM",
+        help="folder or Hub id of a model, RECIPE.yaml for the model that it begins with, or an earlier probe.csv",
+    )
+    parser.add_argument("--run", nargs="+", default=[], metavar="FOLDER", help="every checkpoint of these trainings")
+    corpus = parser.add_mutually_exclusive_group()
+    add_corpus_arguments(parser, corpus, " or images")
+    corpus.add_argument(
+        "--random_data",
+        nargs="?",
+        type=count,
+        const=32,
+        metavar="SIZE",
+        help="random tokens, SIZE a sentence, or images of SIZE x SIZE (default: 32); no data is read",
+    )
+    add_image_arguments(parser)
+    parser.add_argument("--samples", type=count, default=32, help="sentence pairs or images (default: 32)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of recipes (default: their own)")
+    parser.add_argument(
+        "--label_smoothing_factor", type=float, help="of the loss (default: a recipe's own, 0 of models)"
+    )
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="of the systems, then of the runs, in table, CSV and pictures"
+    )
+    parser.add_argument("--output_dir", metavar="FOLDER", help="write probe.csv and pictures to this folder")
+    parser.usage = "hf-rskip probe [SYSTEM ...] [--run FOLDER ...] [options] [--key value ...]"
+    parser.epilog = (
+        "A recipe is probed on its own training split, a model on the data given. Other keys override recipes'. "
+        "The summary has a row a stack: the gradient norm at its bottom over that at its top; the factor by which each "
+        "sublayer changes it on the way down; the standard deviation of input x and output y over features; and "
+        "medians over the sublayers of the angle between x and y and of the effective skip weight r, with which y, but "
+        "for the gain of its norm, is parallel to r x + F(x). probe.csv has a row a sublayer; README.md explains its "
+        "columns."
+    )
 
 
-def _kind(system: str | Path) -> str:
-    return {".yaml": "recipe", ".yml": "recipe", ".csv": "table"}.get(Path(system).suffix, "model")
+def run(args: argparse.Namespace, rest: list[str]) -> None:
+    """Probes systems; `rest` are keys of recipes."""
+    from .probe_systems import probe_systems
 
-
-def _check(args: argparse.Namespace, rest: list[str]) -> None:
-    kinds = [_kind(system) for system in args.systems]
-    if not kinds and not args.run:
-        raise UserError("Nothing to probe is named: give a model, a recipe or a probe.csv, or --run FOLDER.")
-    if rest and "recipe" not in kinds:
-        raise UserError(f"unrecognized arguments: {' '.join(rest)} (keys are for recipes, and none is given)")
-    has_data = args.dataset_name or args.test_files or args.random_data
-    if ("model" in kinds or args.run) and not has_data:
-        raise UserError("A model is probed on data: give --dataset_name, --test_files or --random_data.")
-    if args.label_smoothing_factor is not None and not 0 <= args.label_smoothing_factor < 1:
-        raise UserError(f"label_smoothing_factor must be from 0 to below 1, not {args.label_smoothing_factor}.")
-    for system, kind in zip(args.systems, kinds, strict=True):
-        if kind == "model":
-            load_config(system)
-    for run in args.run:
-        if not Path(run).is_dir():
-            raise UserError(f"There is no folder {run!r}.")
-        if not list_checkpoints(run):
-            raise UserError(f"{run!r} has no checkpoints to probe.")
-
-
-def _name(systems: list[str], names: list[str] | None) -> dict[str, str]:
-    """What the table calls each: by `--names`, or the last part of its path, where that tells them apart."""
-    check_different(systems)
-    if names is not None:
-        if len(names) != len(systems) or len(set(names)) < len(names):
-            raise UserError(f"--names must give each of the {len(systems)} systems a name of its own, not {names}.")
-        return dict(zip(systems, names, strict=True))
-    paths = [Path(system).absolute() for system in systems]
-    short = [(path.parent if _kind(path) == "table" else path).name for path in paths]
-    short = [name.removesuffix(".yaml").removesuffix(".yml") for name in short]
-    return dict(zip(systems, short if len(set(short)) == len(short) else systems, strict=True))
-
-
-def _probe_all(args: argparse.Namespace, rest: list[str], names: dict[str, str]) -> Iterator[ProbedModel]:
-    for system in args.systems:
-        if _kind(system) == "table":
-            yield from _rename(read_table(system), names, system, args.names is not None)
-        elif _kind(system) == "recipe":
-            for seed in args.seeds or [None]:
-                yield _probe_recipe(system, names[system], seed, args, rest)
-        else:
-            _say_loss(names[system], args.label_smoothing_factor)
-            yield _probe_model(system, names[system], None, args)
-    for run in args.run:
-        _say_loss(names[run], args.label_smoothing_factor)
-        for checkpoint in list_checkpoints(run):
-            yield _probe_model(str(checkpoint), names[run], checkpoint_step(checkpoint), args)
-
-
-def _rename(tables: list[ProbedModel], names: dict[str, str], system: str, is_given: bool) -> list[ProbedModel]:
-    """An earlier table keeps its names where it stands alone, and gets a prefix where it does not."""
-    if is_given and len({table.model for table in tables}) == 1:
-        return [replace(table, model=names[system]) for table in tables]
-    if len(names) == 1 and not is_given:
-        return tables
-    return [replace(table, model=f"{names[system]}: {table.model}") for table in tables]
-
-
-def _probe_recipe(path: str, name: str, seed: int | None, args: argparse.Namespace, rest: list[str]) -> ProbedModel:
-    given = {key: getattr(args, key) for key in _RECIPE_KEYS} | {"seed": seed}
-    words = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    if args.test_files:
-        words += ["--train_files", *args.test_files]
-    recipe = parse_recipe(path, [*rest, *words])
-    smoothing = recipe.training.label_smoothing_factor or None
-    _say_loss(name, smoothing)
-    model, batch = begin_recipe(recipe, args.samples, args.random_data)
-    return ProbedModel(name, recipe.training.seed, 0, probe(model.to(recipe.training.device), batch, smoothing))
-
-
-def _probe_model(path: str, name: str, step: int | None, args: argparse.Namespace) -> ProbedModel:
-    is_image_model = load_config(path).model_type == RSkipResNetConfig.model_type
-    model = load_complete(AutoModelForImageClassification if is_image_model else AutoModelForSeq2SeqLM, path)
-    if args.random_data:
-        batch = random_batch(model.config, args.samples, args.random_data, _RANDOM_SEED)
-    elif is_image_model:
-        batch = _load_images(path, model, args)
-    else:
-        batch = _load_sentences(path, model, args)
-    return ProbedModel(name, None, step, probe(model, batch, args.label_smoothing_factor or None))
-
-
-def _load_sentences(path: str, model, args: argparse.Namespace) -> dict:
-    args = copy.copy(args)
-    args.max_samples = None
-    sources, targets = load_test_set(args, *find_languages(args, {path: model.config}))
-    rows = spread(sources, args.samples)
-    return sentence_batch(model, load_tokenizer(path), [sources[row] for row in rows], [targets[row] for row in rows])
-
-
-def _load_images(path: str, model, args: argparse.Namespace) -> dict:
-    if args.dataset_name is None:
-        raise UserError("An image classifier is probed on a --dataset_name or on --random_data.")
-    data, images = load_test_images(args, model.config)
-    dataset = images.splits["test"]
-    return image_batch(load_image_processor(path), dataset.select(spread(dataset, args.samples)), data, "test")
-
-
-def _say_loss(name: str, smoothing: float | None) -> None:
-    print(f"{name}: gradients of the cross-entropy{f' with label smoothing {smoothing:g}' if smoothing else ''}")
+    probe_systems(args, rest)

@@ -4,19 +4,28 @@ import argparse
 import math
 import sys
 
-from ..data.text.arguments import DataArguments
-from ..data.text.corpora import load_translation_dataset
-from ..decoding.loading import load_ensemble
-from ..decoding.score import score
 from ..errors import UserError
-from ..evaluation.evaluate import split_languages
-from .evaluate import find_languages
-from .translate import check_output, new_file, open_file, read_lines, write_lines
+from .files import check_output, new_file, read_all_lines, write_lines
+from .options import add_model_argument, add_split_arguments, count
 
 _COLUMNS = ("log_probability", "token_count", "token_log_probabilities", "tokens")
 
 
-def score_translations(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser)
+    corpus = parser.add_mutually_exclusive_group(required=True)
+    corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column, or cldr")
+    corpus.add_argument("--source_file", help="UTF-8 text, a sentence a line; with --target_file")
+    parser.add_argument("--target_file", help="its translations")
+    add_split_arguments(parser)
+    parser.add_argument("--max_samples", type=count, help="only the first so many sentences")
+    parser.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these")
+    parser.add_argument("--per_token", action="store_true", help="add every token and its log-probability")
+    parser.add_argument("--output_file", help="default: standard output")
+    parser.add_argument("--max_batch_tokens", type=count, default=4096, help="padded tokens a batch")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Writes the names of the columns and a line a pair, between tabs: the sum and the number of tokens, and if asked
     the log-probability of each token and the tokens themselves, between blanks.
 
@@ -35,26 +44,20 @@ def score_translations(args: argparse.Namespace) -> None:
 
 
 def _score_lines(args: argparse.Namespace) -> list[str]:
+    from ..decoding.loading import load_ensemble
+    from ..decoding.score import score
+    from .corpus import find_languages, load_test_set
+
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     if args.source_file:
-        sources, targets = _read(args.source_file), _read(args.target_file)
+        sources, targets = read_all_lines(args.source_file), read_all_lines(args.target_file)
         if len(sources) != len(targets):
             raise UserError(
                 f"{args.source_file!r} has {len(sources)} lines and {args.target_file!r} has {len(targets)}"
             )
         sources, targets = sources[: args.max_samples], targets[: args.max_samples]
     else:
-        source_lang, target_lang = find_languages(args, {args.model: model.config})
-        data = DataArguments(
-            dataset_name=args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            source_lang=source_lang,
-            target_lang=target_lang,
-            test_split=args.split,
-            max_predict_samples=args.max_samples,
-        )
-        dataset = load_translation_dataset(data, splits=("test",))["test"]
-        sources, targets = split_languages(dataset, data.source_lang, data.target_lang)
+        sources, targets = load_test_set(args, *find_languages(args, {args.model: model.config}), args.max_samples)
     if not sources:
         raise UserError("There is nothing to score")
     log_probs = score(model, tokenizer, sources, targets, args.max_batch_tokens)
@@ -65,11 +68,6 @@ def _score_lines(args: argparse.Namespace) -> list[str]:
             tokens = tokenizer.convert_ids_to_tokens(tokenizer(text_target=target).input_ids)
             row += [" ".join(f"{value:.6f}" for value in values), " ".join(tokens)]
         lines.append("\t".join(row))
-    total, count = sum(map(sum, log_probs)), sum(map(len, log_probs))
-    print(f"perplexity: {math.exp(-total / count):.4f} over {count:,} tokens", file=sys.stderr)
+    total, number = sum(map(sum, log_probs)), sum(map(len, log_probs))
+    print(f"perplexity: {math.exp(-total / number):.4f} over {number:,} tokens", file=sys.stderr)
     return lines
-
-
-def _read(path: str) -> list[str]:
-    with open_file(path, "rb") as file:
-        return [line for lines in read_lines(file, path) for line in lines]

@@ -5,19 +5,39 @@ import shlex
 import sys
 
 from ..errors import UserError
-from ..studies.cell import is_done
-from ..studies.evidence import restore_cells, write_evidence
-from ..studies.report import format_tables, write_report
-from ..studies.results import gather_results
-from ..studies.running import check_folders, describe_state, run_cells
-from ..studies.study import Cell, check_skip_types, read_study
+from .options import count
 
 
-def study(args: argparse.Namespace, rest: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY.yaml", help="recipe, forms, seeds, grid, output_dir, ...")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="cells at once (default: 1)")
+    parser.add_argument("--output_dir", help="in place of that of the file")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--cell", type=count, metavar="N", help="run this cell alone, and report nothing")
+    action.add_argument("--list", action="store_true", help="print number, state and command of every cell")
+    action.add_argument("--report", action="store_true", help="run nothing: report what is there")
+    parser.usage = "hf-rskip study STUDY.yaml [--jobs N | --cell N | --list | --report] [--key value ...]"
+    parser.epilog = (
+        "Other keys override those of the recipe in all cells, and are to be the same at every start. What has been "
+        "run is not run again. On a cluster, give "
+        "each cell to a job of its own, `sbatch --array=1-60 --wrap 'hf-rskip study STUDY.yaml --cell "
+        "$SLURM_ARRAY_TASK_ID'`, or `seq 60 | xargs -P 4 -I{} hf-rskip study STUDY.yaml --cell {}`, and gather by "
+        "`hf-rskip study STUDY.yaml --report`."
+    )
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Runs the cells of a study and reports them; `rest` are keys of the recipe for all cells.
 
     Where cells have failed, it ends with exit code 1.
     """
+    from ..studies.cell import is_done
+    from ..studies.evidence import restore_cells, write_evidence
+    from ..studies.report import format_tables, write_report
+    from ..studies.results import gather_results
+    from ..studies.running import check_folders, describe_state, run_cells
+    from ..studies.study import check_skip_types, read_study
+
     study = read_study(args.study, rest, args.output_dir)
     restore_cells(study)
     check_folders(study.cells)
@@ -37,7 +57,7 @@ def study(args: argparse.Namespace, rest: list[str]) -> None:
     failed = []
     if not args.report:
         check_skip_types([cell for cell in cells if not is_done(cell)])
-        _say_plan(cells, len(study.cells), args.jobs, str(study.output_dir))
+        print(_describe_plan(cells, len(study.cells), args.jobs, str(study.output_dir)), flush=True)
         failed = run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
     if args.cell is None:
         results = gather_results(study)
@@ -52,10 +72,12 @@ def study(args: argparse.Namespace, rest: list[str]) -> None:
         sys.exit(1)
 
 
-def _say_plan(cells: list[Cell], total: int, jobs: int, folder: str) -> None:
+def _describe_plan(cells: list, total: int, jobs: int, folder: str) -> str:
+    from ..studies.cell import is_done
+    from ..studies.running import describe_state
+
     if len(cells) == 1 and is_done(cells[0]):
-        print(f"[{cells[0].number} of {total}] {cells[0]}: done before ({describe_state(cells[0])})", flush=True)
-        return
+        return f"[{cells[0].number} of {total}] {cells[0]}: done before ({describe_state(cells[0])})"
     done = sum(map(is_done, cells))
     which = f"{total} cells" if len(cells) == total else f"{len(cells)} of {total} cells"
-    print(f"{which}: {done} done before, {len(cells) - done} to run, {jobs} at a time; results in {folder}", flush=True)
+    return f"{which}: {done} done before, {len(cells) - done} to run, {jobs} at a time; results in {folder}"

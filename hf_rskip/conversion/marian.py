@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, MarianConfig, MarianMTModel
 from transformers.utils import logging
 
+from ..checks import check_count
 from ..data.text.tokenizer import find_tokenizer
 from ..decoding.loading import load_config, not_loaded
 from ..errors import UserError
@@ -118,8 +119,7 @@ def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions
             tokenizer needs a package that is not installed.
     """
     output = new_folder(output)
-    if recursions < 1:
-        raise UserError(f"`skip_recursions` must be an integer of at least 1, not {recursions}")
+    check_count("`skip_recursions`", recursions)
     marian = _load_marian(source)
     tokenizer = find_tokenizer(source)
     model = convert_marian_model(marian)

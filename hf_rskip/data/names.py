@@ -1,7 +1,7 @@
 """Whether a name that a user gives is a path, or an id on the Hub."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from ..errors import UserError
@@ -31,6 +31,17 @@ def check_different(names: Sequence[str]) -> None:
         if real in seen:
             raise UserError(f"{name!r} is given twice.")
         seen.add(real)
+
+
+def short_names(names: Sequence[str], shorten: Callable[[str], str]) -> dict[str, str]:
+    """Each of the paths and ids shortened, or all as they are where two would be the same.
+
+    Raises:
+        [`UserError`]: if one is given twice.
+    """
+    check_different(names)
+    short = list(map(shorten, names))
+    return dict(zip(names, short if len(set(short)) == len(short) else names, strict=True))
 
 
 def check_name(name: str, what: str) -> None:

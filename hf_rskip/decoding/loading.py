@@ -23,6 +23,7 @@ from ..data.names import check_different, check_name
 from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..manifest import check_model
+from ..models import RSkipResNetConfig
 from .ensemble import Ensemble
 
 _TASKS = {
@@ -74,6 +75,11 @@ def load_config(name: str, auto_class: type | None = None) -> PreTrainedConfig:
     return config
 
 
+def classifies_images(name: str) -> bool:
+    """Whether the model of a folder or Hub id is an image classifier of this package."""
+    return load_config(name).model_type == RSkipResNetConfig.model_type
+
+
 def load_image_processor(name: str) -> BaseImageProcessor:
     """That of a classifier's folder or Hub id; raises a [`UserError`] if there is none."""
     try:
@@ -93,6 +99,11 @@ def not_loaded(name: str, error: Exception) -> UserError:
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that translates and its tokenizer; see [`load_complete`]."""
     return load_complete(AutoModelForSeq2SeqLM, name), load_tokenizer(name)
+
+
+def load_image_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A model that classifies images and its image processor; see [`load_complete`]."""
+    return load_complete(AutoModelForImageClassification, name), load_image_processor(name)
 
 
 def load_ensemble(names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

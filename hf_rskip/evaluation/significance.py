@@ -13,7 +13,7 @@ import os
 import numpy as np
 from sacrebleu.metrics.base import Metric
 
-from ..errors import UserError
+from ..checks import parse_count
 
 _ROUNDING = 1e-9
 """Sums of floats in another order differ by less."""
@@ -25,10 +25,7 @@ def read_seed() -> int:
     Raises:
         [`UserError`]: if it is no whole number of at least 1.
     """
-    seed = os.environ.get("SACREBLEU_SEED", "12345")
-    if not seed.isdecimal() or int(seed) == 0:
-        raise UserError(f"SACREBLEU_SEED must be a whole number of at least 1, not {seed!r}.")
-    return int(seed)
+    return parse_count("SACREBLEU_SEED", os.environ.get("SACREBLEU_SEED", "12345"))
 
 
 def draw_resamples(sentences: int, n_samples: int) -> np.ndarray:

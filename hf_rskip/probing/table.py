@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
+from ..atomic import write_then_rename
 from ..errors import UserError
 from .probe import SublayerProbe
 
@@ -98,9 +98,8 @@ def read_table(path: str | Path) -> list[ProbedModel]:
 def truncate_table(path: str | Path, last_step: int) -> None:
     """Takes what comes after a step out of a table, at once; without a table, there is one without rows."""
     probed = read_table(path) if Path(path).exists() else []
-    part = f"{path}.part"
-    write_table([item for item in probed if item.step is not None and item.step <= last_step], part)
-    os.replace(part, path)
+    with write_then_rename(path) as part:
+        write_table([item for item in probed if item.step is not None and item.step <= last_step], part)
 
 
 def format_summary(probed: Iterable[ProbedModel]) -> str:

@@ -1,6 +1,5 @@
 """Reads and checks training recipes: flat YAML files of keys."""
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from ..checks import did_you_mean
 from ..data.images.arguments import ImageDataArguments
 from ..data.text.arguments import DataArguments
 from ..decoding.loading import load_config
@@ -327,8 +327,7 @@ def _check_key(key: str, parser: _Parser, where: str, task: str, prefix: str = "
         for other, parts in TASKS.items():
             if name in (part.name for group in parts.values() for part in fields(group)):
                 raise UserError(f"{prefix + str(key)!r} in {where} is a key of task {other}, and the task is {task}.")
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
+        hint = did_you_mean(key, known, prefix)
         raise UserError(f"Unknown key {prefix + str(key)!r} in {where} (task: {task}){hint}")
 
 

@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import models
+from ..atomic import replace_text
+from ..environment import describe_device, read_versions
 from ..errors import Diverged, Preempted, UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..own_modules import import_modules
@@ -29,7 +30,7 @@ from ..probing.callback import TABLE_NAME
 from ..recipe.parsing import Recipe, parse_recipe
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.train import train
-from .study import METRICS, Cell, write_recipe, write_whole
+from .study import METRICS, Cell, write_recipe
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TAKEN = 75
@@ -45,7 +46,6 @@ _PARTS = {
     FAILED: {"message": str},
 }
 """What a result of each state has, as others read it."""
-_PACKAGES = ("hf_rskip", "torch", "transformers", "datasets", "accelerate", "tokenizers", "sacrebleu")
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
 
 def write_result(cell: Cell, **values) -> None:
     """Writes `result.json`, whole or not at all."""
-    write_whole(cell.folder / "result.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    replace_text(cell.folder / "result.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_done(cell: Cell) -> bool:
@@ -153,8 +153,8 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
     outcome |= {
         "wall_seconds": round(time.perf_counter() - started, 1),
         "resumed": resumed,
-        "device": _name_device(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "device": describe_device(),
+        "versions": read_versions(),
     }
     record(cell, surroundings, outcome)
     if outcome["state"] != FAILED and not surroundings.keep_models:
@@ -209,9 +209,3 @@ def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
         "parameters": parameters,
         "seconds": round(metrics["train_runtime"], 1),
     }
-
-
-def _name_device() -> str:
-    if torch.accelerator.is_available():
-        return torch.get_device_module().get_device_name()
-    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

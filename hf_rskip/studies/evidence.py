@@ -11,11 +11,12 @@ import pyarrow
 import yaml
 from pyarrow import parquet
 
+from ..atomic import replace_text
 from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
 from .cell import is_done, read_result, write_result
-from .study import Cell, Study, describe_setting, write_recipe, write_whole
+from .study import Cell, Study, describe_setting, write_recipe
 
 EVIDENCE_NAME = "evidence.parquet"
 _PATHS = ("output_dir", "dataset_name", "train_files", "validation_files", "test_files", "tokenizer_name")
@@ -98,5 +99,5 @@ def _unpack(row: dict, cell: Cell, path: Path) -> None:
     write_recipe(cell)
     for name in _TEXTS:
         if row[name] is not None:
-            write_whole(cell.folder / name, row[name])
+            replace_text(cell.folder / name, row[name])
     write_result(cell, **json.loads(row["result"]), command=shlex.join(["hf-rskip", "train", str(cell.recipe_path)]))

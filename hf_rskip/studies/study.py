@@ -1,9 +1,7 @@
 """What a study is: one recipe, forms of it, seeds, and perhaps a grid of settings; each combination is a cell."""
 
-import difflib
 import hashlib
 import itertools
-import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..atomic import replace_text
+from ..checks import did_you_mean
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
 from ..models import SKIP_CONNECTIONS
@@ -191,24 +191,15 @@ def check_skip_types(cells: list[Cell]) -> None:
     for cell in cells:
         kind = cell.keys.get("skip_type")
         if kind is not None and kind not in SKIP_CONNECTIONS:
-            close = difflib.get_close_matches(str(kind), SKIP_CONNECTIONS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UserError(
                 f"The form {cell.form!r} has the skip_type {kind!r}, which is none of {', '.join(SKIP_CONNECTIONS)}; "
-                f"one of your own is known after --import_module MODULE{hint}"
+                f"one of your own is known after --import_module MODULE{did_you_mean(kind, SKIP_CONNECTIONS) or '.'}"
             )
 
 
 def write_recipe(cell: Cell) -> None:
     """Writes the whole recipe of a cell, by which `hf-rskip train` repeats it."""
-    write_whole(cell.recipe_path, yaml.safe_dump(cell.keys, sort_keys=False, allow_unicode=True))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, whenever the process is killed."""
-    staged = path.with_name(f".{path.name}-{os.getpid()}")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    replace_text(cell.recipe_path, yaml.safe_dump(cell.keys, sort_keys=False, allow_unicode=True))
 
 
 def find_difference(cell: Cell) -> str | None:
@@ -228,8 +219,7 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     known = {part.name: part for part in fields(_StudyFile)}
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise UserError(f"Unknown key {key!r} in {where}{f'; did you mean {close[0]!r}?' if close else ''}")
+            raise UserError(f"Unknown key {key!r} in {where}{did_you_mean(key, known)}")
     for key in ("recipe", "output_dir", "seeds", "forms"):
         if key not in values:
             raise UserError(f"{where} has no {key}.")
@@ -254,8 +244,7 @@ def _check_file(values: dict, where: str) -> _StudyFile:
         *(("contrasts", name) for pair in contrasts for name in pair),
     ]:
         if name is not None and name not in forms:
-            close = difflib.get_close_matches(str(name), forms, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f", but {', '.join(forms)}."
+            hint = did_you_mean(name, forms) or f", but {', '.join(forms)}."
             raise UserError(f"{key} {name!r} is none of the forms in {where}{hint}")
     if not isinstance(values.get("overrides", {}), dict):
         raise UserError(f"overrides must be a mapping of keys of the recipe, not {values['overrides']!r}, in {where}.")

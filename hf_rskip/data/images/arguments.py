@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ...checks import check_count
 from ...errors import UserError
+
+_OPTIONAL_COUNTS = (
+    "max_train_samples",
+    "max_eval_samples",
+    "max_predict_samples",
+    "validation_size",
+    "preprocessing_num_workers",
+)
 
 
 @dataclass
@@ -78,15 +87,10 @@ class ImageDataArguments:
     def __post_init__(self):
         if self.dataset_name is None:
             raise UserError("No dataset is named: set dataset_name.")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "validation_size"):
-            if getattr(self, name) is not None:
-                self._check_count(name)
-        for name in ("image_size", "shuffle_buffer_size"):
-            self._check_count(name)
-        if self.preprocessing_num_workers is not None:
-            self._check_count("preprocessing_num_workers")
-        if self.crop_padding != 0:
-            self._check_count("crop_padding")
+        for name in (*_OPTIONAL_COUNTS, "image_size", "shuffle_buffer_size", "crop_padding"):
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL_COUNTS:
+                check_count(name, value, least=0 if name == "crop_padding" else 1)
         if self.validation_size is not None and self.validation_split is not None:
             raise UserError("validation_size and validation_split are both set: give one or the other.")
         if self.validation_size is not None and self.streaming:
@@ -100,8 +104,3 @@ class ImageDataArguments:
             raise UserError(f"image_mean must be finite, not {self.image_mean!r}.")
         if not all(0 < value < float("inf") for value in self.image_std):
             raise UserError(f"image_std must be above 0, not {self.image_std!r}.")
-
-    def _check_count(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from ...checks import check_count
 from ...errors import UserError
 
 _OPTIONAL_COUNTS = (
@@ -125,10 +126,8 @@ class DataArguments:
         counts = ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
         for name in (*_OPTIONAL_COUNTS, *counts):
             value = getattr(self, name)
-            if value is None and name in _OPTIONAL_COUNTS:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
+            if value is not None or name not in _OPTIONAL_COUNTS:
+                check_count(name, value)
         if self.lowercase and self.tokenizer_name is not None:
             raise UserError("lowercase shapes a tokenizer that is trained, so it cannot be set with tokenizer_name.")
         ratio = self.max_length_ratio

@@ -1,6 +1,5 @@
 """Parallel corpora from the Hub, local folders, CLDR or text files, in one shape and checked before training."""
 
-import difflib
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -14,6 +13,7 @@ from datasets import Dataset, DatasetDict, Features, NamedSplit, Translation
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from ...checks import did_you_mean
 from ...errors import UserError
 from ..loading import load_named_dataset, select_split
 from .arguments import DataArguments
@@ -107,10 +107,8 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
     languages = {"source_lang": args.source_lang, "target_lang": args.target_lang}
     for field, language in languages.items():
         if language not in found:
-            close = difflib.get_close_matches(language, found, n=1, cutoff=0.6)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            known = ", ".join(sorted(found))
-            raise UserError(f"{where} has no language {language!r}, only {known}: set {field} to one of these{hint}.")
+            known, hint = ", ".join(sorted(found)), did_you_mean(language, found) or "."
+            raise UserError(f"{where} has no language {language!r}, only {known}: set {field} to one of these{hint}")
         if found[language] not in ("string", "large_string", "null"):
             raise UserError(f"{where} has {found[language]} values instead of strings for language {language!r}.")
 

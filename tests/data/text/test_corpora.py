@@ -267,7 +267,7 @@ def test_a_dataset_without_the_language(tmp_path):
     name = parquet(tmp_path / "data", train=rows(PAIRS))
     where = f"Dataset {name!r}, split 'train', has no language"
     assert refused(dataset_name=name, target_lang="deu") == (
-        f"{where} 'deu', only de, en: set target_lang to one of these (did you mean 'de'?)."
+        f"{where} 'deu', only de, en: set target_lang to one of these; did you mean 'de'?"
     )
     assert (
         refused(dataset_name=name, source_lang="vi") == f"{where} 'vi', only de, en: set source_lang to one of these."

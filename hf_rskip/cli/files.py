@@ -1,0 +1,100 @@
+"""Files that commands read and write: checked and opened before any work, UTF-8, whole or not at all."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from ..atomic import write_then_rename
+from ..errors import UserError
+
+_LINES_AT_ONCE = 10_000
+
+
+def check_output(output: str | None, inputs: Sequence[str | None]) -> None:
+    """Raises a [`UserError`] if a file to be written is one of those to be read, or belongs to a model."""
+    if not output:
+        return
+    path = Path(output).resolve()
+    if path.is_file() and path.with_name("config.json").exists():
+        raise UserError(f"{output!r} is there already, in the folder of a model: choose another --output_file")
+    for source in filter(None, inputs):
+        if Path(source).resolve() == path:
+            raise UserError(f"{source!r} cannot be both input and output")
+
+
+def create_folder(path: str) -> Path:
+    """A folder to write into, which may be there; raises a [`UserError`] where it cannot be created."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be a folder: {error.strerror}.") from error
+    return folder
+
+
+def open_file(path: str | Path, mode: str) -> BinaryIO:
+    """As `open`; raises a [`UserError`] where that fails."""
+    try:
+        return open(path, mode)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be opened: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def new_file(path: str | None) -> Iterator[BinaryIO]:
+    """A file that gets its name when all of it is written; standard output without a path.
+
+    A failure leaves an older file as it was, and what was written so far in `PATH.part`.
+
+    Raises:
+        [`UserError`]: if it cannot be written.
+    """
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device has no older content
+        with open_file(path, "wb") as file:
+            yield file
+        return
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UserError(f"{path!r} cannot be written to.")
+    part = Path(f"{path}.part")
+    try:
+        with write_then_rename(path, part), open_file(part, "wb") as file:
+            yield file
+    finally:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
+
+
+def write_lines(file: BinaryIO, sentences: list[str]) -> None:
+    """Writes a line each, whatever line breaks a sentence has inside."""
+    file.writelines(sentence.replace("\n", " ").encode() + b"\n" for sentence in sentences)
+    file.flush()
+
+
+def read_lines(source: BinaryIO, name: str) -> Iterator[list[str]]:
+    """The lines of UTF-8 text without their ends, many at once; `name` is for the [`UserError`] about what is not.
+
+    Only a line feed ends a line, so that the numbers of lines agree whatever else a sentence contains.
+    """
+    lines = []
+    for number, line in enumerate(source, start=1):
+        try:
+            lines.append(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"Line {number} of {name} is not UTF-8") from error
+        if len(lines) == _LINES_AT_ONCE:
+            yield lines
+            lines = []
+    yield lines
+
+
+def read_all_lines(path: str) -> list[str]:
+    """As [`read_lines`], all at once."""
+    with open_file(path, "rb") as file:
+        return [line for lines in read_lines(file, path) for line in lines]
