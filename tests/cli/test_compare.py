@@ -173,7 +173,7 @@ def test_evaluate_prints_each_form_of_bleu(trained, corpus_folder, pairs, capfd)
         (["bad.txt", "./bad.txt"], "'./bad.txt' is given twice"),
         (["bad.txt", "test.de", "--num_beams", "4"], "--num_beams is for models, and all systems are files"),
         (["bad.txt", "test.de", "--max_batch_tokens", "4"], "--max_batch_tokens is for models, and all systems are"),
-        (["bad.txt", "test.de", "--n_samples", "1"], "--n_samples must be at least 100, not 1"),
+        (["bad.txt", "test.de", "--n_samples", "1"], "--n_samples must be a whole number of at least 100, not 1."),
         (["bad.txt", "test.de", "--split", "dev"], "test_split has no effect with test_files"),
         (["bad.txt", "short.txt"], "'short.txt' has 2 translations, but the test set 30 sentences"),
         (["bad.txt", "empty.txt"], "empty.txt is empty"),
