@@ -8,7 +8,7 @@ from ..checks import check_count
 from ..data.names import short_names
 from ..errors import UserError
 from .files import create_folder, read_all_lines
-from .options import add_generation_arguments, add_test_set_arguments, count, generation_kwargs
+from .options import add_decoding_arguments, add_test_set_arguments, count, decoding_kwargs
 
 _LEAST_SAMPLES = 100
 """With fewer, the ends of a 95% interval are the one or two most extreme resamples."""
@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output_dir", help="write tables, sentences and a picture to this folder")
     parser.epilog = "The environment variable SACREBLEU_SEED (default: 12345) seeds the resamples."
-    add_generation_arguments(parser, ensemble=False)
-    parser.set_defaults(max_batch_tokens=None)  # so that it is known whether it was said
+    add_decoding_arguments(parser, ensemble=False)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -52,12 +51,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     names = short_names(args.systems, lambda system: os.path.basename(os.path.normpath(system)))
     if len(names) < 2:
         raise UserError("A comparison needs at least two systems: the baseline, then what to compare with it.")
-    generation = generation_kwargs(args)
+    decoding = decoding_kwargs(args)
     files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
     configs = {system: load_config(system, AutoModelForSeq2SeqLM) for system in args.systems if system not in files}
-    for option in ["max_batch_tokens"] * (args.max_batch_tokens is not None) + list(generation):
-        if not configs:
-            raise UserError(f"--{option} is for models, and all systems are files of translations.")
+    if decoding and not configs:
+        raise UserError(f"--{next(iter(decoding))} is for models, and all systems are files of translations.")
     if args.n_samples is not None:
         check_count("--n_samples", args.n_samples, _LEAST_SAMPLES)
     languages = find_languages(args, configs)
@@ -74,9 +72,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         else:
             model, tokenizer = load_model(system)
             lowercase = lowercase or lowercases(tokenizer)
-            translations[names[system]] = translate(
-                model, tokenizer, sources, args.max_batch_tokens or 4096, **generation
-            )
+            translations[names[system]] = translate(model, tokenizer, sources, **decoding)
     comparison = compare_systems(sources, references, translations, args.n_samples, bleu_tokenize, lowercase)
     print(format_table(comparison), *format_signatures(comparison), QUESTIONS, sep="\n")
     if folder:

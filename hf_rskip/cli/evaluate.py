@@ -8,20 +8,17 @@ from functools import partial
 from ..errors import UserError
 from .files import check_output, new_file, write_lines
 from .options import (
-    GENERATION,
-    add_generation_arguments,
+    DECODING,
+    add_decoding_arguments,
     add_image_arguments,
     add_model_argument,
     add_test_set_arguments,
     count,
-    generation_kwargs,
+    decoding_kwargs,
 )
 
 _OF_IMAGES = ("image_column", "label_column", "batch_size")
-_OF_TRANSLATION = (
-    *("output_file", *GENERATION),
-    *("ensemble", "source_lang", "target_lang", "bleu_tokenize", "max_batch_tokens"),
-)
+_OF_TRANSLATION = (*DECODING, "ensemble", "output_file", "source_lang", "target_lang", "bleu_tokenize")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
     parser.add_argument("--batch_size", type=count, help="images at once (default: 256)")
     parser.add_argument("--output_file", help="write the translations here, a line each")
-    add_generation_arguments(parser)
-    parser.set_defaults(max_batch_tokens=None)  # `batch_size` is for images
+    add_decoding_arguments(parser)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -55,20 +51,14 @@ def _evaluate_translation(args: argparse.Namespace) -> dict:
     check_output(args.output_file, args.test_files or ())
     if args.bleu_tokenize is not None:
         create_bleu(args.bleu_tokenize)
-    generation = generation_kwargs(args)
+    decoding = decoding_kwargs(args)
     languages = find_languages(args, {args.model: load_config(args.model)})
     with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:
         sources, references = load_test_set(args, *languages, args.max_samples)
         model, tokenizer = load_ensemble([args.model, *args.ensemble])
+        bleu_tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
         scores, translations = evaluate_translation(
-            model,
-            tokenizer,
-            sources,
-            references,
-            choose_tokenizer(args.bleu_tokenize, languages[1]),
-            languages[1],
-            max_batch_tokens=args.max_batch_tokens or 4096,
-            **generation,
+            model, tokenizer, sources, references, bleu_tokenize, languages[1], **decoding
         )
         if file:
             write_lines(file, translations)

@@ -5,7 +5,9 @@ import argparse
 from ..checks import parse_count
 from ..errors import UserError
 
-GENERATION = ("num_beams", "length_penalty", "gnmt_length_penalty", "max_new_tokens", "max_len_a", "max_len_b")
+_GENERATION = ("num_beams", "length_penalty", "gnmt_length_penalty", "max_new_tokens", "max_len_a", "max_len_b")
+DECODING = (*_GENERATION, "max_batch_tokens")
+"""Options that [`add_decoding_arguments`] adds, apart from `--ensemble`."""
 
 
 def count(word: str) -> int:
@@ -20,7 +22,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a trained model")
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser, ensemble: bool = True) -> None:
+def add_decoding_arguments(parser: argparse.ArgumentParser, ensemble: bool = True) -> None:
     group = parser.add_argument_group("generation (default: the model's own)")
     group.add_argument("--num_beams", type=count)
     penalty = group.add_mutually_exclusive_group()
@@ -36,19 +38,20 @@ def add_generation_arguments(parser: argparse.ArgumentParser, ensemble: bool = T
             "--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these models'"
         )
     parser.add_argument(
-        "--max_batch_tokens",
-        type=count,
-        default=4096,
-        help="padded source tokens times beams a batch (default: 4096)",
+        "--max_batch_tokens", type=count, help="padded source tokens times beams a batch (default: 4096)"
     )
 
 
-def generation_kwargs(args: argparse.Namespace) -> dict:
-    """What the command line says of generation, for `model.generate`; refuses what a recipe refuses."""
+def decoding_kwargs(args: argparse.Namespace) -> dict:
+    """What the command line says of decoding, for [`~hf_rskip.decoding.translate.translate`].
+
+    Raises:
+        [`UserError`]: if it says what a recipe may not say.
+    """
     from ..recipe.translation import GenerationArguments
 
-    given = {name: value for name in GENERATION if (value := getattr(args, name)) is not None}
-    GenerationArguments(**given)
+    given = {name: value for name in DECODING if (value := getattr(args, name)) is not None}
+    GenerationArguments(**{name: given[name] for name in _GENERATION if name in given})
     return given
 
 

@@ -33,11 +33,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     """
     if bool(args.source_file) != bool(args.target_file):
         raise UserError("--source_file and --target_file need each other")
-    for option in ("dataset_config_name", "source_lang", "target_lang"):
-        if args.source_file and getattr(args, option) is not None:
+    defaults = {"dataset_config_name": None, "source_lang": None, "target_lang": None, "split": "test"}
+    for option, default in defaults.items():
+        if args.source_file and getattr(args, option) != default:
             raise UserError(f"--{option} is for a --dataset_name, and --source_file is given")
-    if args.source_file and args.split != "test":
-        raise UserError("--split is for a --dataset_name, and --source_file is given")
     check_output(args.output_file, [args.source_file, args.target_file])
     with new_file(args.output_file) as file:
         write_lines(file, _score_lines(args))

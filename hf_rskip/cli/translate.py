@@ -5,7 +5,7 @@ import contextlib
 import sys
 
 from .files import check_output, new_file, open_file, read_lines, write_lines
-from .options import add_generation_arguments, add_model_argument, count, generation_kwargs
+from .options import add_decoding_arguments, add_model_argument, count, decoding_kwargs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n_best", type=count, metavar="N", help="N lines a sentence: `number ||| translation ||| score`"
     )
-    add_generation_arguments(parser)
+    add_decoding_arguments(parser)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -27,16 +27,16 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     from ..decoding.translate import translate, translate_n_best
 
     check_output(args.output_file, [args.input_file])
-    options, number = generation_kwargs(args), 0
+    options, number = decoding_kwargs(args), 0
     with contextlib.ExitStack() as files:
         source = files.enter_context(open_file(args.input_file, "rb")) if args.input_file else sys.stdin.buffer
         target = files.enter_context(new_file(args.output_file))
         model, tokenizer = load_ensemble([args.model, *args.ensemble])
         for lines in read_lines(source, args.input_file or "standard input"):
             if not args.n_best:
-                write_lines(target, translate(model, tokenizer, lines, args.max_batch_tokens, **options))
+                write_lines(target, translate(model, tokenizer, lines, **options))
                 continue
-            n_best = translate_n_best(model, tokenizer, lines, args.n_best, args.max_batch_tokens, **options)
+            n_best = translate_n_best(model, tokenizer, lines, args.n_best, **options)
             for row, hypotheses in enumerate(n_best, number):
                 write_lines(target, [f"{row} ||| {text} ||| {score:.6f}" for text, score in hypotheses])
             number += len(lines)
