@@ -14,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
     parser.add_argument(
-        "--skip_recursions",
-        type=int,
-        help="K of marian; more than 1 is for fine-tuning (default: 1, the same output)",
+        "--skip_recursions", type=int, help="K of marian; more than 1 is for fine-tuning (default: 1, the same output)"
     )
 
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
 def _evaluate_translation(args: argparse.Namespace) -> dict:
     """Scores, the signatures of the metrics, and what decoding used."""
     from ..decoding.loading import load_config, load_ensemble
-    from ..evaluation.bleu import choose_tokenizer, create_bleu
+    from ..evaluation.bleu import choose_tokenizer
     from ..evaluation.evaluate import evaluate_translation
     from .corpus import find_languages, load_test_set
 
@@ -49,14 +49,12 @@ def _evaluate_translation(args: argparse.Namespace) -> dict:
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for models that classify images, and {args.model!r} translates.")
     check_output(args.output_file, args.test_files or ())
-    if args.bleu_tokenize is not None:
-        create_bleu(args.bleu_tokenize)
     decoding = decoding_kwargs(args)
     languages = find_languages(args, {args.model: load_config(args.model)})
+    bleu_tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
     with new_file(args.output_file) if args.output_file else contextlib.nullcontext() as file:
         sources, references = load_test_set(args, *languages, args.max_samples)
         model, tokenizer = load_ensemble([args.model, *args.ensemble])
-        bleu_tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
         scores, translations = evaluate_translation(
             model, tokenizer, sources, references, bleu_tokenize, languages[1], **decoding
         )

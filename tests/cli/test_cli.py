@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import sacrebleu
 
-from hf_rskip import SKIP_CONNECTIONS
+from hf_rskip import SKIP_CONNECTIONS, cli
 from hf_rskip.cli.main import COMMANDS, main
 from hf_rskip.decoding.translate import translate
 from hf_rskip.own_modules import import_modules
@@ -40,6 +41,12 @@ def test_help_imports_nothing_heavy(run_cli, words):
     imported = set(re.findall(r"\| +(\w+)", result.err))
     assert "argparse" in imported
     assert not imported & {"torch", "transformers", "datasets", "numpy", "tokenizers", "accelerate", "sacrebleu"}
+
+
+def test_no_command_imports_another():
+    for command in COMMANDS:
+        source = Path(cli.__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
+        assert not set(re.findall(r"from \.(\w+) import", source)) & COMMANDS.keys(), command
 
 
 def test_version(run_cli):
