@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def describe_device(device: torch.device | str | None = None) -> str:
-    """Name of an accelerator, or of the processor with its number of threads.
+    """Name of an accelerator, or of the CPU with its number of threads.
 
     Args:
         device: by default the current accelerator, or the CPU if there is none.
@@ -32,14 +32,14 @@ def describe_device(device: torch.device | str | None = None) -> str:
     if device.type != "cpu":
         return torch.get_device_module(device).get_device_name(device)
     count = torch.get_num_threads()
-    return f"{_processor()}, {count} thread{'s' * (count > 1)}"
+    return f"CPU {_processor()}, {count} thread{'s' * (count > 1)}"
 
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return models[0] if models else f"{platform.machine()} CPU"
+    return models[0] if models else platform.machine()
 
 
 def read_versions() -> dict[str, str]:

@@ -44,7 +44,7 @@ def refused(**values):
     with pytest.raises(UserError) as error:
         load_train(**values)
     message = str(error.value)
-    assert "\n" not in message and message.endswith(".")
+    assert "\n" not in message and message.endswith((".", "?"))
     return message
 
 
