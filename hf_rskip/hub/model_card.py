@@ -1,5 +1,6 @@
 """What the model cards of all tasks have in common."""
 
+import inspect
 from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -67,7 +68,7 @@ def save_card(
         start=None if start is None else name_dataset(start),
         corpus=f"`{name_dataset(dataset)}`",
         parameters=f"{model.num_parameters():,}",
-        formula=skip.formula or skip.__doc__.strip().splitlines()[0],
+        formula=inspect.getdoc(skip).splitlines()[0],
         skip_connection=skip.describe(config),
         skip_module=None if skip.__module__.startswith("hf_rskip.") else skip.__module__,
         steps=f"{state.global_step:,}",

@@ -117,22 +117,15 @@ class RSkipAttention(nn.Module):
         **kwargs: Unpack[FlashAttentionKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         is_cross_attention = key_value_states is not None
+        states = key_value_states if is_cross_attention else hidden_states
         query = self._split_heads(self.q_proj(hidden_states))
-        keys, values = self._keys_and_values(
-            key_value_states if is_cross_attention else hidden_states, cache, is_cross_attention
-        )
+        keys, values = self._keys_and_values(states, cache, is_cross_attention)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention(
-            self,
-            query,
-            keys,
-            values,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
@@ -145,49 +138,47 @@ class RSkipMLP(nn.Module):
         self.fc1 = nn.Linear(config.d_model, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, config.d_model)
         self.activation_fn = ACT2FN[config.activation_function]
-        self.activation_dropout = config.activation_dropout
+        self.dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.activation_fn(self.fc1(hidden_states))
-        hidden_states = nn.functional.dropout(hidden_states, p=self.activation_dropout, training=self.training)
-        return self.fc2(hidden_states)
+        return self.fc2(self.dropout(self.activation_fn(self.fc1(hidden_states))))
 
 
-def _skip_connections(
-    config: RSkipConfig, stack: str, layer: int
-) -> tuple[list[SkipConnection], SkipConnection | None]:
-    """The skip connections of a layer's sublayers, and the one around the layer."""
-    kind = SKIP_CONNECTIONS[config.skip_type]
-    layers, other_layers, sublayers = {
-        "encoder": (config.encoder_layers, config.decoder_layers, 2),
-        "decoder": (config.decoder_layers, config.encoder_layers, 3),
-    }[stack]
-    positions = [
-        SublayerPosition(stack, layer, sublayer, layers, sublayers, other_layers=other_layers)
-        for sublayer in range(sublayers)
-    ]
-    skips = [kind.from_config(config, config.d_model, position) for position in positions]
-    return skips, kind.around_layer(config.d_model, norm_of(config), config.layer_norm_eps)
+class RSkipLayer(GradientCheckpointingLayer):
+    """Base class of the layers of both stacks: each branch `name` has a skip connection `name`_skip.
 
+    Args:
+        config: the configuration.
+        stack: `"encoder"` or `"decoder"`.
+        layer_idx: index of the layer in its stack.
+        branches: by name, in the order in which they run.
+    """
 
-def _set_init_gains(branch: nn.Module, skip: SkipConnection) -> None:
-    for name, gain in skip.branch_gains.items():
-        if hasattr(branch, name):
-            getattr(branch, name).init_gain = gain
-
-
-class RSkipEncoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: RSkipConfig, layer_idx: int):
+    def __init__(self, config: RSkipConfig, stack: str, layer_idx: int, branches: dict[str, nn.Module]):
         super().__init__()
-        self.dropout = config.dropout
-        skips, around = _skip_connections(config, "encoder", layer_idx)
-        self.self_attn = RSkipAttention(config, config.encoder_attention_heads, layer_idx)
-        self.self_attn_skip = skips[0]
-        _set_init_gains(self.self_attn, skips[0])
-        self.mlp = RSkipMLP(config, config.encoder_ffn_dim)
-        self.mlp_skip = skips[1]
-        _set_init_gains(self.mlp, skips[1])
-        self.layer_skip = around
+        self.dropout = nn.Dropout(config.dropout)
+        kind = SKIP_CONNECTIONS[config.skip_type]
+        layers, other_layers = config.encoder_layers, config.decoder_layers
+        if stack == "decoder":
+            layers, other_layers = other_layers, layers
+        for index, (name, branch) in enumerate(branches.items()):
+            position = SublayerPosition(stack, layer_idx, index, layers, len(branches), other_layers=other_layers)
+            skip = kind.from_config(config, config.d_model, position)
+            for linear, gain in skip.branch_gains.items():
+                if hasattr(branch, linear):
+                    getattr(branch, linear).init_gain = gain
+            self.add_module(name, branch)
+            self.add_module(f"{name}_skip", skip)
+        self.layer_skip = kind.around_layer(config.d_model, norm_of(config), config.layer_norm_eps)
+
+
+class RSkipEncoderLayer(RSkipLayer):
+    def __init__(self, config: RSkipConfig, layer_idx: int):
+        branches = {
+            "self_attn": RSkipAttention(config, config.encoder_attention_heads, layer_idx),
+            "mlp": RSkipMLP(config, config.encoder_ffn_dim),
+        }
+        super().__init__(config, "encoder", layer_idx, branches)
 
     def forward(
         self,
@@ -198,30 +189,22 @@ class RSkipEncoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         layer_input = hidden_states
         branch, _ = self.self_attn(self.self_attn_skip.before(hidden_states, token_mask), attention_mask, **kwargs)
-        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
-        hidden_states = self.self_attn_skip(hidden_states, branch, token_mask)
+        hidden_states = self.self_attn_skip(hidden_states, self.dropout(branch), token_mask)
 
         branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
-        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
-        hidden_states = self.mlp_skip(hidden_states, branch, token_mask)
+        hidden_states = self.mlp_skip(hidden_states, self.dropout(branch), token_mask)
         return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
 
 
-class RSkipDecoderLayer(GradientCheckpointingLayer):
+class RSkipDecoderLayer(RSkipLayer):
     def __init__(self, config: RSkipConfig, layer_idx: int):
-        super().__init__()
-        self.dropout = config.dropout
-        skips, around = _skip_connections(config, "decoder", layer_idx)
-        self.self_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx, is_causal=True)
-        self.self_attn_skip = skips[0]
-        _set_init_gains(self.self_attn, skips[0])
-        self.encoder_attn = RSkipAttention(config, config.decoder_attention_heads, layer_idx)
-        self.encoder_attn_skip = skips[1]
-        _set_init_gains(self.encoder_attn, skips[1])
-        self.mlp = RSkipMLP(config, config.decoder_ffn_dim)
-        self.mlp_skip = skips[2]
-        _set_init_gains(self.mlp, skips[2])
-        self.layer_skip = around
+        heads = config.decoder_attention_heads
+        branches = {
+            "self_attn": RSkipAttention(config, heads, layer_idx, is_causal=True),
+            "encoder_attn": RSkipAttention(config, heads, layer_idx),
+            "mlp": RSkipMLP(config, config.decoder_ffn_dim),
+        }
+        super().__init__(config, "decoder", layer_idx, branches)
 
     def forward(
         self,
@@ -234,28 +217,16 @@ class RSkipDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         layer_input = hidden_states
-        branch, _ = self.self_attn(
-            self.self_attn_skip.before(hidden_states, token_mask),
-            attention_mask,
-            cache=cache,
-            **kwargs,
-        )
-        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
-        hidden_states = self.self_attn_skip(hidden_states, branch, token_mask)
+        branch = self.self_attn_skip.before(hidden_states, token_mask)
+        branch, _ = self.self_attn(branch, attention_mask, cache=cache, **kwargs)
+        hidden_states = self.self_attn_skip(hidden_states, self.dropout(branch), token_mask)
 
-        branch, _ = self.encoder_attn(
-            self.encoder_attn_skip.before(hidden_states, token_mask),
-            encoder_attention_mask,
-            key_value_states=encoder_hidden_states,
-            cache=cache,
-            **kwargs,
-        )
-        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
-        hidden_states = self.encoder_attn_skip(hidden_states, branch, token_mask)
+        branch = self.encoder_attn_skip.before(hidden_states, token_mask)
+        branch, _ = self.encoder_attn(branch, encoder_attention_mask, encoder_hidden_states, cache=cache, **kwargs)
+        hidden_states = self.encoder_attn_skip(hidden_states, self.dropout(branch), token_mask)
 
         branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
-        branch = nn.functional.dropout(branch, p=self.dropout, training=self.training)
-        hidden_states = self.mlp_skip(hidden_states, branch, token_mask)
+        hidden_states = self.mlp_skip(hidden_states, self.dropout(branch), token_mask)
         return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
 
 
@@ -321,7 +292,7 @@ class RSkipStack(RSkipPreTrainedModel):
 
     def __init__(self, config: RSkipConfig, vocab_size: int):
         super().__init__(config)
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.embed_tokens = nn.Embedding(vocab_size, config.d_model, config.pad_token_id)
         self.embed_positions = RSkipSinusoidalPositionalEmbedding(config.max_position_embeddings, config.d_model)
@@ -350,8 +321,7 @@ class RSkipStack(RSkipPreTrainedModel):
                 "`max_position_embeddings`"
             )
         position_ids = (torch.arange(length, device=inputs_embeds.device) + offset).clamp(min=0)
-        hidden_states = inputs_embeds + self.embed_positions(position_ids).to(inputs_embeds)
-        return nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
+        return self.dropout(inputs_embeds + self.embed_positions(position_ids).to(inputs_embeds))
 
 
 class RSkipEncoder(RSkipStack):
@@ -416,7 +386,7 @@ class RSkipDecoder(RSkipStack):
         eos = self.config.eos_token_id
         token_mask = input_ids != self.config.pad_token_id
         for end in eos if isinstance(eos, list) else [eos]:
-            token_mask = token_mask & (input_ids != end)
+            token_mask &= input_ids != end
         # Where one of them is the start token, the first column is real all the same.
         return torch.cat([torch.ones_like(token_mask[:, :1]), token_mask[:, 1:]], dim=1)
 
@@ -442,10 +412,7 @@ class RSkipDecoder(RSkipStack):
         past_length = cache.get_seq_length() if cache is not None else 0
         token_mask = self._token_mask(input_ids, attention_mask, inputs_embeds.shape[1])
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=self_attention_cache,
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=self_attention_cache
         )
         encoder_attention_mask = create_bidirectional_mask(
             config=self.config,

@@ -4,6 +4,7 @@ Modules and weights have the names of Transformers' ResNet, which the plain netw
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -26,16 +27,9 @@ from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
 from .skip_norms import norm_of
 
 
-class RSkipResNetNormActivation(nn.Module):
+def _norm_activation(channels: int, activation: str) -> nn.Sequential:
     """Batch normalisation and activation, where they come before a convolution."""
-
-    def __init__(self, channels: int, activation: str):
-        super().__init__()
-        self.normalization = nn.BatchNorm2d(channels)
-        self.activation = ACT2FN[activation]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.normalization(hidden_states))
+    return nn.Sequential(OrderedDict(normalization=nn.BatchNorm2d(channels), activation=ACT2FN[activation]))
 
 
 class RSkipResNetConvLayer(nn.Module):
@@ -51,9 +45,8 @@ class RSkipResNetConvLayer(nn.Module):
         activation: str | None = None,
     ):
         super().__init__()
-        self.convolution = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
-        )
+        padding = kernel_size // 2
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.normalization = nn.BatchNorm2d(out_channels) if normalize else nn.Identity()
         self.activation = nn.Identity() if activation is None else ACT2FN[activation]
 
@@ -130,7 +123,7 @@ class RSkipResNetLayer(nn.Module):
     ):
         super().__init__()
         preactivation, activation = config.preactivation, config.hidden_act
-        self.preactivation = RSkipResNetNormActivation(in_channels, activation) if preactivation else nn.Identity()
+        self.preactivation = _norm_activation(in_channels, activation) if preactivation else nn.Identity()
         self.shortcut = nn.Identity()
         self.reshapes = in_channels != out_channels or stride != 1
         if self.reshapes and config.shortcut_type == "A":
@@ -167,69 +160,37 @@ class RSkipResNetLayer(nn.Module):
         return self.activation(hidden_states)
 
 
-class RSkipResNetStage(nn.Module):
-    """Blocks of the same shape, of which the first changes that of its input."""
-
-    def __init__(
-        self,
-        config: RSkipResNetConfig,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        first_layer_idx: int,
-        drop_path_rates: list[float],
-    ):
-        super().__init__()
-        self.layers = nn.Sequential()
-        for index, rate in enumerate(drop_path_rates):
-            self.layers.append(
-                RSkipResNetLayer(
-                    config,
-                    out_channels if index else in_channels,
-                    out_channels,
-                    1 if index else stride,
-                    first_layer_idx + index,
-                    rate,
-                )
-            )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.layers(hidden_states)
-
-
 class RSkipResNetEncoder(nn.Module):
-    """All stages, and what ends a stack of blocks of their kind."""
+    """All stages, each of blocks of one shape of which the first changes that of its input, and what ends the stack."""
 
     def __init__(self, config: RSkipResNetConfig):
         super().__init__()
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
-        sizes = [config.embedding_size, *config.hidden_sizes]
+        channels, layer_idx = config.embedding_size, 0
         self.stages = nn.ModuleList()
-        first = 0
-        for index, depth in enumerate(config.depths):
-            stride = 2 if index or config.downsample_in_first_stage else 1
-            stage_rates = rates[first : first + depth]
-            self.stages.append(RSkipResNetStage(config, sizes[index], sizes[index + 1], stride, first, stage_rates))
-            first += depth
+        for depth, size in zip(config.depths, config.hidden_sizes, strict=True):
+            stride = 2 if layer_idx or config.downsample_in_first_stage else 1
+            layers = nn.Sequential()
+            for _ in range(depth):
+                layers.append(RSkipResNetLayer(config, channels, size, stride, layer_idx, rates[layer_idx]))
+                channels, stride, layer_idx = size, 1, layer_idx + 1
+            self.stages.append(nn.Sequential(OrderedDict(layers=layers)))
         self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(
-            sizes[-1], norm_of(config), config.layer_norm_eps
+            channels, norm_of(config), config.layer_norm_eps
         )
-        self.final_activation = (
-            RSkipResNetNormActivation(sizes[-1], config.hidden_act) if config.preactivation else nn.Identity()
-        )
+        self.final_activation = _norm_activation(channels, config.hidden_act) if config.preactivation else nn.Identity()
 
     def forward(
         self, hidden_states: torch.Tensor, output_hidden_states: bool = False
     ) -> BaseModelOutputWithNoAttention:
-        all_hidden_states = (hidden_states,)
-        for index, stage in enumerate(self.stages):
+        all_hidden_states = [hidden_states]
+        for stage in self.stages:
             hidden_states = stage(hidden_states)
-            if index + 1 == len(self.stages):
-                hidden_states = self.final_norm(hidden_states.movedim(1, -1)).movedim(-1, 1)
-                hidden_states = self.final_activation(hidden_states)
-            all_hidden_states += (hidden_states,)
+            all_hidden_states.append(hidden_states)
+        hidden_states = self.final_activation(self.final_norm(hidden_states.movedim(1, -1)).movedim(-1, 1))
+        all_hidden_states[-1] = hidden_states
         return BaseModelOutputWithNoAttention(
-            last_hidden_state=hidden_states, hidden_states=all_hidden_states if output_hidden_states else None
+            last_hidden_state=hidden_states, hidden_states=tuple(all_hidden_states) if output_hidden_states else None
         )
 
 

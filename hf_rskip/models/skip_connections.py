@@ -4,25 +4,9 @@ A skip connection has a step before the branch and a step after it, so that one 
 
     x = skip(x, branch(skip.before(x)))
 
-| `skip_type` | class | formula |
-|---|---|---|
-| `rskip` | [`RSkip`] | y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K |
-| `rskip_detached` | [`DetachedRSkip`] | LN(r_K x + F), the weight r_K that rSkip gives x, constant to the gradient |
-| `xskip` | [`XSkip`] | LN(s x + F), or s x + F without a norm |
-| `deep_norm` | [`DeepNorm`] | LN(alpha x + F), alpha by depth, branches start smaller |
-| `admin` | [`Admin`] | LN(w x + F), w learned for each feature, starts by depth |
-| `admin_fixed` | [`FixedAdmin`] | LN(w x + F), w by depth |
-| `rezero` | [`ReZero`] | LN(x + a F), or x + a F without a norm, a learned, starts at 0 |
-| `b2t` | [`B2T`] | post-LN, and the last norm of a layer adds the layer's input, too |
-| `pre_norm` | [`PreNorm`] | x + F(LN(x)), one more LN at the end of the stack |
-| `peri_norm` | [`PeriNorm`] | x + LN(F(LN(x))), one more LN at the end of the stack |
-| `keel` | [`Keel`] | LN(alpha x + F(LN(x))), alpha by depth |
-
-F is the branch, K the number of recursions, s a fixed scale; LN may be any norm of [`NORMS`]. Post-LN is `rskip` with
-K = 1 and `xskip` with s = 1. To add a kind, subclass [`SkipConnection`] and enter the class in [`SKIP_CONNECTIONS`].
-
-Not here: ResiDual (Xie et al., 2023), whose second stream, the sum of all branches, would have to pass through every
-layer beside x.
+The method of the paper, [`RSkip`], is y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K; [`SKIP_CONNECTIONS`], at the
+end of this file, lists the formulas of all kinds. LN may be any norm of [`NORMS`]. To add a kind, subclass
+[`SkipConnection`] and enter the class there. A second stream beside x, as in ResiDual, is not supported.
 
 Features come last: tokens are `(batch, length, features)`, and feature maps, `(batch, channels, height, width)` in a
 convolution, are seen here as `(batch, height, width, channels)`, which is a view and costs nothing.
@@ -39,7 +23,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .skip_norms import NORMS, LayerNorm, NoNorm, make_norm, norm_of
+from .skip_norms import NORMS, LayerNorm, NoNorm, Norm, make_norm, norm_of
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
@@ -49,22 +33,26 @@ _REAL_NORMS = tuple(name for name in NORMS if name != "none")
 
 @dataclass(frozen=True)
 class SublayerPosition:
-    """Where a skip connection stands, for kinds whose constants depend on the depth."""
+    """Where a skip connection stands, for kinds whose constants depend on the depth.
+
+    Args:
+        stack: `"encoder"` or `"decoder"`; of a model with one stack, either.
+        layer, sublayer: index of the layer in its stack and of the sublayer in its layer, from 0.
+        num_layers, num_sublayers: number of layers of the stack and of sublayers of each of its layers.
+        branch_size: number of features that the branch takes, where a shortcut changes that of x.
+        other_layers: number of layers of the other stack of an encoder-decoder; `None` where there is one stack.
+
+    Raises:
+        `ValueError`: if there is no such stack, layer or sublayer.
+    """
 
     stack: str
-    """`"encoder"` or `"decoder"`; of a model with one stack, either."""
     layer: int
-    """Index of the layer in its stack, from 0."""
     sublayer: int
-    """Index of the sublayer in its layer, from 0."""
     num_layers: int
-    """Number of layers of the stack."""
     num_sublayers: int
-    """Number of sublayers of each of its layers."""
     branch_size: int | None = None
-    """Number of features that the branch takes, where a shortcut changes that of x; `None` where both are the same."""
     other_layers: int | None = None
-    """Number of layers of the other stack of an encoder-decoder; `None` where there is one stack."""
 
     def __post_init__(self):
         if self.stack not in ("encoder", "decoder"):
@@ -88,11 +76,9 @@ class SkipConnection(nn.Module):
 
     Subclasses define `forward` (the step after the branch) and, where they differ from the defaults here, the other
     methods. `x` and `branch` have shape `(..., size)`; `mask` has shape `(...)` and is true at real tokens, or is
-    `None` when all tokens are real. Only norms with statistics over tokens look at it.
+    `None` when all tokens are real. Only norms with statistics over tokens look at it. The first line of the docstring
+    of a subclass is its formula, for model cards.
     """
-
-    formula: str | None = None
-    """For model cards, where the first line of the docstring does not say it."""
 
     norms: tuple[str, ...] = tuple(NORMS)
     """The names of `skip_norm` with which the formula is of this kind."""
@@ -106,20 +92,7 @@ class SkipConnection(nn.Module):
 
     @classmethod
     def for_position(cls, size: int, position: SublayerPosition, **options) -> "SkipConnection":
-        """The skip connection of the sublayer at `position`, for tensors of shape `(..., size)`, with the constants
-        that this kind has there; `options` are the other arguments of the class, such as `norm` and `eps`.
-
-        Example:
-
-        ```python
-        >>> from hf_rskip import DeepNorm, SublayerPosition
-
-        >>> position = SublayerPosition("encoder", layer=0, sublayer=1, num_layers=12, num_sublayers=2)
-        >>> round(DeepNorm.for_position(64, position, norm="rms_norm").scale, 3)
-        2.213
-
-        ```
-        """
+        """The skip connection with the constants of that position; `options` are other arguments of the class."""
         return cls(size, **options)
 
     @classmethod
@@ -135,22 +108,17 @@ class SkipConnection(nn.Module):
         return ", ".join(f"{field}: {getattr(config, field)}" for field in fields if hasattr(config, field))
 
     @classmethod
-    def around_layer(
-        cls, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5
-    ) -> "SkipConnection | None":
+    def around_layer(cls, size: int, norm: Norm = "layer_norm", eps: float = 1e-5) -> "SkipConnection | None":
         """A skip connection around each layer of a Transformer, with the sublayers for its branch: none by default."""
         return None
 
     @classmethod
-    def final_norm(cls, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5) -> nn.Module:
+    def final_norm(cls, size: int, norm: Norm = "layer_norm", eps: float = 1e-5) -> nn.Module:
         """The norm that ends a stack of blocks of this kind, called as `norm(hidden, mask)`: none by default."""
         return NoNorm(size)
 
     def init_weights(self) -> None:
-        """Initialises this module's own parameters, not those of its norms.
-
-        They are filled with the functions of `transformers.initialization`, which leave loaded weights alone.
-        """
+        """Initialises its own parameters, not those of its norms, by functions of `transformers.initialization`."""
 
     def before(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The input of the branch: x itself by default."""
@@ -163,9 +131,9 @@ the formula. `hf_rskip.kernels` sets it; code from the Hub runs without."""
 
 
 class RSkip(SkipConnection):
-    """Recursive skip connection with layer normalisation, rSkip+LN.
+    """y_1 = LN(x + F(x)), y_k = LN(x + y_{k-1}), output y_K
 
-    y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K. With K = 1 it is post-LN. Without a norm it is K * x + F.
+    The recursive skip connection with layer normalisation, rSkip+LN. With K = 1 it is post-LN; without a norm K x + F.
 
     Args:
         size: number of features, the last dimension of x. Feature maps are given as `maps.movedim(1, -1)`.
@@ -176,33 +144,12 @@ class RSkip(SkipConnection):
             `"last"` (gain and bias only at step K; the steps before it just normalise). Batch statistics belong to a
             step in every case.
         eps: added to the variance.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_rskip import RSkip
-
-    >>> feed_forward = torch.nn.Linear(16, 16)
-    >>> skip = RSkip(16, recursions=2)
-    >>> x = torch.randn(4, 10, 16)
-    >>> y = skip(x, feed_forward(skip.before(x)))
-    >>> y.shape
-    torch.Size([4, 10, 16])
-
-    ```
     """
 
     options = ("skip_recursions", "skip_norm_affine")
-    formula = "y_1 = LN(x + F(x)), y_k = LN(x + y_{k-1}), output y_K"
 
     def __init__(
-        self,
-        size: int,
-        recursions: int = 2,
-        norm: str | type[nn.Module] = "layer_norm",
-        affine: str = "per_step",
-        eps: float = 1e-5,
+        self, size: int, recursions: int = 2, norm: Norm = "layer_norm", affine: str = "per_step", eps: float = 1e-5
     ):
         super().__init__()
         if not isinstance(recursions, int) or isinstance(recursions, bool) or recursions < 1:
@@ -231,14 +178,14 @@ class RSkip(SkipConnection):
 
 
 class XSkip(SkipConnection):
-    """Expanded skip connection with a fixed scale: xSkip+LN, LN(s * x + F), or xSkip, s * x + F, with `norm="none"`.
+    """LN(s x + F), or s x + F with `norm="none"`, with a fixed scale s
 
-    With s = 1 and layer normalisation it is post-LN. The scale is not learned.
+    The expanded skip connection, xSkip+LN or xSkip. With s = 1 and layer normalisation it is post-LN.
     """
 
     options = ("skip_scale",)
 
-    def __init__(self, size: int, scale: float = 1.0, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, scale: float = 1.0, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__()
         if not math.isfinite(scale):
             raise ValueError(f"`scale` must be a finite number, not {scale!r}")
@@ -263,7 +210,7 @@ class DetachedRSkip(SkipConnection):
     for_images = False
     options = ("skip_recursions",)
 
-    def __init__(self, size: int, recursions: int = 2, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, recursions: int = 2, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__()
         if norm not in ("layer_norm", LayerNorm):
             raise ValueError(f"`norm` must be 'layer_norm', whose standard deviation is meant, not {norm!r}")
@@ -292,17 +239,15 @@ class DeepNorm(XSkip):
     For N encoder and M decoder layers: alpha = .81 (N^4 M)^(1/16) and beta = .87 (N^4 M)^(-1/16) in the encoder,
     alpha = (3 M)^(1/4) and beta = (12 M)^(-1/4) in the decoder; for N layers of a model with one stack,
     alpha = (2 N)^(1/4) and beta = (8 N)^(-1/4). beta is the Xavier gain of `fc1`, `fc2`, `v_proj` and `out_proj`.
-    Source: Wang et al., 2022 (https://arxiv.org/abs/2203.00555). Not for a ResNet, whose branches normalise away how
-    large their weights are.
+    Not for a ResNet, whose branches normalise away the scale of their weights.
+    Source: Wang et al., 2022 (https://arxiv.org/abs/2203.00555).
     """
 
     norms = _REAL_NORMS
     for_images = False
     options = ()
 
-    def __init__(
-        self, size: int, scale: float, beta: float, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5
-    ):
+    def __init__(self, size: int, scale: float, beta: float, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__(size, scale, norm, eps)
         self.branch_gains = dict.fromkeys(("fc1", "fc2", "v_proj", "out_proj"), beta)
 
@@ -333,7 +278,7 @@ class Admin(SkipConnection):
 
     norms = _REAL_NORMS
 
-    def __init__(self, size: int, scale: float, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, scale: float, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__()
         self.first_scale = scale
         self.scale = nn.Parameter(torch.full((size,), scale))
@@ -351,9 +296,11 @@ class Admin(SkipConnection):
 
 
 class FixedAdmin(XSkip):
-    """LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers: [`Admin`] without learning it."""
+    """LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers
 
-    formula = "LN(w x + F), w = sqrt((L + 1) / ln(L + 1) - 1) for L sublayers"
+    [`Admin`] without learning w.
+    """
+
     norms = _REAL_NORMS
     options = ()
 
@@ -368,7 +315,7 @@ class ReZero(SkipConnection):
     Source: Bachlechner et al., 2020 (https://arxiv.org/abs/2003.04887).
     """
 
-    def __init__(self, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__()
         self.branch_scale = nn.Parameter(torch.zeros(()))
         self.norm = make_norm(norm, size, eps)
@@ -391,7 +338,7 @@ class B2T(XSkip):
     for_images = False
     options = ()
 
-    def __init__(self, size: int, num_layers: int = 1, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, num_layers: int = 1, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__(size, 1.0, norm, eps)
         self.branch_gains = dict.fromkeys(("out_proj", "fc2"), num_layers**-0.5)
 
@@ -414,7 +361,7 @@ class PreNorm(SkipConnection):
 
     norms = _REAL_NORMS
 
-    def __init__(self, size: int, norm: str | type[nn.Module] = "layer_norm", eps: float = 1e-5):
+    def __init__(self, size: int, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__()
         if norm in ("none", NoNorm):
             raise ValueError("`norm` must be a norm, not 'none'")
@@ -442,13 +389,7 @@ class PeriNorm(PreNorm):
     second norm.
     """
 
-    def __init__(
-        self,
-        size: int,
-        branch_size: int | None = None,
-        norm: str | type[nn.Module] = "layer_norm",
-        eps: float = 1e-5,
-    ):
+    def __init__(self, size: int, branch_size: int | None = None, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__(branch_size or size, norm, eps)
         self.branch_norm = make_norm(norm, size, eps)
 
@@ -470,12 +411,7 @@ class Keel(XSkip):
     options = ()
 
     def __init__(
-        self,
-        size: int,
-        scale: float,
-        branch_size: int | None = None,
-        norm: str | type[nn.Module] = "layer_norm",
-        eps: float = 1e-5,
+        self, size: int, scale: float, branch_size: int | None = None, norm: Norm = "layer_norm", eps: float = 1e-5
     ):
         super().__init__(size, scale, norm, eps)
         self.branch_norm = make_norm(norm, branch_size or size, eps)
@@ -489,16 +425,16 @@ class Keel(XSkip):
 
 
 SKIP_CONNECTIONS: dict[str, type[SkipConnection]] = {
-    "rskip": RSkip,
-    "rskip_detached": DetachedRSkip,
-    "xskip": XSkip,
-    "deep_norm": DeepNorm,
-    "admin": Admin,
-    "admin_fixed": FixedAdmin,
-    "rezero": ReZero,
-    "b2t": B2T,
-    "pre_norm": PreNorm,
-    "peri_norm": PeriNorm,
-    "keel": Keel,
+    "rskip": RSkip,  # y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K
+    "rskip_detached": DetachedRSkip,  # LN(r_K x + F), the weight r_K that rSkip gives x, constant to the gradient
+    "xskip": XSkip,  # LN(s x + F)
+    "deep_norm": DeepNorm,  # LN(alpha x + F), alpha by depth, branches start smaller
+    "admin": Admin,  # LN(w x + F), w learned for each feature, starts by depth
+    "admin_fixed": FixedAdmin,  # LN(w x + F), w by depth
+    "rezero": ReZero,  # LN(x + a F), a learned, starts at 0
+    "b2t": B2T,  # post-LN, and the last norm of a layer adds the layer's input, too
+    "pre_norm": PreNorm,  # x + F(LN(x)), one more LN at the end of the stack
+    "peri_norm": PeriNorm,  # x + LN(F(LN(x))), one more LN at the end of the stack
+    "keel": Keel,  # LN(alpha x + F(LN(x))), alpha by depth
 }
 """Every kind of skip connection by its configuration name (`skip_type`)."""

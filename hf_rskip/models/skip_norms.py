@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+Norm = str | type[nn.Module]
+"""A norm by its name in [`NORMS`], or a class like those there."""
+
 
 class _Norm:
     """How the norms here are called.
@@ -161,7 +164,7 @@ NORM_AXES = {"channels": NORMS, "sample": SAMPLE_NORMS}
 """What the norms of feature maps go over (`skip_norm_axes`): the channels of each position, or all of a sample."""
 
 
-def make_norm(norm: str | type[nn.Module], size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
+def make_norm(norm: Norm, size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
     """The norm of that name in [`NORMS`], or of that class, for `size` features.
 
     Raises:
