@@ -38,18 +38,16 @@ def check_keywords(
         `TypeError`: at a keyword that Transformers does not know, at one that asks for what the module does not do, and
             on a Transformers that is too old for the models.
     """
-    for keyword in keywords.keys() & {*_WITHOUT_EFFECT, *without_effect}:
-        if keywords[keyword] is not None and keywords[keyword] is not False:
-            raise TypeError(f"{type(module).__name__}.forward() does not support {keyword!r}")
-    unknown = [keyword for keyword in keywords if keyword not in _KNOWN_KEYWORDS and keyword not in also]
-    if not unknown and not _IS_TOO_OLD:
-        return
     name = type(module).__name__
     needs = f"{name} needs transformers>={LOWEST_TRANSFORMERS}"
     if _IS_TOO_OLD:
         raise TypeError(f"{needs}; {transformers.__version__} is installed")
-    hint = f": {needs}, where it is called `cache`" if unknown[0] == "past_key_values" else ""
-    raise TypeError(f"{name}.forward() got an unexpected keyword argument {unknown[0]!r}{hint}")
+    for keyword, value in keywords.items():
+        if keyword not in _KNOWN_KEYWORDS and keyword not in also:
+            hint = f": {needs}, where it is called `cache`" if keyword == "past_key_values" else ""
+            raise TypeError(f"{name}.forward() got an unexpected keyword argument {keyword!r}{hint}")
+        if (keyword in _WITHOUT_EFFECT or keyword in without_effect) and value is not None and value is not False:
+            raise TypeError(f"{name}.forward() does not support {keyword!r}")
 
 
 def check_cache(module, cache, kind: type) -> None:
@@ -115,18 +113,8 @@ def check_rates(config, fields: Iterable[str]) -> None:
         check(config, field, lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
 
 
-def check_flags(config, fields: Iterable[str]) -> None:
-    for field in fields:
-        check(config, field, lambda value: isinstance(value, bool), "true or false")
-
-
 def check_name(config, field: str, names: Collection[str], more: str = "") -> None:
-    check(
-        config,
-        field,
-        lambda value: isinstance(value, str) and value in names,
-        f"one of {', '.join(names)}{more}",
-    )
+    check(config, field, lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}{more}")
 
 
 def check_activation(config, field: str) -> None:

@@ -21,51 +21,33 @@ class RSkipConfig(PreTrainedConfig):
     Names are those of Marian and BART; the defaults are a Transformer-base (Vaswani et al., 2017) with rSkip+LN, K = 2.
 
     Args:
-        vocab_size (`int`, defaults to 32000):
-            Number of tokens of the source vocabulary (and of the target vocabulary, when they are shared).
-        decoder_vocab_size (`int`, *optional*):
-            Number of tokens of the target vocabulary; `vocab_size` unless given.
-        d_model (`int`, defaults to 512):
-            Width of the model, a multiple of both numbers of attention heads.
-        encoder_layers, decoder_layers (`int`, defaults to 6):
-            Number of layers of each stack.
-        encoder_attention_heads, decoder_attention_heads (`int`, defaults to 8):
-            Number of attention heads of each layer.
-        encoder_ffn_dim, decoder_ffn_dim (`int`, defaults to 2048):
-            Inner width of the feed-forward sublayers.
-        activation_function (`str`, defaults to `"relu"`):
-            Name of a function of `transformers.activations.ACT2FN`.
-        dropout, attention_dropout, activation_dropout (`float`, defaults to 0.1, 0.0 and 0.0):
-            Dropout of embeddings and branch outputs, of attention weights, and inside the feed-forward sublayers.
-        max_position_embeddings (`int`, defaults to 1024):
-            Longest sequence, in tokens, that the sinusoidal positions cover.
-        scale_embedding (`bool`, defaults to `True`):
-            Whether embeddings are multiplied by the square root of `d_model`.
-        share_encoder_decoder_embeddings (`bool`, defaults to `True`):
-            Whether source and target share one vocabulary and, with `tie_word_embeddings`, one embedding matrix.
-        tie_word_embeddings (`bool`, defaults to `True`):
-            Whether the output projection is the target embedding matrix. `False` separates all matrices.
-        lm_head_bias (`bool`, defaults to `False`):
-            Whether the output projection has a bias, one trained number a target token, as in Marian.
-        skip_type (`str`, defaults to `"rskip"`):
-            The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or `"pre_norm"`.
-        skip_recursions (`int`, defaults to 2):
-            K, the number of recursions of `"rskip"` (and of `"rskip_detached"`), at least 1; K = 1 is post-LN. Other
-            kinds ignore it.
-        skip_scale (`float`, defaults to 1.0):
-            s, the fixed scale of `"xskip"`. Other kinds ignore it.
-        skip_norm (`str`, defaults to `"layer_norm"`):
-            `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
-        skip_norm_affine (`str`, defaults to `"per_step"`):
-            Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
-        layer_norm_eps (`float`, defaults to 1e-5):
-            Added to the variance in every norm.
-        pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id (`int`, defaults to 0, 1, 2, 1):
-            The special tokens.
-        use_cache (`bool`, defaults to `True`):
-            Whether generation keeps keys and values of past tokens.
-        source_lang, target_lang (`str`, *optional*):
-            Codes of the languages that the model translates from and into.
+        vocab_size: Number of tokens of the source vocabulary (and of the target vocabulary, when they are shared).
+        decoder_vocab_size: Number of tokens of the target vocabulary; `vocab_size` unless given.
+        d_model: Width of the model, a multiple of both numbers of attention heads.
+        encoder_layers, decoder_layers: Number of layers of each stack.
+        encoder_attention_heads, decoder_attention_heads: Number of attention heads of each layer.
+        encoder_ffn_dim, decoder_ffn_dim: Inner width of the feed-forward sublayers.
+        activation_function: Name of a function of `transformers.activations.ACT2FN`.
+        dropout, attention_dropout, activation_dropout: Dropout of embeddings and branch outputs, of attention weights,
+            and inside the feed-forward sublayers.
+        max_position_embeddings: Longest sequence, in tokens, that the sinusoidal positions cover.
+        scale_embedding: Whether embeddings are multiplied by the square root of `d_model`.
+        share_encoder_decoder_embeddings: Whether source and target share one vocabulary and, with
+            `tie_word_embeddings`, one embedding matrix.
+        tie_word_embeddings: Whether the output projection is the target embedding matrix. `False` separates all
+            matrices.
+        lm_head_bias: Whether the output projection has a bias, one trained number a target token, as in Marian.
+        skip_type: The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or
+            `"pre_norm"`.
+        skip_recursions: K, the number of recursions of `"rskip"` (and of `"rskip_detached"`), at least 1; K = 1 is
+            post-LN. Other kinds ignore it.
+        skip_scale: s, the fixed scale of `"xskip"`. Other kinds ignore it.
+        skip_norm: `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
+        skip_norm_affine: Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
+        layer_norm_eps: Added to the variance in every norm.
+        pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: The special tokens.
+        use_cache: Whether generation keeps keys and values of past tokens.
+        source_lang, target_lang: Codes of the languages that the model translates from and into.
 
     Raises:
         `ValueError`: one sentence that names the field and what is allowed.
@@ -131,41 +113,24 @@ class RSkipConfig(PreTrainedConfig):
             kwargs.pop("auto_map", None)  # of a checkpoint with code, which this class does not need or save
         super().__post_init__(**kwargs)
 
+    def _is_token(self, value) -> bool:
+        return value == 0 or (is_count(value) and value < self.decoder_vocab_size)
+
+    def _are_tokens(self, value) -> bool:
+        return all(token is None or self._is_token(token) for token in (value if isinstance(value, list) else [value]))
+
     def _check_values(self) -> None:
-        check_counts(
-            self,
-            [
-                "vocab_size",
-                "decoder_vocab_size",
-                "d_model",
-                "encoder_attention_heads",
-                "encoder_ffn_dim",
-                "decoder_attention_heads",
-                "decoder_ffn_dim",
-                "max_position_embeddings",
-            ],
-        )
+        check_counts(self, ["vocab_size", "decoder_vocab_size", "d_model", "max_position_embeddings"])
+        check_counts(self, ["encoder_attention_heads", "encoder_ffn_dim", "decoder_attention_heads", "decoder_ffn_dim"])
         check_counts(self, ["encoder_layers", "decoder_layers"], MOST_LAYERS)
         check_rates(self, ["dropout", "attention_dropout", "activation_dropout"])
         check_activation(self, "activation_function")
         check_skip_fields(self)
+        what = f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}"
         for field in ("pad_token_id", "decoder_start_token_id"):
-            check(
-                self,
-                field,
-                lambda value: value == 0 or (is_count(value) and value < self.decoder_vocab_size),
-                f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}",
-            )
+            check(self, field, self._is_token, what)
         for field in ("eos_token_id", "bos_token_id"):
-            check(
-                self,
-                field,
-                lambda value: all(
-                    token is None or token == 0 or (is_count(token) and token < self.decoder_vocab_size)
-                    for token in (value if isinstance(value, list) else [value])
-                ),
-                f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}",
-            )
+            check(self, field, self._are_tokens, what)
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % getattr(self, field):
                 raise ValueError(

@@ -10,7 +10,6 @@ from .checks import (
     check,
     check_activation,
     check_counts,
-    check_flags,
     check_name,
     check_num_labels,
     check_rates,
@@ -49,14 +48,8 @@ def _imagenet(depths: list[int], layer_type: str) -> dict:
 
 
 ARCHITECTURES: dict[str, dict] = {
-    "resnet20_cifar": _cifar(20),
-    "resnet32_cifar": _cifar(32),
-    "resnet44_cifar": _cifar(44),
-    "resnet56_cifar": _cifar(56),
-    "resnet110_cifar": _cifar(110),
-    "preact_resnet20_cifar": _cifar(20, preactivation=True),
-    "preact_resnet56_cifar": _cifar(56, preactivation=True),
-    "preact_resnet110_cifar": _cifar(110, preactivation=True),
+    **{f"resnet{depth}_cifar": _cifar(depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"preact_resnet{depth}_cifar": _cifar(depth, preactivation=True) for depth in (20, 56, 110)},
     "preact_resnet164_cifar": _cifar(164, preactivation=True, bottleneck=True),
     "resnet18": _imagenet([2, 2, 2, 2], "basic"),
     "resnet34": _imagenet([3, 4, 6, 3], "basic"),
@@ -64,10 +57,6 @@ ARCHITECTURES: dict[str, dict] = {
     "resnet101": _imagenet([3, 4, 23, 3], "bottleneck"),
 }
 """Fields of [`RSkipResNetConfig`] by the name of an architecture, for [`RSkipResNetConfig.from_name`]."""
-
-_LISTS = ("hidden_sizes", "depths")
-_FLAGS = ("preactivation", "downsample_in_first_stage", "downsample_in_bottleneck", "zero_init_last_gain")
-_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -79,58 +68,39 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
     have their batch normalisation whatever the skip connection.
 
     Args:
-        num_channels (`int`, defaults to 3):
-            Number of channels of the images.
-        embedding_size (`int`, defaults to 64):
-            Number of channels behind the stem.
-        hidden_sizes (`list[int]`, defaults to `[256, 512, 1024, 2048]`):
-            Number of channels of each stage.
-        depths (`list[int]`, defaults to `[3, 4, 6, 3]`):
-            Number of blocks of each stage.
-        layer_type (`str`, defaults to `"bottleneck"`):
-            `"basic"`, two 3x3 convolutions, or `"bottleneck"`, 1x1, 3x3 and 1x1, the first two a quarter as wide.
-        hidden_act (`str`, defaults to `"relu"`):
-            Name of a function of `transformers.activations.ACT2FN`.
-        preactivation (`bool`, defaults to `False`):
-            Whether norm and activation come before each convolution (He et al., 2016b), rather than after it.
-        stem_type (`str`, defaults to `"imagenet"`):
-            `"imagenet"`, a 7x7 convolution and max pooling, which shrink an image fourfold, or `"cifar"`, a 3x3
+        num_channels: Number of channels of the images.
+        embedding_size: Number of channels behind the stem.
+        hidden_sizes: Number of channels of each stage.
+        depths: Number of blocks of each stage.
+        layer_type: `"basic"`, two 3x3 convolutions, or `"bottleneck"`, 1x1, 3x3 and 1x1, the first two a quarter as
+            wide.
+        hidden_act: Name of a function of `transformers.activations.ACT2FN`.
+        preactivation: Whether norm and activation come before each convolution (He et al., 2016b), rather than after
+            it.
+        stem_type: `"imagenet"`, a 7x7 convolution and max pooling, which shrink an image fourfold, or `"cifar"`, a 3x3
             convolution.
-        shortcut_type (`str`, defaults to `"B"`):
-            Where a block changes the shape of its input: `"A"`, subsampling and zero channels, without parameters, or
-            `"B"`, a 1x1 convolution (options A and B of He et al., 2016), with batch normalisation unless
-            `preactivation`.
-        downsample_in_first_stage (`bool`, defaults to `False`):
-            Whether the first stage halves height and width, as the others do.
-        downsample_in_bottleneck (`bool`, defaults to `False`):
-            Whether a bottleneck halves them in its first convolution rather than in its second.
-        zero_init_last_gain (`bool`, defaults to `False`):
-            Whether each branch starts at zero, by the gain of its last norm (with `preactivation`, by the weight of its
-            last convolution, behind which there is no norm).
-        drop_path_rate (`float`, defaults to 0.0):
-            Stochastic depth: the rate at which the branch of the last block is dropped; those before it in proportion
-            to their depth (Huang et al., 2016).
-        skip_type (`str`, defaults to `"rskip"`):
-            The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or `"pre_norm"`;
-            `"deep_norm"`, `"b2t"` and `"rskip_detached"` are for Transformers only.
-        skip_recursions (`int`, defaults to 2):
-            K, the number of recursions of `"rskip"`, at least 1. Other kinds ignore it.
-        skip_scale (`float`, defaults to 1.0):
-            s, the fixed scale of `"xskip"`. Other kinds ignore it.
-        skip_norm (`str`, defaults to `"layer_norm"`):
-            `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
-        skip_norm_axes (`str`, defaults to `"sample"`):
-            What layer and RMS norms of a feature map go over: `"sample"`, channels and positions together, or
-            `"channels"`, those of each position. Gain and bias belong to a channel in both.
-        skip_norm_affine (`str`, defaults to `"per_step"`):
-            Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
-        layer_norm_eps (`float`, defaults to 1e-5):
-            Added to the variance in every norm of a skip connection.
-        image_column, label_column (`str`, *optional*):
-            Columns of the dataset that a classifier was trained on, where its training named them.
-        out_features, out_indices (`list`, *optional*):
-            The stages of which a backbone returns the feature maps, by name (`"stem"`, `"stage1"`, ...) or index; the
-            last one unless given.
+        shortcut_type: Where a block changes the shape of its input: `"A"`, subsampling and zero channels, without
+            parameters, or `"B"`, a 1x1 convolution (options A and B of He et al., 2016), with batch normalisation
+            unless `preactivation`.
+        downsample_in_first_stage: Whether the first stage halves height and width, as the others do.
+        downsample_in_bottleneck: Whether a bottleneck halves them in its first convolution rather than in its second.
+        zero_init_last_gain: Whether each branch starts at zero, by the gain of its last norm (with `preactivation`, by
+            the weight of its last convolution, behind which there is no norm).
+        drop_path_rate: Stochastic depth: the rate at which the branch of the last block is dropped; those before it in
+            proportion to their depth (Huang et al., 2016).
+        skip_type: The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or
+            `"pre_norm"`; `"deep_norm"`, `"b2t"` and `"rskip_detached"` are for Transformers only.
+        skip_recursions: K, the number of recursions of `"rskip"`, at least 1. Other kinds ignore it.
+        skip_scale: s, the fixed scale of `"xskip"`. Other kinds ignore it.
+        skip_norm: `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
+        skip_norm_axes: What layer and RMS norms of a feature map go over: `"sample"`, channels and positions together,
+            or `"channels"`, those of each position. Gain and bias belong to a channel in both.
+        skip_norm_affine: Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
+        layer_norm_eps: Added to the variance in every norm of a skip connection.
+        image_column, label_column: Columns of the dataset that a classifier was trained on, where its training named
+            them.
+        out_features, out_indices: The stages of which a backbone returns the feature maps, by name (`"stem"`,
+            `"stage1"`, ...) or index; the last one unless given.
 
     Raises:
         `ValueError`: one sentence that names the field and what is allowed.
@@ -210,7 +180,7 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_values(self) -> None:
         check_counts(self, ["num_channels", "embedding_size"])
-        for field in _LISTS:
+        for field in ("hidden_sizes", "depths"):
             check(
                 self,
                 field,
@@ -226,10 +196,12 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         check_name(self, "stem_type", ("imagenet", "cifar"))
         check_name(self, "shortcut_type", ("A", "B"))
         check_activation(self, "hidden_act")
-        check_flags(self, _FLAGS)
+        for field in ("preactivation", "downsample_in_first_stage", "downsample_in_bottleneck", "zero_init_last_gain"):
+            check(self, field, lambda value: isinstance(value, bool), "true or false")
         check_rates(self, ["drop_path_rate"])
         if self.problem_type is not None:
-            check_name(self, "problem_type", _PROBLEMS)
+            problems = ("regression", "single_label_classification", "multi_label_classification")
+            check_name(self, "problem_type", problems)
         check_skip_fields(self)
         if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
             raise ValueError(f"`hidden_sizes` must be multiples of 4 with bottlenecks, not {list(self.hidden_sizes)!r}")

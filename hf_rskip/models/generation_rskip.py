@@ -6,6 +6,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
+_OPTIONS = ("max_len_a", "max_len_b", "gnmt_length_penalty")
+
 
 class GNMTLengthPenalty(float):
     """A `length_penalty` by which a sum of log-probabilities is divided by `((5 + length) / 6) ** alpha`.
@@ -97,7 +99,7 @@ class TranslationGenerationMixin(GenerationMixin):
             longest, most = limits.max().item(), find_option("max_new_tokens", kwargs, configs)
             changes["max_new_tokens"] = longest if most is None else min(longest, most)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])
-        for name in ("gnmt_length_penalty", "max_len_a", "max_len_b"):
+        for name in _OPTIONS:
             kwargs.pop(name, None)
         if generation_config is None:
             kwargs |= changes
@@ -108,9 +110,7 @@ class TranslationGenerationMixin(GenerationMixin):
 
     def _check_options(self, kwargs: dict, configs: list[GenerationConfig]) -> tuple[float | None, int | None]:
         """`max_len_a` and `max_len_b`; raises a `ValueError` if an option is wrong or would have no effect."""
-        values = {
-            name: find_option(name, kwargs, configs) for name in ("max_len_a", "max_len_b", "gnmt_length_penalty")
-        }
+        values = {name: find_option(name, kwargs, configs) for name in _OPTIONS}
         for name, value in values.items():
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, not {value}")

@@ -539,23 +539,17 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
     ) -> Seq2SeqLMOutput:
         r"""
         Args:
-            input_ids, attention_mask (`(batch, source_length)`):
-                Source tokens, and 1 at the real ones.
-            decoder_input_ids, decoder_attention_mask (`(batch, target_length)`, *optional*):
-                Target tokens, shifted right; made from `labels` unless given.
-            encoder_outputs (*optional*):
-                What an earlier call of the encoder returned, in place of the source.
-            cache (*optional*):
-                Keys and values of past target tokens, of which `decoder_input_ids` is then the continuation.
-            inputs_embeds, decoder_inputs_embeds (`(batch, length, d_model)`, *optional*):
-                Token embeddings, before scaling, in place of tokens.
-            labels (`(batch, target_length)`, *optional*):
-                Tokens to predict, not shifted; -100 is ignored. Gives a mean cross-entropy, in nats a token, or with
-                `num_items_in_batch` the sum divided by that number.
-            use_cache (`bool`, *optional*):
-                Whether to return `cache`; never with `labels`.
-            logits_to_keep (`int` or 1-D tensor, defaults to 0):
-                Only the last so many positions, or the positions of the tensor, get logits; 0 means all.
+            input_ids, attention_mask: source tokens, and 1 at the real ones, `(batch, source_length)`.
+            decoder_input_ids, decoder_attention_mask: target tokens, shifted right, `(batch, target_length)`; made from
+                `labels` unless given.
+            encoder_outputs: what an earlier call of the encoder returned, in place of the source.
+            cache: keys and values of past target tokens, of which `decoder_input_ids` is then the continuation.
+            inputs_embeds, decoder_inputs_embeds: token embeddings, before scaling, in place of tokens,
+                `(batch, length, d_model)`.
+            labels: tokens to predict, not shifted, `(batch, target_length)`; -100 is ignored. Gives a mean
+                cross-entropy, in nats a token, or with `num_items_in_batch` the sum divided by that number.
+            use_cache: whether to return `cache`; never with `labels`.
+            logits_to_keep: number of last positions, or a 1-D tensor of positions, that get logits; 0 means all.
 
         Returns:
             A `Seq2SeqLMOutput` with `logits` of shape `(batch, target_length, decoder_vocab_size)`.

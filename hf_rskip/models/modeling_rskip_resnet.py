@@ -13,7 +13,6 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import (
     BackboneOutput,
-    BaseModelOutputWithNoAttention,
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
@@ -180,18 +179,13 @@ class RSkipResNetEncoder(nn.Module):
         )
         self.final_activation = _norm_activation(channels, config.hidden_act) if config.preactivation else nn.Identity()
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_hidden_states: bool = False
-    ) -> BaseModelOutputWithNoAttention:
-        all_hidden_states = [hidden_states]
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The feature maps of the stem and of each stage, `(batch, channels, height, width)`."""
+        feature_maps = [hidden_states]
         for stage in self.stages:
-            hidden_states = stage(hidden_states)
-            all_hidden_states.append(hidden_states)
-        hidden_states = self.final_activation(self.final_norm(hidden_states.movedim(1, -1)).movedim(-1, 1))
-        all_hidden_states[-1] = hidden_states
-        return BaseModelOutputWithNoAttention(
-            last_hidden_state=hidden_states, hidden_states=tuple(all_hidden_states) if output_hidden_states else None
-        )
+            feature_maps.append(stage(feature_maps[-1]))
+        last = self.final_norm(feature_maps.pop().movedim(1, -1)).movedim(-1, 1)
+        return *feature_maps, self.final_activation(last)
 
 
 class RSkipResNetPreTrainedModel(PreTrainedModel):
@@ -250,11 +244,11 @@ class RSkipResNetModel(RSkipResNetPreTrainedModel):
         check_keywords(self, kwargs, without_effect=["output_attentions"])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs = self.encoder(self.embedder(pixel_values), output_hidden_states)
+        feature_maps = self.encoder(self.embedder(pixel_values))
         return BaseModelOutputWithPoolingAndNoAttention(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.pooler(outputs.last_hidden_state),
-            hidden_states=outputs.hidden_states,
+            last_hidden_state=feature_maps[-1],
+            pooler_output=self.pooler(feature_maps[-1]),
+            hidden_states=feature_maps if output_hidden_states else None,
         )
 
 
@@ -327,9 +321,7 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
         check_keywords(self, kwargs, without_effect=["output_attentions"])
         outputs = self.resnet(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
@@ -353,24 +345,15 @@ class RSkipResNetBackbone(BackboneMixin, RSkipResNetPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
-        """
-        Args:
-            pixel_values: images as the image processor makes them, `(batch, num_channels, height, width)`.
-            output_hidden_states: whether to return the feature maps of all stages beside those of `out_features`.
+        """Returns `feature_maps`, `(batch, channels, height, width)` for each stage of `config.out_features`.
 
-        Returns:
-            `feature_maps`, a tensor `(batch, channels, height, width)` for each stage of `config.out_features`.
+        For the arguments see [`RSkipResNetModel`].
         """
         check_keywords(self, kwargs, without_effect=["output_attentions"])
-        hidden_states = self.encoder(self.embedder(pixel_values), output_hidden_states=True).hidden_states
-        return BackboneOutput(
-            feature_maps=tuple(
-                feature_map
-                for stage, feature_map in zip(self.stage_names, hidden_states, strict=True)
-                if stage in self.out_features
-            ),
-            hidden_states=hidden_states,
-        )
+        hidden_states = self.encoder(self.embedder(pixel_values))
+        named = zip(self.stage_names, hidden_states, strict=True)
+        feature_maps = tuple(feature_map for stage, feature_map in named if stage in self.out_features)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)
 
 
 __all__ = [

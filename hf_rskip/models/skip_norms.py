@@ -13,10 +13,9 @@ Norm = str | type[nn.Module]
 
 
 class _Norm:
-    """How the norms here are called.
+    """The call of all norms. `statistics_of` is a norm of the same class to be used with this one's gain and bias.
 
-    `statistics_of` is a norm of the same class that takes the place of this one but for gain and bias. Weights are
-    looked up in the call of the module that has them: hooks that bring them back from the disk run at no other time.
+    Weights are read in the call of the module that has them: hooks that load them from the disk run at no other time.
     """
 
     def forward(self, hidden, mask=None, statistics_of=None):
@@ -105,24 +104,16 @@ class BatchNorm(_Norm, nn.BatchNorm1d):
     def _normalize_all(self, hidden, weight, bias):
         if self.training:
             self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            hidden.movedim(-1, 1),
-            self.running_mean,
-            self.running_var,
-            weight,
-            bias,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-        ).movedim(1, -1)
+        statistics = self.running_mean, self.running_var
+        maps = hidden.movedim(-1, 1)
+        maps = F.batch_norm(maps, *statistics, weight, bias, self.training, self.momentum, self.eps)
+        return maps.movedim(1, -1)
 
     def _batch_statistics(self, hidden, mask):
         tokens = hidden.reshape(-1, self.num_features).to(torch.promote_types(hidden.dtype, torch.float32))
-        if mask is None:
-            keep = tokens.new_ones(len(tokens), 1)
-        else:
-            keep = mask.expand(hidden.shape[:-1]).reshape(-1, 1).bool()
-            tokens = tokens.masked_fill(~keep, 0)  # a product would turn overflow into NaN
+        mask = tokens.new_ones(()) if mask is None else mask
+        keep = mask.expand(hidden.shape[:-1]).reshape(-1, 1).bool()
+        tokens = tokens.masked_fill(~keep, 0)  # a product would turn overflow into NaN
         kept = keep.sum()
         count = kept.clamp(min=1)
         mean = tokens.sum(0) / count

@@ -42,7 +42,7 @@ def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> t
 
 def _read_docstring(config_class: type) -> dict[str, str]:
     """Reads the description of each field from the docstring of a configuration."""
-    entries = re.findall(r"^    ([\w, ]+) \(`.*\):\n((?: {8}.+\n)+)", inspect.getdoc(config_class), re.MULTILINE)
+    entries = re.findall(r"^    ([\w, ]+): (.+\n(?: {8}.+\n)*)", inspect.getdoc(config_class), re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 

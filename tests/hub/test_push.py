@@ -234,7 +234,7 @@ def test_what_travels_is_plain_torch():
                     roots = {alias.name.split(".")[0] for alias in node.names}
                     assert roots <= {"math", "copy", "torch", "transformers"}, name
                 elif isinstance(node, ast.ImportFrom) and not node.level:
-                    standard = {"collections.abc", "dataclasses", "itertools", "math", "typing"}
+                    standard = {"collections", "collections.abc", "dataclasses", "itertools", "math", "typing"}
                     assert node.module in standard or node.module.split(".")[0] in ("torch", "transformers"), name
 
 
