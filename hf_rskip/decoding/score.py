@@ -1,6 +1,6 @@
 """Log-probabilities of given translations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -50,13 +50,9 @@ def score_tokens(
     `progress` is called with the number of sentences of each batch that is done.
     """
     lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     log_probs = [[] for _ in lengths]
     model.eval()
-    start = 0
-    while start < len(order):
-        batch = order[start : start + max(1, max_batch_tokens // lengths[order[start]])]
-        start += len(batch)
+    for batch in batches_by_length(dict(enumerate(lengths)), max_batch_tokens):
         inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
         labels = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(targets[index]) for index in batch], batch_first=True, padding_value=-100
@@ -70,3 +66,13 @@ def score_tokens(
             log_probs[index] = row[: len(targets[index])]
         progress(len(batch))
     return log_probs
+
+
+def batches_by_length(lengths: Mapping[int, int], max_tokens: int) -> Iterator[list[int]]:
+    """The keys of `lengths`, longest first, in batches of at most `max_tokens` padded tokens, or of one sentence."""
+    order = sorted(lengths, key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        rows = max(1, max_tokens // lengths[order[start]])
+        yield order[start : start + rows]
+        start += rows

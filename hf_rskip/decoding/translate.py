@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..errors import UserError
 from ..models.generation_rskip import find_length_penalty, find_option
 from .beam_search import beam_search
-from .score import score_tokens
+from .score import batches_by_length, score_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -122,28 +122,15 @@ def search(
     beams = option("num_beams") or 1
     if beams > 1 and option("use_cache") is not False and not (option("do_sample") or option("cache_implementation")):
         generate_kwargs = {"custom_generate": beam_search, **generate_kwargs}
-    order = sorted(
-        (index for index, sentence in enumerate(sentences) if sentence.strip()),
-        key=lambda index: -len(sources[index]),
-    )
+    lengths = {index: len(sources[index]) for index, sentence in enumerate(sentences) if sentence.strip()}
     model.eval()
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    bar = tqdm(
-        total=len(order), unit=" sentences", leave=False, disable=None if is_first else True
-    )  # `None`: no terminal
-    for batch in _batches(order, sources, max_batch_tokens // beams):
+    disable = None if is_first else True  # `None`: where there is no terminal
+    bar = tqdm(total=len(lengths), unit=" sentences", leave=False, disable=disable)
+    for batch in batches_by_length(lengths, max_batch_tokens // beams):
         inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
         with torch.inference_mode():
             output = model.generate(**inputs.to(model.device), **generate_kwargs)
         bar.update(len(batch))
         yield batch, [sources[index] for index in batch], output
     bar.close()
-
-
-def _batches(order: list[int], sources: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Cuts `order`, longest first, into batches of at most `max_tokens` padded tokens, or of one sentence."""
-    start = 0
-    while start < len(order):
-        rows = max(1, max_tokens // len(sources[order[start]]))
-        yield order[start : start + rows]
-        start += rows
