@@ -46,23 +46,23 @@ _BATCH_LENGTH = {0: Dim.AUTO, 1: Dim.AUTO}  # of tokens and masks
 _KEY_VALUE = {name: {0: Dim.AUTO, 2: Dim.AUTO} for name in ("key", "value")}
 
 
-class _Classifier(nn.Module):
-    """From images to the logits of their classes."""
+class _Graph(nn.Module):
+    """What is exported of a model: a `forward` from and to tensors that are named by dictionaries."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+
+
+class _Classifier(_Graph):
+    """From images to the logits of their classes."""
 
     def forward(self, pixel_values):
         return {"logits": self.model(pixel_values).logits}
 
 
-class _Encoder(nn.Module):
+class _Encoder(_Graph):
     """From the source to what a decoder needs of it."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
 
     def forward(self, input_ids, attention_mask):
         # One step of the decoder fills the cross-attention's cache; the rest of the step is dead code in the graph.
@@ -74,12 +74,8 @@ class _Encoder(nn.Module):
         return {"last_hidden_state": outputs.encoder_last_hidden_state, "present": present}
 
 
-class _Decoder(nn.Module):
+class _Decoder(_Graph):
     """From new target tokens and the past to logits and the longer past."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
 
     def forward(self, decoder_input_ids, encoder_attention_mask, past_key_values):
         cache = EncoderDecoderCache(
@@ -225,37 +221,20 @@ class OnnxTranslationModel:
 
     Raises:
         [`UserError`]: if onnxruntime is missing, or the folder has no such graphs.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoTokenizer
-    >>> from hf_rskip.conversion.onnx import OnnxTranslationModel
-
-    >>> model = OnnxTranslationModel("exported")  # doctest: +SKIP
-    >>> tokenizer = AutoTokenizer.from_pretrained("exported")  # doctest: +SKIP
-    >>> inputs = tokenizer(["A dog runs.", "Two men sit on a bench."], padding=True, return_tensors="np")  # doctest: +SKIP
-    >>> tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)  # doctest: +SKIP
-    ['Ein Hund rennt.', 'Zwei Männer sitzen auf einer Bank.']
-
-    ```
-    """  # noqa: E501
+    """
 
     def __init__(self, folder: str | os.PathLike, session_options=None, providers: list | None = None):
         try:
             import onnxruntime
         except ImportError as error:
             raise UserError(f"Running an exported model needs {_INSTALL}") from error
-        for name in ("encoder.onnx", "decoder.onnx"):
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise UserError(f"There is no {name} in {os.fspath(folder)!r}")
+        paths = [os.path.join(folder, name) for name in ("encoder.onnx", "decoder.onnx")]
+        for path in paths:
+            if not os.path.isfile(path):
+                raise UserError(f"There is no {os.path.basename(path)} in {os.fspath(folder)!r}")
+        providers = providers or onnxruntime.get_available_providers()
         self.encoder, self.decoder = (
-            onnxruntime.InferenceSession(
-                os.path.join(folder, name),
-                session_options,
-                providers=providers or onnxruntime.get_available_providers(),
-            )
-            for name in ("encoder.onnx", "decoder.onnx")
+            onnxruntime.InferenceSession(path, session_options, providers=providers) for path in paths
         )
         self.config = AutoConfig.from_pretrained(folder)
         self.generation_config = GenerationConfig.from_pretrained(folder)
