@@ -19,7 +19,6 @@ class PushCheckpoints(TrainerCallback):
     """Pushes each checkpoint in the background, as `hf-rskip push` would.
 
     The Trainer's own uploads contain pickles of its arguments, optimizer, schedule and random states, and another card.
-
     Checkpoints pushed by `hub_strategy` `checkpoint` and `all_checkpoints` can therefore be used, but not resumed from.
 
     Args:
@@ -40,11 +39,8 @@ class PushCheckpoints(TrainerCallback):
         # From links, as the checkpoint may be removed before it has been sent.
         snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=args.output_dir)
         files = {name: _link(path, Path(snapshot.name, name)) for name, path in collect_files(checkpoint).items()}
-        subfolder = {
-            HubStrategy.CHECKPOINT: "last-checkpoint",
-            HubStrategy.ALL_CHECKPOINTS: checkpoint.name,
-        }.get(args.hub_strategy)
-        if subfolder:
+        subfolders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        if subfolder := subfolders.get(args.hub_strategy):
             files |= {f"{subfolder}/{name}": path for name, path in files.items()}
         job = start_upload(args, self.repo_id, files, f"Training in progress, step {state.global_step}")
         job.add_done_callback(_warn_of_failure)

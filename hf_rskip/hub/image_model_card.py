@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from huggingface_hub import EvalResult
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from ..recipe.parsing import Recipe
-from .model_card import name_dataset, save_card
-from .training_curve import CURVE_NAME, Curve, draw_training_curve
+from .model_card import eval_result, save_card
+from .training_curve import Curve
 
 _SCORES = {"accuracy": "accuracy (top-1)", "top5_accuracy": "accuracy (top-5)"}
 
@@ -35,12 +34,6 @@ def write_image_model_card(
     if data.max_predict_samples is not None:
         test_split += f", at most {data.max_predict_samples:,} of its images"
     scores = {key: title for key, title in _SCORES.items() if f"test_{key}" in metrics}
-    draw_training_curve(
-        state.log_history,
-        Path(folder) / CURVE_NAME,
-        loss="training loss (nats an image)",
-        score=Curve("eval_accuracy", "validation accuracy (%)", scale=100),
-    )
     save_card(
         folder,
         "image_template.md",
@@ -49,19 +42,13 @@ def write_image_model_card(
         state,
         dataset=data.dataset_name,
         scores=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=name_dataset(data.dataset_name),
-                dataset_name=name_dataset(data.dataset_name),
-                dataset_split=data.test_split,
-                metric_type="accuracy",
-                metric_name=title,
-                metric_value=round(metrics[f"test_{key}"], 4),
-            )
+            eval_result(recipe, data.dataset_name, "accuracy", title, round(metrics[f"test_{key}"], 4))
             for key, title in scores.items()
         ],
         metrics=metrics,
         record=record,
+        loss="training loss (nats an image)",
+        curve=Curve("eval_accuracy", "validation accuracy (%)", scale=100),
         architecture=recipe.model.architecture or f"ResNet of {config.layer_type} blocks",
         depths=" + ".join(map(str, config.depths)),
         hidden_sizes=", ".join(map(str, config.hidden_sizes)),

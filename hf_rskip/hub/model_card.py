@@ -15,6 +15,7 @@ from ..environment import describe_device, read_versions
 from ..models import SKIP_CONNECTIONS
 from ..recipe.describe import describe_resumption, find_idle_keys
 from ..recipe.parsing import Recipe
+from .training_curve import CURVE_NAME, Curve, draw_training_curve
 
 
 def save_card(
@@ -28,10 +29,12 @@ def save_card(
     scores: list[EvalResult],
     metrics: dict,
     record: dict,
+    loss: str,
+    curve: Curve,
     language: list[str] | None = None,
     **values,
 ) -> None:
-    """Fills a template of `model_cards/` and writes it as `README.md`.
+    """Fills a template of `model_cards/`, and writes it as `README.md` and the picture in it.
 
     The code of a card loads the model from its folder; [`push_folder`] puts its id on the Hub there.
 
@@ -40,12 +43,14 @@ def save_card(
         template: name of the file.
         recipe, model, state: of the training.
         dataset: what the model was trained on; a path is shown by its last part.
-        scores: for the metadata.
+        scores: for the metadata, each of [`eval_result`].
         metrics: `train_runtime` in seconds.
         record: of [`~hf_rskip.training.resuming.begin_record`].
+        loss, curve: the two lines of the picture; see [`draw_training_curve`].
         language: codes of the languages, for the metadata.
         values: what else the template names.
     """
+    draw_training_curve(state.log_history, Path(folder) / CURVE_NAME, loss, curve)
     config, name, start = model.config, Path(folder).resolve().name, recipe.training.model_name_or_path
     skip, seconds = SKIP_CONNECTIONS[config.skip_type], metrics["train_runtime"]
     idle = dict(find_idle_keys(recipe, config))
@@ -82,6 +87,19 @@ def save_card(
         **values,
     )
     card.save(Path(folder) / "README.md")
+
+
+def eval_result(recipe: Recipe, dataset: str, metric: str, name: str, value: float) -> EvalResult:
+    """A score of the test split of `dataset`, for the metadata."""
+    return EvalResult(
+        task_type=recipe.task,
+        dataset_type=name_dataset(dataset),
+        dataset_name=name_dataset(dataset),
+        dataset_split=recipe.data.test_split if recipe.data.dataset_name else None,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=value,
+    )
 
 
 def name_dataset(dataset: str) -> str:

@@ -11,8 +11,6 @@ from ..models import skip_connections, skip_norms
 _PACKAGE = models.__name__.partition(".")[0]
 _HOMES = (skip_connections, skip_norms)
 """Where a copy finds the names that it imports from the package or from `models`."""
-
-
 _STANDARD = ("__future__", "collections", "copy", "dataclasses", "functools", "itertools", "math", "typing")
 """Of the standard library, what neither reads files nor starts programs."""
 
@@ -77,6 +75,6 @@ def _refusal(path: Path, node: ast.stmt) -> UserError:
     homes = " or ".join(home.__name__ for home in _HOMES)
     return UserError(
         f"The code in {path} does not travel because of `{ast.unparse(node)}`: it may import torch, transformers, "
-        f"{', '.join(_STANDARD[1:])}, "
-        f"`from .sibling import name`, and of {_PACKAGE} what {homes} has, with `from {_PACKAGE} import name`"
+        f"{', '.join(_STANDARD[1:])}, `from .sibling import name`, and of {_PACKAGE} what {homes} has, with "
+        f"`from {_PACKAGE} import name`"
     )

@@ -141,13 +141,11 @@ def upload(
         head = api.model_info(repo_id, revision=revision)
         if private and not head.private:
             raise UserError(f"{repo_id} exists and is public: nothing was sent")
-        kept_card = (
-            CARD_NAME in files and not overwrite_card and CARD_NAME in {file.rfilename for file in head.siblings}
-        )
-        if kept_card:
-            files = {name: content for name, content in files.items() if name != CARD_NAME}
-        elif CARD_NAME in files:
-            files = {**files, CARD_NAME: _address_card(files[CARD_NAME], repo_id, with_code)}
+        on_hub = {file.rfilename for file in head.siblings}
+        kept_card = CARD_NAME in files and CARD_NAME in on_hub and not overwrite_card
+        files = {name: content for name, content in files.items() if name != CARD_NAME or not kept_card}
+        if CARD_NAME in files:
+            files[CARD_NAME] = _address_card(files[CARD_NAME], repo_id, with_code)
         operations = {
             name: CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()

@@ -21,7 +21,7 @@ def draw_training_curve(log_history: list[dict[str, float]], path: str | Path, l
         log_history: of `TrainerState`.
         path: of the picture.
         loss: label of the training loss, with its unit.
-        score: of validation.
+        score: the validation score.
     """
     from matplotlib.figure import Figure
 

@@ -4,13 +4,12 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import EvalResult
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from ..recipe.parsing import Recipe
-from .model_card import name_dataset, save_card
-from .training_curve import CURVE_NAME, Curve, draw_training_curve
+from .model_card import eval_result, save_card
+from .training_curve import Curve
 
 _SCORES = {"bleu": "BLEU", "chrf": "chrF"}
 _LICENCES = {"cldr": "Made from Unicode CLDR ([Unicode License v3](https://www.unicode.org/license.txt))."}
@@ -42,12 +41,6 @@ def write_model_card(
     test_split = data.test_split if data.dataset_name else test_corpus
     if data.max_predict_samples is not None:
         test_split += f", at most its first {data.max_predict_samples:,} pairs"
-    draw_training_curve(
-        state.log_history,
-        Path(folder) / CURVE_NAME,
-        loss="training loss (nats a token)",
-        score=Curve("eval_bleu", "validation BLEU"),
-    )
     save_card(
         folder,
         "translation_template.md",
@@ -56,19 +49,19 @@ def write_model_card(
         state,
         dataset=corpus,
         scores=[
-            EvalResult(
-                task_type="translation",
-                dataset_type=name_dataset(test_corpus),
-                dataset_name=name_dataset(test_corpus),
-                dataset_split=data.test_split if data.dataset_name else None,
-                metric_type=key,
-                metric_name=f"{title} ({metrics[f'test_{key}_signature']})",
-                metric_value=round(metrics[f"test_{key}"], 2),
+            eval_result(
+                recipe,
+                test_corpus,
+                key,
+                f"{title} ({metrics[f'test_{key}_signature']})",
+                round(metrics[f"test_{key}"], 2),
             )
             for key, title in _SCORES.items()
         ],
         metrics=metrics,
         record=record,
+        loss="training loss (nats a token)",
+        curve=Curve("eval_bleu", "validation BLEU"),
         # The Hub refuses a card with anything else.
         language=[code for code in (data.source_lang, data.target_lang) if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)],
         # JSON writes a string as Python would.
