@@ -1,1 +1,1 @@
-"""From trained models of other kinds to models of this package, to more recursions, and to ONNX."""
+"""Converts trained models: from other libraries, to more recursions, and to ONNX."""

@@ -1,4 +1,4 @@
-"""More recursions for a trained model, from nearly the same function."""
+"""Adds recursions to a trained model, nearly keeping its function."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""To ONNX, by Transformers' exporter, and greedy translation with onnxruntime.
+"""Exports to ONNX by Transformers' exporter, and translates greedily with onnxruntime.
 
 An exported folder holds the configurations, the tokenizer or image processor, and the graphs: one of a model that
 classifies images, two of one that translates. One decoder graph serves the first step and all others, because the keys
@@ -47,7 +47,7 @@ _KEY_VALUE = {name: {0: Dim.AUTO, 2: Dim.AUTO} for name in ("key", "value")}
 
 
 class _Graph(nn.Module):
-    """What is exported of a model: a `forward` from and to tensors that are named by dictionaries."""
+    """Base class of the exported graphs of a model."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -199,7 +199,7 @@ def _export(exporter, module: nn.Module, inputs: dict, dynamic_shapes: dict):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back the exporters' progress and warnings, which are about their own insides."""
+    """Suppresses the progress and the warnings of the exporters."""
     verbosity, torch_level = transformers_logging.get_verbosity(), logging.getLogger("torch").level
     transformers_logging.set_verbosity_error()
     logging.getLogger("torch").setLevel(logging.ERROR)

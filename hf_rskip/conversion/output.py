@@ -1,4 +1,4 @@
-"""Where a converted checkpoint goes."""
+"""Checks the output folder of a conversion."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""State dicts of torchvision's and timm's plain ResNets, of which a few weights tell the whole architecture.
+"""Converts state dicts of plain ResNets of torchvision and timm, whose architecture shows in the shapes of weights.
 
 Only the plain network is taken: the 7x7 stem, basic blocks or bottlenecks a quarter as wide as their output, batch
 normalisation with torch's settings, ReLU, and strides in the 3x3 convolution. What differs in a weight is refused. What
@@ -128,12 +128,12 @@ def convert_resnet_state_dict(
 
 
 def first_sentence(error: Exception) -> str:
-    """What an error of another package says, without the advice that follows."""
+    """The first sentence of an error of another package, without the advice that follows."""
     return re.split(r"\.?\n|\. ", str(error).strip())[0] or type(error).__name__
 
 
 def _read_fields(weights: Mapping[str, torch.Tensor]) -> dict:
-    """The configuration that the shapes of a few weights tell; the shapes of the others are still to be compared."""
+    """Reads the configuration from the shapes of a few weights, without checking those of the others."""
 
     def sizes(name: str, dimensions: int) -> torch.Size:
         if name not in weights:

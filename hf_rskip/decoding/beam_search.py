@@ -1,4 +1,4 @@
-"""The beam search of Transformers without the sentences that have ended."""
+"""Beam search of Transformers, but a sentence leaves the batch when its search has ended."""
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, generation

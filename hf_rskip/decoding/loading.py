@@ -81,7 +81,7 @@ def classifies_images(name: str) -> bool:
 
 
 def load_image_processor(name: str) -> BaseImageProcessor:
-    """That of a classifier's folder or Hub id; raises a [`UserError`] if there is none."""
+    """The image processor of a folder or Hub id; raises a [`UserError`] if there is none."""
     try:
         return AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -89,7 +89,7 @@ def load_image_processor(name: str) -> BaseImageProcessor:
 
 
 def not_loaded(name: str, error: Exception) -> UserError:
-    """What to say where Transformers has found no model; where there is no such folder, it says so of the Hub alone."""
+    """The error for a model that Transformers cannot load, which of a missing folder reports the Hub's answer alone."""
     missing = "" if os.path.exists(name) else "there is no such folder, and as a Hub id: "
     private = "; a private one needs `hf auth login`" if isinstance(error.__cause__, RepositoryNotFoundError) else ""
     reason = str(error).strip().splitlines()[0].rstrip(".")

@@ -1,1 +1,1 @@
-"""What a finished model takes along to the Hub."""
+"""Model cards, and pushing models to the Hub."""

@@ -1,4 +1,4 @@
-"""What the model cards of all tasks have in common."""
+"""Fills the templates of model cards, for all tasks."""
 
 import inspect
 from importlib.metadata import metadata

@@ -1,4 +1,4 @@
-"""Modules of one's own that travel with a checkpoint: made siblings of the model's files, or refused."""
+"""Packs the modules of a user's residual kind with a checkpoint, as siblings of the model's files, or refuses them."""
 
 import ast
 from pathlib import Path
@@ -10,9 +10,9 @@ from ..models import skip_connections, skip_norms
 
 _PACKAGE = models.__name__.partition(".")[0]
 _HOMES = (skip_connections, skip_norms)
-"""Where a copy finds the names that it imports from the package or from `models`."""
+"""Files of the checkpoint from which a packed module imports names of the package."""
 _STANDARD = ("__future__", "collections", "copy", "dataclasses", "functools", "itertools", "math", "typing")
-"""Of the standard library, what neither reads files nor starts programs."""
+"""Allowed modules of the standard library: they neither read files nor start programs."""
 
 
 def own_modules(module: ModuleType, taken: set[str]) -> dict[str, str]:
@@ -22,8 +22,8 @@ def own_modules(module: ModuleType, taken: set[str]) -> dict[str, str]:
     names of `hf_rskip` that are in [`_HOMES`]: those are rewritten to imports of siblings.
 
     Args:
-        module: of a kind of one's own.
-        taken: names of the files that travel anyway.
+        module: that defines the kind.
+        taken: names of the files of the model.
 
     Raises:
         [`UserError`]: if it imports anything else, has the name of one of those files, or is the program itself, which

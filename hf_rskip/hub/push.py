@@ -32,7 +32,7 @@ RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
 
 
 class Pushed(NamedTuple):
-    """What a push has done."""
+    """Result of a push."""
 
     commit_url: str
     changed: bool
@@ -65,8 +65,7 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
     if missing:
         raise UserError(f"{str(folder)!r} is not a complete model: it has no {', '.join(missing)}")
     check_model(folder)
-    # What is not listed stays at home: training_args.bin, optimizer, scheduler and random states are pickles, and none
-    # of the Hub's business.
+    # Other files, such as training_args.bin, optimizer, scheduler and random states, are pickles and are not sent.
     paths = sorted(path for pattern in (*MODEL_FILES, *RESULT_FILES) for path in folder.glob(pattern))
     return {path.name: path for path in paths if path.suffix != ".safetensors" or path.name in weights}
 
@@ -170,10 +169,7 @@ def upload(
 
 
 def _address_card(card: Path, repo_id: str, with_code: bool) -> bytes:
-    """The card with its code, which loads the model from the folder that it was saved in, loading it from the Hub.
-
-    `with_code` adds how it loads where this package is not installed.
-    """
+    """The card with `repo_id` in place of the local folder; `with_code` adds the use without the package."""
     text = card.read_text(encoding="utf-8")
     # The folder may have moved since.
     names = {card.resolve().parent.name, ModelCard(text, ignore_metadata_errors=True).data.model_name}
@@ -182,12 +178,12 @@ def _address_card(card: Path, repo_id: str, with_code: bool) -> bytes:
         return f'{call[1]}"{repo_id}"' if PurePath(call[2]).name in names else call[0]
 
     text = re.sub(r'(from_pretrained\(|model=)"([^"]+)"', address, text)
-    door = re.search(r"```python\n(import hf_rskip .*?)```\n", text, re.DOTALL)
-    if with_code and door and "trust_remote_code" not in text:
-        code = re.sub(r"import .*  # (registers the model|defines its skip connection).*\n", "", door[1])
+    code_block = re.search(r"```python\n(import hf_rskip .*?)```\n", text, re.DOTALL)
+    if with_code and code_block and "trust_remote_code" not in text:
+        code = re.sub(r"import .*  # (registers the model|defines its skip connection).*\n", "", code_block[1])
         code = code.replace(f'"{repo_id}"', f'"{repo_id}", trust_remote_code=True')
-        second = f"\nWithout it, by the code in this repository:\n\n```python\n{code}```\n"
-        text = text[: door.end()] + second + text[door.end() :]
+        without_package = f"\nWithout it, by the code in this repository:\n\n```python\n{code}```\n"
+        text = text[: code_block.end()] + without_package + text[code_block.end() :]
     return text.encode()
 
 

@@ -1,4 +1,4 @@
-"""The picture of a training: loss and validation score by step."""
+"""Plots the loss and the validation score of a training by step."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +7,7 @@ CURVE_NAME = "training_curve.png"
 
 
 class Curve(NamedTuple):
-    """A score of the log."""
+    """A logged score as a line of the plot."""
 
     key: str
     label: str

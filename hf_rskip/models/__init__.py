@@ -1,4 +1,4 @@
-"""The part that travels to the Hub: flat files that import torch, transformers and each other, nothing else.
+"""Models, and the only files that are pushed with them: flat, importing torch, transformers and each other.
 
 Importing it registers the models with the Auto classes.
 """

@@ -14,11 +14,11 @@ LOWEST_TRANSFORMERS = "5.24"
 """The release that calls a cache of keys and values `cache`, which was `past_key_values` before."""
 ENCODER_KEYWORDS = ("logits_to_keep", "return_dict")
 """What `generate` passes on to an encoder that takes any keyword."""
-# Beyond what anybody trains, but not beyond what builds: a configuration of the Hub cannot hang a program.
+# Above any model that was trained, so that a configuration from the Hub cannot exhaust the memory.
 MOST_OF_A_SIZE, MOST_LABELS, MOST_LAYERS, MOST_RECURSIONS, MOST_NORMS = 10_000_000, 100_000, 10_000, 1_000, 20_000
 MOST_VALUES = 10**11
 _KNOWN_KEYWORDS = TransformersKwargs.__optional_keys__ | FlashAttentionKwargs.__optional_keys__
-# Several sequences in a row, states of other architectures, experts.
+# For packed sequences, state-space models and mixtures of experts, which no model here has.
 _WITHOUT_EFFECT = FlashAttentionKwargs.__optional_keys__ | {"position_ids", "seq_idx", "output_router_logits"}
 _IS_TOO_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, LOWEST_TRANSFORMERS.split(".")))
 
@@ -26,17 +26,16 @@ _IS_TOO_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(m
 def check_keywords(
     module, keywords: Mapping[str, object], also: Collection[str] = (), without_effect: Collection[str] = ()
 ) -> None:
-    """Checks what a `forward` was given beyond its own arguments: only what Transformers hands to every model.
+    """Checks the additional keywords of a `forward`: allowed are those that Transformers passes to every model.
 
     Args:
         module: the module whose `forward` it is.
-        keywords: those arguments.
-        also: further ones that it may be given.
-        without_effect: those of Transformers that it would ignore, beyond what all models here do.
+        keywords: its `**kwargs`.
+        also: other keywords that are allowed.
+        without_effect: keywords of Transformers that this module ignores, beyond those that all models here ignore.
 
     Raises:
-        `TypeError`: at a keyword that Transformers does not know, at one that asks for what the module does not do, and
-            on a Transformers that is too old for the models.
+        `TypeError`: if a keyword is unknown to Transformers or has no effect, or if Transformers is too old.
     """
     name = type(module).__name__
     needs = f"{name} needs transformers>={LOWEST_TRANSFORMERS}"
@@ -86,7 +85,7 @@ def check_num_labels(config, keywords: Mapping[str, object]) -> None:
 
 
 def check_size(config, layers: dict[str, int], values: dict[str, int]) -> None:
-    """Checks what no field decides alone: how many layers are built, with how many norms each, and how much they hold.
+    """Checks the numbers of layers, norms and weights, which several fields decide together.
 
     Args:
         config: the configuration.

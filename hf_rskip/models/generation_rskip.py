@@ -1,4 +1,4 @@
-"""Generation with what papers on translation use: GNMT's length penalty, lengths that grow with the source."""
+"""Options of `generate` for translation: GNMT's length penalty, and a length limit that grows with the source."""
 
 import copy
 
@@ -60,7 +60,7 @@ class SourceLengthCriteria(StoppingCriteria):
         self.prompt_length = None
 
     def keep(self, sentences: torch.LongTensor) -> None:
-        """Goes on with some of the sentences only, by their indices."""
+        """Drops all sentences but those of these indices."""
         self.max_new_tokens = self.max_new_tokens[sentences]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:

@@ -278,7 +278,7 @@ class RSkipPreTrainedModel(PreTrainedModel):
 
 
 class RSkipStack(RSkipPreTrainedModel):
-    """What encoder and decoder share: embeddings with positions, and the norm that ends some stacks."""
+    """Base class of encoder and decoder: embeddings with positions, and the norm that ends some stacks."""
 
     _tp_plan = {
         "embed_tokens": "embedding_rowwise",

@@ -160,7 +160,7 @@ class RSkipResNetLayer(nn.Module):
 
 
 class RSkipResNetEncoder(nn.Module):
-    """All stages, each of blocks of one shape of which the first changes that of its input, and what ends the stack."""
+    """Stages of blocks, the first block of each changing the shape, then the final norm and activation, if any."""
 
     def __init__(self, config: RSkipResNetConfig):
         super().__init__()

@@ -152,7 +152,7 @@ SAMPLE_NORMS: dict[str, type[nn.Module]] = NORMS | {"layer_norm": SampleLayerNor
 """The same names with statistics over a whole feature map. Batch statistics are those of a channel in either table."""
 
 NORM_AXES = {"channels": NORMS, "sample": SAMPLE_NORMS}
-"""What the norms of feature maps go over (`skip_norm_axes`): the channels of each position, or all of a sample."""
+"""Norms of feature maps by the axes of their statistics (`skip_norm_axes`): those of a position, or of a sample."""
 
 
 def make_norm(norm: Norm, size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
