@@ -1,6 +1,5 @@
 """Fills the templates of model cards, for all tasks."""
 
-import inspect
 from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -39,16 +38,12 @@ def save_card(
     The code of a card loads the model from its folder; [`push_folder`] puts its id on the Hub there.
 
     Args:
-        folder: where the model was saved.
         template: name of the file.
-        recipe, model, state: of the training.
         dataset: what the model was trained on; a path is shown by its last part.
         scores: for the metadata, each of [`eval_result`].
-        metrics: `train_runtime` in seconds.
-        record: of [`~hf_rskip.training.resuming.begin_record`].
         loss, curve: the two lines of the picture; see [`draw_training_curve`].
         language: codes of the languages, for the metadata.
-        values: what else the template names.
+        values: what else the template names. The other arguments are those of the functions that call this one.
     """
     draw_training_curve(state.log_history, Path(folder) / CURVE_NAME, loss, curve)
     config, name, start = model.config, Path(folder).resolve().name, recipe.training.model_name_or_path
@@ -73,7 +68,7 @@ def save_card(
         start=None if start is None else name_dataset(start),
         corpus=f"`{name_dataset(dataset)}`",
         parameters=f"{model.num_parameters():,}",
-        formula=inspect.getdoc(skip).splitlines()[0],
+        formula=(skip.__doc__ or skip.__name__).strip().splitlines()[0],
         skip_connection=skip.describe(config),
         skip_module=None if skip.__module__.startswith("hf_rskip.") else skip.__module__,
         steps=f"{state.global_step:,}",
