@@ -19,18 +19,15 @@ def grow_recursions(
     """A copy of a trained rSkip model with more recursions, in evaluation mode, ready to be fine-tuned.
 
     The new steps come first, with gain a = `gain` and bias 0; the trained norms stay last. A new first step gives a n,
-    where n is x + F normalised, and the old first step then computes LN(x + a n) in place of LN(x + F). That turns n
-    towards the part of x orthogonal to it, by an angle whose tangent is std(x_orthogonal) / (a + <x, n> / d): of order
-    1/a, never 0, and the same for each further step. In other words, the weight of the skip goes from 1 to
-    1 + std(x + F) / a. No finite gain keeps the function exactly, as no parameter of the recursion can switch x off;
-    and the gradient that reaches a is of order 1/a^2. Adam moves a gain by at most about the learning rate a step
-    whatever its gradient, so that at the rates of fine-tuning a hardly changes: choose it, rather than leave it to
-    training. A larger one keeps more of the function, and makes less of the recursion.
+    where n is x + F normalised, and the old first step then computes LN(x + a n) in place of LN(x + F): the weight of
+    the skip goes from 1 to 1 + std(x + F) / a, and n turns towards the part of x orthogonal to it, by an angle whose
+    tangent is std(x_orthogonal) / (a + <x, n> / d). That is of order 1/a and never 0, for each further step, too. A
+    larger gain keeps more of the function, and makes less of the recursion. Fine-tuning hardly changes it: the gradient
+    that reaches a is of order 1/a^2, and Adam moves it by at most about the learning rate a step.
 
-    The idea is that of Net2Net (Chen et al., 2016, https://arxiv.org/abs/1511.05641), to start a larger model as the
-    trained one, with 1/a in the role of the new path's small weight in ReZero (Bachlechner et al., 2020,
-    https://arxiv.org/abs/2003.04887). bert2BERT (Chen et al., 2022, https://arxiv.org/abs/2110.07143) found that to
-    keep the function exactly is not what trains fastest.
+    As in Net2Net (Chen et al., 2016, https://arxiv.org/abs/1511.05641) a larger model starts as the trained one; 1/a
+    has the role of the small weight in ReZero (Bachlechner et al., 2020, https://arxiv.org/abs/2003.04887). In
+    bert2BERT (Chen et al., 2022, https://arxiv.org/abs/2110.07143) keeping the function exactly was not the fastest.
 
     Args:
         model: with `skip_type` `"rskip"`, a layer or RMS norm, and `per_step` affine, unless its K is 1.
