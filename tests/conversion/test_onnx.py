@@ -302,7 +302,7 @@ def test_the_lines_of_the_readme(exported, exported_resnet, model_and_tokenizer,
     (tmp_path / "onnx").symlink_to(exported)
     (tmp_path / "onnx-resnet").symlink_to(exported_resnet[0])
     load_dataset(cifar_folder)["test"][3]["img"].save("picture.png")
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "recipes/README.md").read_text(encoding="utf-8")
     for lines in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL):
         exec(lines, names)
     sources = ["5 hours", "March 3, 2021"]
