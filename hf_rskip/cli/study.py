@@ -9,7 +9,7 @@ from .options import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY.yaml", help="recipe, forms, seeds, grid, output_dir, ...")
+    parser.add_argument("study", metavar="STUDY.yaml", help="recipe, forms, seeds, grid or tune, output_dir, ...")
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="cells at once (default: 1)")
     parser.add_argument("--output_dir", help="in place of that of the file")
     action = parser.add_mutually_exclusive_group()
@@ -32,14 +32,15 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     Where cells have failed, it ends with exit code 1.
     """
     from ..studies.cell import is_done
-    from ..studies.evidence import restore_cells, write_evidence
+    from ..studies.evidence import write_evidence
     from ..studies.report import format_tables, write_report
     from ..studies.results import gather_results
     from ..studies.running import check_folders, describe_state, run_cells
     from ..studies.study import check_skip_types, read_study
+    from ..studies.tuning import advance
 
-    study = read_study(args.study, rest, args.output_dir)
-    restore_cells(study)
+    beginning = read_study(args.study, rest, args.output_dir)
+    study = advance(beginning)
     check_folders(study.cells)
     words = ["hf-rskip", "study", args.study]
     words += [f"--output_dir={args.output_dir}"] * bool(args.output_dir)
@@ -48,17 +49,23 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         for cell in study.cells:
             command = shlex.join([*words, f"--cell={cell.number}", *rest])
             print(f"{cell.number}\t{describe_state(cell)}\t{cell}\t{command}")
+        if study.is_growing:
+            print("Further cells are known when these are done.", file=sys.stderr)
         return
     cells = study.cells
     if args.cell is not None:
         if args.cell > len(cells):
-            raise UserError(f"--cell {args.cell}: the study has {len(cells)} cells.")
+            known = " so far: those that follow from them are known when they are done" * study.is_growing
+            raise UserError(f"--cell {args.cell}: the study has {len(cells)} cells{known}.")
         cells = [cells[args.cell - 1]]
-    failed = []
-    if not args.report:
+    failed, grows = [], not args.report
+    while grows:
         check_skip_types([cell for cell in cells if not is_done(cell)])
         print(_describe_plan(cells, len(study.cells), args.jobs, str(study.output_dir)), flush=True)
         failed = run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
+        before, study = len(study.cells), study if args.cell else advance(beginning)
+        cells, grows = study.cells, len(study.cells) > before
+        check_folders(cells[before:])
     if args.cell is None:
         results = gather_results(study)
         write_report(results, shlex.join([*words, *rest]))

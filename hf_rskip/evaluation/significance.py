@@ -1,16 +1,23 @@
-"""Paired tests over a test set, for `compare` and `study`: bootstrap resampling and approximate randomisation.
+"""Tests of a difference: over the sentences of a test set, over the seeds of trainings, and over both together.
 
-Both are two-sided, and answer two questions about systems as they are, whatever another training would give:
-the bootstrap whether the difference would keep its sign on other sentences like these, the randomisation whether
-systems that are interchangeable would differ by so much.
+All are two-sided. Two, for `compare` and `study`, answer questions about systems as they are, whatever another training
+would give: the paired bootstrap whether the difference would keep its sign on other sentences like these, approximate
+randomisation whether systems that are interchangeable would differ by so much. Two, for `study`, answer questions about
+kinds of systems that were trained with several seeds: Welch's test whether they differ on these very sentences,
+[`crossed_error`] whether they differ on others, too.
 
 Reference: Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004; Riezler and Maxwell,
 "On Some Pitfalls in Automatic Evaluation and Significance Testing for MT", 2005 (the randomisation).
 """
 
+import math
 import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from mpmath import betainc
 from sacrebleu.metrics.base import Metric
 
 from ..checks import parse_count
@@ -75,3 +82,104 @@ def randomization_p_value(metric: Metric, first: np.ndarray, second: np.ndarray,
     real, other = compute_scores(metric, np.stack([first.sum(0), second.sum(0)]))
     beyond = (np.abs(shuffled) >= abs(real - other) - _ROUNDING).sum()
     return (float(beyond) + 1) / (n_samples + 1)
+
+
+@dataclass(frozen=True)
+class StandardError:
+    """Of a difference of means, for a t-distribution.
+
+    Attributes:
+        error: in the unit of the scores; above 0.
+        freedom: degrees of freedom.
+    """
+
+    error: float
+    freedom: float
+
+    def p_value(self, difference: float) -> float:
+        """Two-sided, that the true difference is 0."""
+        return _student_tails((difference / self.error) ** 2, self.freedom)
+
+    def interval(self, difference: float, level: float) -> tuple[float, float]:
+        """Around the difference; `level` is .95 for an interval of 95%."""
+        nu, t, step = self.freedom, statistics.NormalDist().inv_cdf((1 + level) / 2), 1.0
+        factor = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / math.sqrt(nu * math.pi)
+        while step > 1e-9 * t:  # Newton's method, from below, where it does not overshoot
+            step = (_student_tails(t * t, nu) - (1 - level)) / (2 * factor * (1 + t * t / nu) ** (-(nu + 1) / 2))
+            t += step
+        return difference - t * self.error, difference + t * self.error
+
+
+def _student_tails(t_squared: float, freedom: float) -> float:
+    return float(betainc(freedom / 2, 0.5, 0, freedom / (freedom + t_squared), regularized=True))
+
+
+def welch_error(first: Sequence[float], second: Sequence[float]) -> StandardError | None:
+    """Of the difference between the means of two samples, such as the scores of the seeds of two systems.
+
+    `None` where there is none: fewer than two values, or no variance in either sample.
+
+    Reference: Welch, "The Generalization of 'Student's' Problem when Several Different Population Variances are
+    Involved", Biometrika, 1947.
+    """
+    return None if min(len(first), len(second)) < 2 else _combine(_seed_variances(first, second))
+
+
+def crossed_error(
+    first: Sequence[float],
+    second: Sequence[float],
+    first_samples: np.ndarray,
+    second_samples: np.ndarray,
+    sentences: int,
+) -> StandardError | None:
+    """Of the difference between the mean scores of two systems, over seeds and sentences together.
+
+    Sentences are resampled, with the seeds as they are; that seeds are resampled, too, needs no chance: the variance of
+    their mean is known (with n - 1 for n, as a bootstrap of few seeds is too narrow). Every seed is tested on the same
+    sentences, so that each of the two variances holds what seeds make of single sentences; resampling seeds within
+    resampled sentences would count it three times. It is estimated from the resamples and counted once:
+
+        variance = seeds + max(0, sentences - seeds x sentences)
+
+    Reference: Cameron, Gelbach and Miller, "Robust Inference With Multiway Clustering", Journal of Business and
+    Economic Statistics, 2011 (the sum); Satterthwaite, "An Approximate Distribution of Estimates of Variance
+    Components", Biometrics Bulletin, 1946 (the degrees of freedom).
+
+    Args:
+        first, second: scores of the seeds on the test set.
+        first_samples, second_samples: of each seed on the same resamples of the test set, `(seeds, n_samples)`.
+        sentences: of the test set.
+    """
+    if min(len(first), len(second), sentences) < 2:
+        return None
+    common = np.var(first_samples.mean(0) - second_samples.mean(0), ddof=1)
+    for samples in (first_samples, second_samples):
+        own = np.var(samples - samples.mean(0), axis=1, ddof=1).sum() / (len(samples) - 1)
+        common -= own / len(samples)
+    return _combine([*_seed_variances(first, second), (max(0.0, float(common)), sentences - 1)])
+
+
+def _seed_variances(*samples: Sequence[float]) -> list[tuple[float, int]]:
+    """Of the means, with their degrees of freedom."""
+    return [(statistics.variance(sample) / len(sample), len(sample) - 1) for sample in samples]
+
+
+def _combine(parts: Sequence[tuple[float, int]]) -> StandardError | None:
+    total = sum(variance for variance, _ in parts)
+    if not total:
+        return None
+    return StandardError(total**0.5, total**2 / sum(variance**2 / freedom for variance, freedom in parts))
+
+
+def correct_holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction for so many tests, of which those that are `None` are still to come and count as 1.
+
+    Reference: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics,
+    1979.
+    """
+    corrected, largest = [None] * len(p_values), 0.0
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
+        corrected[index] = largest
+    return corrected

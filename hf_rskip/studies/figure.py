@@ -8,10 +8,13 @@ from statistics import fmean
 from ..picture import escape, save_figure
 from .cell import DIVERGED, FINISHED
 from .results import Group, Results
-from .study import describe_setting
+from .study import Study, describe_setting
 
-# Okabe and Ito (2008): told apart with any colour vision. The baseline is black; other forms differ by panel or row.
+# Okabe and Ito (2008): told apart with any colour vision. The baseline is black.
 _BLACK, _BLUE = "#000000", "#0072B2"
+_COLORS = ["#D55E00", _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+_MARKERS = "sD^vPX"
+_LINES = ["-", "--", ":", "-."]
 
 
 def draw_scores(results: Results, unit: str, path: Path) -> Path | None:
@@ -119,6 +122,18 @@ def make_panels(figure, count: int) -> list:
     for panel in panels.flat[max(0, count - columns) : count]:
         panel.tick_params(labelbottom=True)  # the lowest of its column
     return list(panels.flat[:count])
+
+
+def style_forms(study: Study) -> dict[str, dict[str, str]]:
+    """Colour, marker and line of each form, where all are in one panel."""
+    styles = {study.baseline: {"color": _BLACK, "marker": "o", "linestyle": "-"}}
+    for index, form in enumerate(form for form in study.forms if form != study.baseline):
+        styles[form] = {
+            "color": _COLORS[index % len(_COLORS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
+        }
+    return {form: styles[form] for form in study.forms}
 
 
 def shorten(name: str, length: int = 30) -> str:

@@ -9,15 +9,11 @@ import numpy as np
 
 from ..picture import escape, save_figure
 from .cell import DIVERGED, FINISHED
-from .figure import arrange, make_panels, new_figure, shorten
+from .figure import arrange, make_panels, new_figure, shorten, style_forms
 from .results import Group, Results
 from .study import varying_keys
 
-# Okabe and Ito (2008): told apart with any colour vision; markers and lines differ as well. The baseline is black.
-_BLACK, _VERMILLION = "#000000", "#D55E00"
-_COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-_MARKERS = "sD^vPX"
-_LINES = ["-", "--", ":", "-."]
+_VERMILLION = "#D55E00"
 _UNITS = {"learning_rate": "peak", "warmup_steps": "optimizer steps", "max_steps": "optimizer steps"}
 _UNITS |= {"encoder_layers": "layers", "decoder_layers": "layers"}
 
@@ -53,24 +49,19 @@ def _explain(results: Results, width: float, *parts: str) -> str:
 
 
 def _draw_lines(results: Results, unit: str, key: str):
-    """Test scores against the values of the key, which stand at even distances."""
+    """Test scores, where they were to tune validation scores, against values of the key, at even distances."""
     study = results.study
     figure = new_figure(8.5, 4.6)
     axes = figure.subplots()
-    others = [form for form in study.forms if form != study.baseline]
-    for number, form in enumerate(study.forms):
+    tuned = study.tune_seeds is not None
+    places = {str(setting): place for place, setting in enumerate(study.settings)}
+    for number, (form, style) in enumerate(style_forms(study).items()):
         groups = [group for group in results.groups if group.form == form]
-        x = np.arange(len(groups)) + 0.16 * ((number + 0.5) / len(study.forms) - 0.5)
-        style = {"color": _BLACK, "marker": "o", "linestyle": "-"}
-        if form != study.baseline:
-            index = others.index(form)
-            style = {
-                "color": _COLORS[index % len(_COLORS)],
-                "marker": _MARKERS[index % len(_MARKERS)],
-                "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
-            }
-        scores = np.array([math.nan if group.test_mean is None else group.test_mean for group in groups])
-        spread = [group.test_sd or 0.0 for group in groups]
+        x = np.array([places[str(group.setting)] for group in groups])
+        x = x + 0.16 * ((number + 0.5) / len(study.forms) - 0.5)
+        scores = [_score(group) if tuned else group.test_mean for group in groups]
+        scores = np.array([math.nan if score is None else score for score in scores])
+        spread = None if tuned else [group.test_sd or 0.0 for group in groups]
         axes.errorbar(x, scores, yerr=spread, **style, markersize=6, capsize=3, linewidth=1.3, label=shorten(form))
         hollow = [group.trains(study.trains_at) is False for group in groups]
         axes.plot(
@@ -84,10 +75,14 @@ def _draw_lines(results: Results, unit: str, key: str):
     axes.set_xticks(range(len(study.settings)), [_label_value(dict(point)[key]) for point in study.settings])
     axes.set_xlim(-0.4, len(study.settings) - 0.6)
     axes.set_xlabel(_label_axis(key))
-    axes.set_ylabel(f"test {unit}")
+    axes.set_ylabel(f"{'validation' if tuned else 'test'} {unit}")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    said = ("mean and standard deviation over seeds", "hollow: does not train", "\u00d7: diverged")
+    said = (
+        "mean of the seeds that finished" if tuned else "mean and standard deviation over seeds",
+        "hollow: does not train",
+        "\u00d7: diverged",
+    )
     axes.set_title(_explain(results, 6, *said), fontsize="small")
     return figure
 
@@ -116,7 +111,7 @@ def _draw_maps(results: Results, unit: str, keys: list[str]):
     panels = make_panels(figure, len(shown))
     scores = [score for cells in shown.values() for group in cells.values() if (score := _score(group)) is not None]
     scores = scores or [0.0]  # all have diverged
-    best = {item.form: item.group for item in results.best}
+    best = {item.form: item.tuned for item in results.best}
     for panel, (form, cells) in zip(panels, shown.items(), strict=True):
         table = np.full((len(values[down]), len(values[across])), np.nan)
         for place, group in cells.items():

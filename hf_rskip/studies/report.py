@@ -9,18 +9,21 @@ import yaml
 from tabulate import tabulate
 
 from ..recipe.parsing import read_yaml
-from .cell import DIVERGED, FAILED, FINISHED
+from .cell import DIVERGED, FAILED, FINISHED, is_done
+from .course_figure import draw_courses
+from .differences import N_SAMPLES, Difference
 from .figure import draw_curves, draw_scores
 from .grid_figure import draw_grid
-from .results import N_SAMPLES, Difference, Group, Results
+from .results import Group, Results
 from .study import describe_setting, varying_keys
 
 UNITS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}
 """What tables call a metric, in points of 100."""
+_DIFFERENCE_COLUMNS = 6
 
 
 def write_report(results: Results, command: str) -> None:
-    """Writes `report.md`, `results.csv`, `summary.csv` and the pictures to the folder of the study.
+    """Writes `report.md`, the numbers behind it as CSVs, and the pictures to the folder of the study.
 
     Args:
         results: of all cells, run or not.
@@ -30,11 +33,14 @@ def write_report(results: Results, command: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_cells(results, folder / "results.csv")
     _write_groups(results, folder / "summary.csv")
+    if results.contrasts:
+        _write_contrasts(results, folder / "contrasts.csv")
     unit = UNITS[results.study.metric]
     pictures = {
         "Test scores": draw_scores(results, unit, folder / "scores.png"),
         "Learning curves": draw_curves(results, unit, folder / "curves.png"),
         "Scores over the grid": draw_grid(results, unit, folder / "grid.png"),
+        "Skip connections in the course of training": draw_courses(results, folder / "courses.png"),
     }
     pictures = {title: path.name for title, path in pictures.items() if path is not None}
     (folder / "report.md").write_text(_describe(results, command, pictures), encoding="utf-8")
@@ -47,12 +53,11 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
     counts = [f"{states[state]} {state}" for state in (FINISHED, DIVERGED, FAILED, "not run") if states[state]]
     done = states[FINISHED] + states[DIVERGED]
     parts = [f"{done} of {len(results.cells)} cells: {', '.join(counts)}."]
+    if study.tune_seeds is not None:
+        return "\n\n".join([*parts, *_format_stages(results)])
     if len(study.settings) == 1:
         return "\n\n".join([*parts, _format_groups(results, results.groups), *_format_contrasts(results)])
-    keys = varying_keys(study.settings)
-    if len(keys) == 1:
-        parts.append(f"Test {UNITS[study.metric]} by {keys[0]}, mean and standard deviation (*: does not train):")
-        parts.append(_format_by_key(results, keys[0]))
+    parts += _format_by_key(results)
     parts.append("Each form at its own best setting, by the mean validation score:")
     parts += [_format_best(results), *_format_contrasts(results)]
     for setting in study.settings if every_setting else ():
@@ -62,20 +67,70 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
     return "\n\n".join(parts)
 
 
-def _format_by_key(results: Results, key: str) -> str:
+def _format_stages(results: Results) -> list[str]:
+    """Of a study with `tune`: how settings were chosen, and what came of them."""
+    study = results.study
+    keys, seeds = ", ".join(varying_keys(study.settings)), ", ".join(map(str, study.seeds))
+    missing = sum(not is_done(cell) for cell in study.cells)
+    parts = [f"Stage 1: {keys} of each form, chosen by validation (seed {', '.join(map(str, study.tune_seeds))})."]
+    parts += _format_by_key(results)
+    for form, point in study.beyond:
+        is_best = study.chosen is not None and study.chosen[form] == point
+        end = ", and is the best: a better one may lie further" if is_best else ""
+        parts.append(
+            f"{_escape(form)} was best at the edge of the grid, so that {', '.join(describe_setting(point))} is tried, "
+            f"too{end}."
+        )
+    if study.is_growing:
+        return [
+            *parts,
+            f"Stage 1 is not complete: {missing} of its cells are missing. Then each form is trained with the seeds "
+            f"{seeds} at its own best setting, and the contrasts are computed.",
+            *_format_contrasts(results),
+        ]
     rows = []
-    for form in results.study.forms:
-        row = [_escape(form)]
-        for group in results.groups:
-            if group.form == form:
-                score = _format(group.test_mean, ".2f") + (
-                    f" ± {group.test_sd:.2f}" if group.test_sd is not None else ""
-                )
-                diverged = len(group.of_state(DIVERGED))
-                mark = "*" if group.trains(results.study.trains_at) is False else ""
-                row.append(", ".join(filter(None, [score, f"{diverged} diverged" if diverged else ""])) + mark)
+    for best in results.best:
+        row = [_escape(best.form), f"{best.trained} of {best.tried}", "none: nothing finished", ""]
+        if best.tuned is not None:
+            row[2:] = [", ".join(describe_setting(best.tuned.setting)), _format(best.tuned.validation_mean, ".2f")]
         rows.append(row)
-    return _format_table(["form", *(str(dict(point)[key]) for point in results.study.settings)], rows)
+    parts.append(_format_table(["form", "trains in", "best setting", f"validation {UNITS[study.metric]}"], rows))
+    parts.append(f"Stage 2: each form at its own best setting (seeds {seeds}).")
+    if missing:
+        parts.append(f"It is not complete: {missing} cells are missing, and what follows is of those that are there.")
+    groups = [best.group for best in results.best if best.group is not None]
+    return [*parts, _format_groups(results, groups), *_format_contrasts(results)]
+
+
+def _format_by_key(results: Results) -> list[str]:
+    """A table, if one key varies."""
+    study = results.study
+    keys = varying_keys(study.settings)
+    if len(keys) != 1:
+        return []
+    tuned = study.tune_seeds is not None
+    said = "Validation" if tuned else "Test"
+    spread = "mean" if tuned else "mean and standard deviation"
+    by_place = {(group.form, str(group.setting)): group for group in results.groups}
+    rows = []
+    for form in study.forms:
+        groups = [by_place.get((form, str(setting))) for setting in study.settings]
+        rows.append([_escape(form), *(_format_score(group, study.trains_at, tuned) for group in groups)])
+    return [
+        f"{said} {UNITS[study.metric]} by {keys[0]}, {spread} (*: does not train):",
+        _format_table(["form", *(str(dict(point)[keys[0]]) for point in study.settings)], rows),
+    ]
+
+
+def _format_score(group: Group | None, trains_at: float | None, tuned: bool) -> str:
+    if group is None:
+        return ""
+    score = _format(group.validation_mean if tuned else group.test_mean, ".2f")
+    if group.test_sd is not None and not tuned:
+        score += f" ± {group.test_sd:.2f}"
+    diverged = len(group.of_state(DIVERGED))
+    mark = "*" if group.trains(trains_at) is False else ""
+    return ", ".join(filter(None, [score, f"{diverged} diverged" if diverged else ""])) + mark
 
 
 def _format_groups(results: Results, groups: Iterable[Group]) -> str:
@@ -112,10 +167,15 @@ def _format_best(results: Results) -> str:
 def _format_contrasts(results: Results) -> list[str]:
     if not results.contrasts:
         return []
-    headers = ["form", "minus", *_difference_headers(results)]
-    rows = [
-        [_escape(part.form), _escape(part.rival), *_format_difference(part.difference)] for part in results.contrasts
-    ]
+    margin = results.study.margin
+    headers = ["form", "minus", *_difference_headers(results), "p Holm"]
+    headers += [] if margin is None else ["90% both", "answer"]
+    rows = []
+    for part in results.contrasts:
+        row = [_escape(part.form), _escape(part.rival), *_format_difference(part.difference), _format_p(part.p_holm)]
+        if margin is not None:
+            row += [_format_interval(part.difference and part.difference.interval_90), part.answer or ""]
+        rows.append(row)
     return ["Two forms with each other:", _format_table(headers, rows)]
 
 
@@ -125,22 +185,31 @@ def _score_headers(results: Results) -> list[str]:
 
 def _difference_headers(results: Results) -> list[str]:
     examples = "images" if results.study.metric == "accuracy" else "sentences"
-    return ["difference", "95%", f"p {examples}", "p seeds"]
+    return ["difference", f"95% {examples}", f"p {examples}", "p seeds", "95% both", "p both"]
 
 
 def _format_scores(group: Group, results: Results) -> list[str]:
     row = [_format(group.test_mean, ".2f"), _format(group.test_sd, ".2f")]
     if group.form == results.study.baseline and group.test_mean is not None:
-        return [*row, "baseline", "", "", ""]
+        return [*row, "baseline", *[""] * (_DIFFERENCE_COLUMNS - 1)]
     return [*row, *_format_difference(group.difference)]
 
 
 def _format_difference(difference: Difference | None) -> list[str]:
     if difference is None:
-        return [""] * 4
-    low, high = difference.interval
-    p_values = [_format_p(p) for p in (difference.p_bootstrap, difference.p_seeds)]
-    return [f"{difference.score:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p_values]
+        return [""] * _DIFFERENCE_COLUMNS
+    return [
+        f"{difference.score:+.2f}",
+        _format_interval(difference.interval_sentences),
+        _format_p(difference.p_sentences),
+        _format_p(difference.p_seeds),
+        _format_interval(difference.interval_both),
+        _format_p(difference.p_both),
+    ]
+
+
+def _format_interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
 def _format_states(group: Group) -> str:
@@ -207,28 +276,46 @@ def _describe(results: Results, command: str, pictures: dict[str, str]) -> str:
 
 def _explain(results: Results) -> str:
     study = results.study
-    units = "test images" if study.metric == "accuracy" else "test sentences"
-    text = (
-        "Scores are means over the finished seeds, with the standard deviation of a sample. The difference is that to "
-        f"{study.baseline}; its 95% interval and `p sentences` are of a paired bootstrap over {units} ({N_SAMPLES:,} "
-        "resamples, the same for all forms and seeds, scores averaged over seeds; p is twice the smaller tail): "
-        "whether these trained models would differ on other sentences. `p seeds` is of Welch's t-test over seeds: "
-        "whether the forms would differ with other seeds, on this test set. Both are two-sided, and not corrected for "
-        "the number of forms. Seconds are of training with its evaluations, without cells that were interrupted."
-    )
-    if study.metric == "accuracy":
-        text = text.replace("`p sentences`", "`p images`").replace("other sentences", "other images")
+    one, units = ("images", "test images") if study.metric == "accuracy" else ("sentences", "test sentences")
+    lines = [
+        "Scores are means over the finished seeds, with the standard deviation of a sample. Differences are to "
+        f"{study.baseline}, or of the contrasts that the study names. Which p-value answers which question (all are "
+        "two-sided):\n",
+        f"- `p {one}`: would these trained models differ on other {one}? By a paired bootstrap over the {units} "
+        f"({N_SAMPLES:,} resamples, the same for all cells; scores averaged over seeds; twice the smaller tail), like "
+        f"`95% {one}`. It says nothing of other seeds: however small it is, training again may turn the sign.",
+        "- `p seeds`: would the forms differ with other seeds, on this very test set? By Welch's t-test over seeds.",
+        f"- `p both`: would the forms differ with other seeds and on other {one}? By the variance over both, from the "
+        "seeds and the same resamples, and a t-distribution, like `95% both`. It is the one for a claim about forms.",
+    ]
+    if study.contrasts:
+        lines.append(
+            f"- `p Holm`: `p both`, corrected for all {len(study.contrasts)} contrasts by Holm's procedure. No other "
+            "p-value is corrected."
+        )
+    if study.margin is not None:
+        lines.append(
+            f"- `answer`: `equivalent` if the 90% interval over both lies within ±{study.margin:g}, which the study "
+            "names as its margin (two one-sided tests at 5%, not corrected); otherwise `different` if `p Holm` is "
+            "below .05; otherwise `undecided`, which says neither."
+        )
+    lines.append("\nSeconds are of training with its evaluations, without cells that were interrupted.")
     trains = "finishes"
     if study.trains_at is not None:
         trains += f" with a validation {UNITS[study.metric]} of at least {study.trains_at:g}"
-        text += f" A cell trains if it {trains}."
+        lines[-1] += f" A cell trains if it {trains}."
     if len(study.settings) > 1:
-        text += (
+        lines[-1] += (
             f" A form trains in a setting if every cell that was run {trains}. Settings were chosen by validation "
-            "(equal ones by chrF, then by loss), never by test scores; a diverged cell counts as 0 there. In the table "
-            "of best settings, differences are to the baseline at its own best setting."
+            "(equal ones by chrF, then by loss), never by test scores; a diverged cell counts as 0 there. "
         )
-    return text
+        lines[-1] += (
+            "Differences are between forms at their own best settings. A cell that has tuned is not trained again: "
+            "where its seed is one of the second stage, it counts there."
+            if study.tune_seeds is not None
+            else "In the table of best settings, differences are to the baseline at its own best setting."
+        )
+    return "\n".join(lines)
 
 
 def _format_yaml(values: dict) -> str:
@@ -258,10 +345,15 @@ def _with_unit(metric: str) -> str:
 
 
 def _write_groups(results: Results, path: Path) -> None:
-    """A row for each form and setting; scores in points of 100."""
+    """A row for each form and setting, with `tune` for each stage; scores in points of 100."""
+    groups = [({}, group) for group in results.groups]
+    if results.study.tune_seeds is not None:
+        chosen = [(best.form, str(best.tuned.setting)) for best in results.best if best.tuned is not None]
+        groups = [({"stage": 1, "chosen": (group.form, str(group.setting)) in chosen}, group) for _, group in groups]
+        groups += [({"stage": 2, "chosen": True}, best.group) for best in results.best if best.group is not None]
     rows = []
-    for group in results.groups:
-        row = {"form": group.form, **dict(group.setting), "metric": UNITS[results.study.metric]}
+    for stage, group in groups:
+        row = {**stage, "form": group.form, **dict(group.setting), "metric": UNITS[results.study.metric]}
         row["cells"] = len(group.results)
         row |= {
             state.replace(" ", "_"): len(group.of_state(state)) for state in (FINISHED, DIVERGED, FAILED, "not run")
@@ -273,17 +365,25 @@ def _write_groups(results: Results, path: Path) -> None:
     _write_csv(path, rows)
 
 
+def _write_contrasts(results: Results, path: Path) -> None:
+    rows = [
+        {"form": part.form, "minus": part.rival, "metric": UNITS[results.study.metric], **_flatten(part.difference)}
+        | {"p_holm": part.p_holm, "margin": results.study.margin, "answer": part.answer}
+        for part in results.contrasts
+    ]
+    _write_csv(path, rows)
+
+
 def _flatten(difference: Difference | None) -> dict[str, float | None]:
-    if difference is None:
-        return dict.fromkeys(("difference", "difference_low", "difference_high", "p_sentences", "p_seeds"))
-    low, high = difference.interval
-    return {
-        "difference": difference.score,
-        "difference_low": low,
-        "difference_high": high,
-        "p_sentences": difference.p_bootstrap,
-        "p_seeds": difference.p_seeds,
-    }
+    """Numbers of a difference by the names of columns."""
+    row: dict[str, float | None] = {"difference": difference and difference.score}
+    for name in ("interval_sentences", "p_sentences", "p_seeds", "interval_both", "interval_90", "p_both"):
+        value = difference and getattr(difference, name)
+        if name.startswith("interval"):
+            row |= dict(zip((f"{name}_low", f"{name}_high"), value or (None, None), strict=True))
+        else:
+            row[name] = value
+    return row
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:

@@ -1,27 +1,19 @@
-"""What a study has found: its cells, gathered by form and setting, and how the forms differ from the baseline."""
+"""What a study has found: its cells, gathered by form and setting, and how the forms differ."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from mpmath import betainc
-from sacrebleu.metrics import CHRF
-from sacrebleu.metrics.base import Metric
-
 from ..errors import UserError
-from ..evaluation.bleu import create_bleu
-from ..evaluation.predictions import PREDICTIONS_NAME, read_predictions
-from ..evaluation.significance import bootstrap_p_value, compute_scores, draw_resamples, percentile_interval
+from ..evaluation.significance import correct_holm
 from ..training.best_model import rank_scores
 from .cell import DIVERGED, FINISHED, read_result
+from .differences import Bootstrap, Difference
 from .study import Cell, Setting, Study
 
-N_SAMPLES = 1_000
-"""Resamples of the bootstrap."""
 _SCALES = {"accuracy": 100.0}
 """To points of 100."""
 
@@ -50,30 +42,14 @@ class CellResult:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How the mean score of a form differs from that of the baseline, in points of 100.
-
-    Attributes:
-        score: form minus baseline, each the mean over its finished seeds.
-        interval: 95% of the bootstrap resamples of the test set, for these very trained models.
-        p_bootstrap: two-sided, over test sentences or images, for these very trained models.
-        p_seeds: two-sided, of Welch's t-test over seeds, for this very test set; `None` with fewer than two seeds.
-    """
-
-    score: float
-    interval: tuple[float, float]
-    p_bootstrap: float
-    p_seeds: float | None
-
-
-@dataclass(frozen=True)
 class Group:
     """The cells of one form at one setting, which differ by their seeds only.
 
     Attributes:
         form, setting: of the cells.
         results: of all cells, run or not.
-        difference: to the baseline at the same setting; `None` for the baseline, or where either has no score.
+        difference: to the baseline, at the same setting unless something else is said; `None` for the baseline, or
+            where either has no score.
     """
 
     form: str
@@ -137,15 +113,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Best:
-    """A form over the whole grid.
+    """A form over the whole grid, and at its best setting, which has the best mean validation score (of equal ones by
+    chrF, then by loss).
 
     Attributes:
-        group: at the setting with the best mean validation score (of equal ones by chrF, then by loss), its difference
-            being that to the baseline at the baseline's own best setting; `None` if there is no validation score.
+        tuned: the cells at that setting by which it was chosen; `None` where it is not known (yet).
+        group: the cells at that setting by which forms are compared, which in a study with `tune_seeds` are others; its
+            difference is that to the baseline at the baseline's own best setting.
         trained, tried: in how many settings all cells that were run finished, and reached `trains_at`; of how many.
     """
 
     form: str
+    tuned: Group | None
     group: Group | None
     trained: int
     tried: int
@@ -158,11 +137,16 @@ class Contrast:
     Attributes:
         form, rival: their names.
         difference: form minus rival; `None` where either has no score.
+        p_holm: that over seeds and sentences, by Holm's correction for all contrasts of the study.
+        answer: `equivalent` if the 90% interval over seeds and sentences lies within the study's margin, otherwise
+            `different` if `p_holm` is below .05, otherwise `undecided`; `None` where either cannot be computed.
     """
 
     form: str
     rival: str
     difference: Difference | None
+    p_holm: float | None
+    answer: str | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +156,7 @@ class Results:
     Attributes:
         study: that it belongs to.
         cells: in the order of the study.
-        groups: by setting, then by form.
+        groups: by setting, then by form; with `tune_seeds`, of the cells that tune.
         best: by form; without a grid, of the only setting.
         contrasts: those that the study names.
     """
@@ -191,34 +175,74 @@ def gather_results(study: Study) -> Results:
         [`UserError`]: if cells were tested on different data.
     """
     results = [_read(cell, study.metric) for cell in study.cells]
-    by_place: dict[tuple[str, str], list[CellResult]] = {}
-    for result in results:
-        by_place.setdefault((str(result.cell.setting), result.cell.form), []).append(result)
-    bootstrap = _Bootstrap(study)
+    groups = _make_groups(study, results, study.tune_seeds or study.seeds)
+    compared = {(group.form, str(group.setting)): group for group in _make_groups(study, results, study.seeds)}
+    bootstrap = Bootstrap(study)
 
-    def group(form: str, setting: Setting, rival: Setting) -> Group:
-        members, others = by_place[str(setting), form], by_place[str(rival), study.baseline]
-        difference = None if members is others else bootstrap.compare(members, others)
-        return Group(form, setting, members, difference)
+    def compare(form: str, setting: Setting, rival: str, rival_setting: Setting) -> Difference | None:
+        sides = [compared.get((form, str(setting))), compared.get((rival, str(rival_setting)))]
+        if None in sides:
+            return None
+        cells = [[(result.cell, result.test) for result in side.of_state(FINISHED)] for side in sides]
+        return bootstrap.compare(*cells) if all(cells) else None
 
-    groups = [group(form, setting, setting) for setting in study.settings for form in study.forms]
-    best_settings = {form: _choose_setting(form, groups, study.metric) for form in study.forms}
-    rival = best_settings[study.baseline]
+    def against_baseline(group: Group, baseline_setting: Setting) -> Group:
+        if group.form == study.baseline:
+            return group
+        return replace(group, difference=compare(group.form, group.setting, study.baseline, baseline_setting))
+
+    if study.tune_seeds is None:
+        groups = [against_baseline(group, group.setting) for group in groups]
+        chosen = {form: choose_setting(form, groups, study.metric) for form in study.forms}
+    else:
+        chosen = study.chosen or dict.fromkeys(study.forms)
     best = []
-    for form, setting in best_settings.items():
-        own = [part for part in groups if part.form == form]
-        outcomes = [part.trains(study.trains_at) for part in own]
-        chosen = None
-        if setting is not None:
-            chosen = (
-                Group(form, setting, by_place[str(setting), form]) if rival is None else group(form, setting, rival)
-            )
-        best.append(Best(form, chosen, outcomes.count(True), len(outcomes) - outcomes.count(None)))
-    contrasts = []
-    for pair in study.contrasts:
-        sides = [by_place.get((str(best_settings[form]), form), []) for form in pair]
-        contrasts.append(Contrast(*pair, bootstrap.compare(*sides)))
+    for form, setting in chosen.items():
+        own = [group for group in groups if group.form == form]
+        outcomes = [group.trains(study.trains_at) for group in own]
+        tuned = next((group for group in own if group.setting == setting), None)
+        group = compared.get((form, str(setting)))
+        group = group and against_baseline(group, chosen[study.baseline])
+        best.append(Best(form, tuned, group, outcomes.count(True), len(outcomes) - outcomes.count(None)))
+    differences = [compare(form, chosen[form], rival, chosen[rival]) for form, rival in study.contrasts]
+    corrected = correct_holm([part and part.p_both for part in differences])
+    contrasts = [
+        Contrast(*pair, difference, p_holm, _answer(difference, p_holm, study.margin))
+        for pair, difference, p_holm in zip(study.contrasts, differences, corrected, strict=True)
+    ]
     return Results(study, results, groups, best, contrasts)
+
+
+def gather_tuning(study: Study) -> list[Group]:
+    """The cells of a study's grid, with the seeds that tune."""
+    return _make_groups(study, [_read(cell, study.metric) for cell in study.cells], study.tune_seeds)
+
+
+def choose_setting(form: str, groups: Sequence[Group], metric: str) -> Setting | None:
+    """The best of a form by validation scores; `None` where there are none."""
+    own = [group for group in groups if group.form == form]
+    scored = [group for group in own if group.validation_mean is not None]
+    if len(own) == 1:
+        return own[0].setting
+    return max(scored, key=lambda group: group.validation_rank(metric)).setting if scored else None
+
+
+def _make_groups(study: Study, results: Sequence[CellResult], seeds: Sequence[int]) -> list[Group]:
+    groups = []
+    for setting, form in itertools.product(study.settings, study.forms):
+        own = [part for part in results if (part.cell.form, part.cell.setting) == (form, setting)]
+        own = [part for part in own if part.cell.seed in seeds]
+        groups += [Group(form, setting, own)] if own else []
+    return groups
+
+
+def _answer(difference: Difference | None, p_holm: float | None, margin: float | None) -> str | None:
+    if margin is None or p_holm is None:
+        return None
+    low, high = difference.interval_90
+    if -margin < low and high < margin:
+        return "equivalent"
+    return "different" if p_holm < 0.05 else "undecided"
 
 
 def _read(cell: Cell, metric: str) -> CellResult:
@@ -236,92 +260,5 @@ def _read(cell: Cell, metric: str) -> CellResult:
     return CellResult(cell, state, record, test, dict(curve).get(record["kept_step"]), kept, curve)
 
 
-def _read_predictions(cell: Cell) -> tuple[list, list]:
-    path = cell.folder / PREDICTIONS_NAME
-    try:
-        predictions, references = read_predictions(path)
-        if not len(predictions) == len(references) > 0:
-            raise ValueError("it has not one prediction for each reference")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{str(path)!r} does not hold the predictions of a cell ({type(error).__name__}: {error}): "
-            f"remove {str(cell.folder)!r}, and the cell is run again."
-        ) from error
-    return predictions, references
-
-
-def _choose_setting(form: str, groups: Sequence[Group], metric: str) -> Setting | None:
-    own = [group for group in groups if group.form == form]
-    scored = [group for group in own if group.validation_mean is not None]
-    if len(own) == 1:
-        return own[0].setting
-    return max(scored, key=lambda group: group.validation_rank(metric)).setting if scored else None
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def welch_test(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The two-sided p-value of Welch's t-test for the means of two samples.
-
-    `None` where there is no such test: fewer than two values, or no variance in either sample.
-
-    Reference: Welch, "The Generalization of 'Student's' Problem when Several Different Population Variances are
-    Involved", Biometrika, 1947.
-    """
-    if min(len(first), len(second)) < 2:
-        return None
-    errors = [statistics.variance(sample) / len(sample) for sample in (first, second)]
-    if not sum(errors):
-        return None
-    t = (statistics.fmean(first) - statistics.fmean(second)) / sum(errors) ** 0.5
-    freedom = sum(errors) ** 2 / sum(
-        error**2 / (len(sample) - 1) for error, sample in zip(errors, (first, second), strict=True)
-    )
-    return float(betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
-
-
-class _Bootstrap:
-    """Paired bootstrap over the test set: one set of resamples for all cells, whose scores are averaged over seeds."""
-
-    def __init__(self, study: Study):
-        self.study = study
-        self._references: list | None = None
-        self._samples: dict[int, np.ndarray] = {}
-
-    def compare(self, form: Sequence[CellResult], baseline: Sequence[CellResult]) -> Difference | None:
-        """`None` if either has no finished cell."""
-        sides = [[result for result in side if result.state == FINISHED] for side in (form, baseline)]
-        if not all(sides):
-            return None
-        scores = [[result.test for result in side] for side in sides]
-        difference = statistics.fmean(scores[0]) - statistics.fmean(scores[1])
-        resampled = [np.mean([self._resample(result) for result in side], axis=0) for side in sides]
-        samples = resampled[0] - resampled[1]
-        return Difference(difference, percentile_interval(samples), bootstrap_p_value(samples), welch_test(*scores))
-
-    def _resample(self, result: CellResult) -> np.ndarray:
-        """The cell's score on each resample of the test set, `(N_SAMPLES,)`."""
-        if result.cell.number not in self._samples:
-            predictions, references = _read_predictions(result.cell)
-            if self._references is None:
-                self._references = references
-                self._weights = draw_resamples(len(references), N_SAMPLES)
-            elif references != self._references:
-                raise UserError(f"{str(result.cell.folder)!r} was tested on other data than the cells before it.")
-            self._samples[result.cell.number] = self._score(predictions, references)
-        return self._samples[result.cell.number]
-
-    def _score(self, predictions: list, references: list) -> np.ndarray:
-        if self.study.metric == "accuracy":
-            hits = np.asarray(predictions) == np.asarray(references)
-            return 100 * (self._weights @ hits) / len(hits)
-        metric = self._scorer
-        return compute_scores(metric, self._weights @ np.array(metric._extract_corpus_statistics(predictions, None)))
-
-    @cached_property
-    def _scorer(self) -> Metric:
-        if self.study.metric == "chrf":
-            return CHRF(references=[self._references])
-        return create_bleu(self.study.bleu_tokenize, references=self._references)

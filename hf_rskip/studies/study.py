@@ -1,9 +1,13 @@
-"""What a study is: one recipe, forms of it, seeds, and perhaps a grid of settings; each combination is a cell."""
+"""What a study is: one recipe, forms of it, seeds, and perhaps a grid of settings; each combination is a cell.
+
+With `tune` it has two stages: the cells of the grid, and, at the setting that is best for a form, those of the seeds.
+"""
 
 import hashlib
 import itertools
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +76,16 @@ class Study:
         bleu_tokenize: sacreBLEU's `tokenize`; `None` where the task does not translate.
         baseline: the form that others are compared with.
         contrasts: further pairs of forms that are compared, the first with the second.
-        forms: all names, in order.
+        margin: the difference, in points of 100, below which two forms count as equivalent.
+        forms: all names, in order, with the keys of their recipes, without a setting.
         settings: the points of the grid, in order; a single empty one without a grid.
-        seeds: of each form at each setting.
+        seeds: of each form at each setting; with `tune_seeds`, at its own best setting.
+        tune_seeds: of each form at each setting, to choose one; `None` in a study of one stage.
+        beyond: with `tune_seeds`, forms that were best at the edge of the grid, and the points that were added for it.
+        chosen: with `tune_seeds`, the setting of each form, `None` where nothing finished; `None` before it is known.
         trains_at: the validation score, in points of 100, that a cell which trains reaches at least.
         keep_models: whether finished cells keep weights and checkpoints.
-        cells: all of them, in order.
+        cells: all of them, in order; with `tune_seeds`, those that are known so far.
     """
 
     path: Path
@@ -87,12 +95,21 @@ class Study:
     bleu_tokenize: str | None
     baseline: str
     contrasts: list[tuple[str, str]]
-    forms: list[str]
+    margin: float | None
+    forms: dict[str, dict[str, Any]]
     settings: list[Setting]
     seeds: list[int]
+    tune_seeds: list[int] | None
+    beyond: list[tuple[str, Setting]]
+    chosen: dict[str, Setting | None] | None
     trains_at: float | None
     keep_models: bool
     cells: list[Cell]
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether more cells follow from the results of those that are known."""
+        return self.tune_seeds is not None and self.chosen is None
 
 
 @dataclass(frozen=True)
@@ -106,14 +123,16 @@ class _StudyFile:
     overrides: dict | None = None
     baseline: str | None = None
     contrasts: list | None = None
+    margin: float | None = None
     grid: dict | None = None
+    tune: dict | None = None
     metric: str | None = None
     trains_at: float | None = None
     keep_models: bool = False
 
 
 def read_study(path: str | Path, overrides: list[str], output_dir: str | None = None) -> Study:
-    """Reads a study and parses the recipes of all its cells.
+    """Reads a study and parses the recipes of its cells; with `tune`, of the first stage.
 
     Args:
         path: of the YAML.
@@ -128,52 +147,85 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     recipe_path = path.parent / file.recipe
     given = _parse_words(overrides)
     overrides = _underscored(file.overrides or {})
-    common = {**_underscored(read_yaml(recipe_path)), **overrides, **given}
-    grid = _underscored(file.grid or {})
+    recipe = _underscored(read_yaml(recipe_path))
+    common = {**recipe, **overrides, **given}
+    tune = file.tune or {"grid": file.grid or {}, "seeds": file.seeds}
+    grid = _underscored(tune["grid"])
     forms = {name: _underscored(keys or {}) for name, keys in file.forms.items()}
     _check_disjoint(forms, grid, {**overrides, **given}, str(path))
     for keys, place in (
+        (recipe, str(recipe_path)),
         (overrides, f"the overrides of {path}"),
         (given, "the command line"),
         *((keys, f"the form {name!r} of {path}") for name, keys in forms.items()),
         *(({key: point}, f"the grid of {path}") for key, points in grid.items() for point in points),
     ):
         check_values(keys, place, common.get("task"))
+    if any(file.metric in known for known in METRICS.values()):
+        common.setdefault("metric_for_best_model", file.metric)
+    forms = {name: {**common, **keys} for name, keys in forms.items()}
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     folder = Path(output_dir or file.output_dir)
-    cells, recipe, tokenizers = [], None, set()
-    for form, setting, seed in itertools.product(forms, settings, file.seeds):
-        name = "-".join([form, *(f"{key}-{value}" for key, value in setting), f"seed-{seed}"])
-        cell_folder = folder / "cells" / _as_folder_name(name)
-        values = {**common, **forms[form], **dict(setting), "seed": seed, "output_dir": str(cell_folder / "run")}
-        values = {key: value for key, value in values.items() if value is not None and key != "resume_from_checkpoint"}
-        if any(file.metric in known for known in METRICS.values()):
-            values.setdefault("metric_for_best_model", file.metric)
-        try:
-            recipe = parse_values(values, [], str(recipe_path))
-        except UserError as error:
-            raise UserError(f"{path}, cell {', '.join([form, *describe_setting(setting)])}: {error}") from error
-        if recipe.task == "translation":
-            tokenizers.add(choose_tokenizer(recipe.training.bleu_tokenize, recipe.data.target_lang))
-        cells.append(Cell(len(cells) + 1, form, setting, seed, values, cell_folder))
-    _check_folders(cells)
+    cells, recipes = _make_cells(path, folder, forms, itertools.product(forms, settings, tune["seeds"]))
+    tokenizers = {
+        choose_tokenizer(recipe.training.bleu_tokenize, recipe.data.target_lang)
+        for recipe in recipes
+        if recipe.task == "translation"
+    }
     if len(tokenizers) > 1:
         raise UserError(f"bleu_tokenize must be one for all cells of {path}, not {', '.join(sorted(tokenizers))}.")
+    if file.tune and any(recipe.training.eval_strategy == "no" for recipe in recipes):
+        raise UserError(f"tune in {path} judges by validation scores: eval_strategy cannot be 'no'.")
     return Study(
         path=path,
         output_dir=folder,
-        task=recipe.task,
-        metric=_choose_metric(file.metric, recipe),
+        task=recipes[0].task,
+        metric=_choose_metric(file.metric, recipes[0]),
         bleu_tokenize=next(iter(tokenizers), None),
         baseline=file.baseline or next(iter(forms)),
         contrasts=[tuple(pair) for pair in file.contrasts or []],
-        forms=list(forms),
+        margin=file.margin,
+        forms=forms,
         settings=settings,
         seeds=file.seeds,
+        tune_seeds=tune["seeds"] if file.tune else None,
+        beyond=[],
+        chosen=None,
         trains_at=file.trains_at,
         keep_models=file.keep_models,
         cells=cells,
     )
+
+
+def add_cells(study: Study, points: Iterable[tuple[str, Setting, int]]) -> Study:
+    """The study with further cells, of form, setting and seed; those that it has are not added again."""
+    known = {(cell.form, str(cell.setting), cell.seed) for cell in study.cells}
+    points = [point for point in points if (point[0], str(point[1]), point[2]) not in known]
+    further, _ = _make_cells(study.path, study.output_dir, study.forms, points, study.cells)
+    return replace(study, cells=further)
+
+
+def _make_cells(
+    path: Path,
+    folder: Path,
+    forms: dict[str, dict[str, Any]],
+    points: Iterable[tuple[str, Setting, int]],
+    before: Sequence[Cell] = (),
+) -> tuple[list[Cell], list[Recipe]]:
+    """All cells with those before, and the recipes of the new ones."""
+    cells, recipes = list(before), []
+    for form, setting, seed in points:
+        name = "-".join([form, *(f"{key}-{value}" for key, value in setting), f"seed-{seed}"])
+        cell_folder = folder / "cells" / _as_folder_name(name)
+        values = {**forms[form], **dict(setting), "seed": seed, "output_dir": str(cell_folder / "run")}
+        values = {key: value for key, value in values.items() if value is not None and key != "resume_from_checkpoint"}
+        try:
+            recipes.append(parse_values(values, [], str(path)))
+        except UserError as error:
+            raise UserError(f"{path}, cell {', '.join([form, *describe_setting(setting)])}: {error}") from error
+        cells.append(Cell(len(cells) + 1, form, setting, seed, values, cell_folder))
+    _check_folders(cells)
+    return cells, recipes
 
 
 def describe_setting(setting: Setting) -> list[str]:
@@ -226,10 +278,7 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     for key in ("recipe", "output_dir", "baseline", "metric"):
         if not isinstance(values.get(key, ""), str):
             raise UserError(f"{key} must be a word, not {values[key]!r}, in {where}.")
-    seeds = values["seeds"]
-    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not whole or not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds must be a list of different whole numbers, not {seeds!r}, in {where}.")
+    _check_seeds(values["seeds"], "seeds", where)
     forms = values["forms"]
     if not isinstance(forms, dict) or not forms:
         raise UserError(f"forms must be a mapping from names to keys of the recipe, not {forms!r}, in {where}.")
@@ -248,15 +297,37 @@ def _check_file(values: dict, where: str) -> _StudyFile:
             raise UserError(f"{key} {name!r} is none of the forms in {where}{hint}")
     if not isinstance(values.get("overrides", {}), dict):
         raise UserError(f"overrides must be a mapping of keys of the recipe, not {values['overrides']!r}, in {where}.")
-    grid = values.get("grid", {})
-    if not isinstance(grid, dict) or not all(isinstance(points, list) and points for points in grid.values()):
-        raise UserError(f"grid must be a mapping from keys of the recipe to lists of values, not {grid!r}, in {where}.")
-    trains_at = values.get("trains_at")
-    if not isinstance(trains_at, int | float | None) or isinstance(trains_at, bool):
-        raise UserError(f"trains_at must be a number, in points of 100, not {trains_at!r}, in {where}.")
+    _check_grid(values.get("grid", {}), "grid", where)
+    tune = values.get("tune")
+    if tune is not None:
+        if not isinstance(tune, dict) or set(tune) != {"grid", "seeds"} or not tune["grid"]:
+            raise UserError(f"tune must be a mapping of grid and seeds, not {tune!r}, in {where}.")
+        if "grid" in values:
+            raise UserError(f"grid and tune, which has a grid of its own, cannot both stand in {where}.")
+        _check_grid(tune["grid"], "the grid of tune", where)
+        _check_seeds(tune["seeds"], "the seeds of tune", where)
+    for key in ("trains_at", "margin"):
+        number = values.get(key)
+        if not isinstance(number, int | float | None) or isinstance(number, bool):
+            raise UserError(f"{key} must be a number, in points of 100, not {number!r}, in {where}.")
+    if values.get("margin") is not None and not (values["margin"] > 0 and contrasts):
+        raise UserError(f"margin must be above 0, and needs contrasts, in {where}.")
     if not isinstance(values.get("keep_models", False), bool):
         raise UserError(f"keep_models must be true or false, not {values['keep_models']!r}, in {where}.")
     return _StudyFile(**values)
+
+
+def _check_seeds(seeds: Any, name: str, where: str) -> None:
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"{name} must be a list of different whole numbers, not {seeds!r}, in {where}.")
+
+
+def _check_grid(grid: Any, name: str, where: str) -> None:
+    if not isinstance(grid, dict) or not all(isinstance(points, list) and points for points in grid.values()):
+        raise UserError(
+            f"{name} must be a mapping from keys of the recipe to lists of values, not {grid!r}, in {where}."
+        )
 
 
 def _as_folder_name(name: str) -> str:

@@ -1,6 +1,9 @@
 """What trainings of a study would leave."""
 
 from hf_rskip.evaluation.predictions import write_predictions
+from hf_rskip.probing.callback import TABLE_NAME
+from hf_rskip.probing.probe import SublayerProbe
+from hf_rskip.probing.table import ProbedModel, write_table
 from hf_rskip.studies.cell import write_result
 
 
@@ -31,3 +34,16 @@ def diverge(cell, step: int) -> None:
     about = {"device": "CPU", "versions": {"torch": "2"}, "commit": None, "date": "2026-01-01T00:00:00+00:00"}
     about["command"] = f"hf-rskip train {cell.recipe_path}"
     write_result(cell, state="diverged", step=step, message=f"Step {step}: the loss is nan", **about)
+
+
+def leave_probes(cell, weight: float) -> None:
+    """Of one sublayer an encoder and a decoder, at steps 0 and 100."""
+    numbers = dict.fromkeys(SublayerProbe.__annotations__, weight)
+    parts = {
+        "name": "a.skip",
+        "gain_mean": (1.0,),
+        "gain_rms": (1.0,),
+        **dict.fromkeys(("layer", "sublayer", "depth"), 0),
+    }
+    rows = [SublayerProbe(**{**numbers, **parts, "tokens": 7, "stack": stack}) for stack in ("encoder", "decoder")]
+    write_table([ProbedModel("run", cell.seed, step, rows) for step in (0, 100)], cell.folder / TABLE_NAME)

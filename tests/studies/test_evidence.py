@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import yaml
-from made_up_cells import diverge, finish
+from made_up_cells import diverge, finish, leave_probes
 
 from hf_rskip.errors import UserError
 from hf_rskip.probing.callback import TABLE_NAME
@@ -25,7 +25,7 @@ def moved(make_study, tmp_path):
             diverge(cell, 7)
         else:
             finish(cell, 20.0 + number, [1.0, 20.0], [line[: 20 - number] for line in REFERENCES], REFERENCES)
-            (cell.folder / TABLE_NAME).write_text(f"step,angle\n100,{number}\n")
+            leave_probes(cell, number)
     write_evidence(study)
     write_report(gather_results(study), "hf-rskip study")
     folder = tmp_path / "elsewhere" / tmp_path.name
@@ -46,7 +46,7 @@ def test_the_report_is_the_same_elsewhere(moved):
     for name in ("report.md", "results.csv", "summary.csv"):
         text = (after / name).read_text().replace(str(after), str(before)).replace(str(path), str(study.path))
         assert text == (before / name).read_text()
-    for name in ("scores.png", "curves.png"):
+    for name in ("scores.png", "curves.png", "courses.png"):
         assert (after / name).read_bytes() == (before / name).read_bytes()
     for cell, other in zip(study.cells[:5], elsewhere.cells, strict=False):
         if cell.form != "three":

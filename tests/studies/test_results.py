@@ -11,9 +11,10 @@ import yaml
 from made_up_cells import diverge, finish
 
 from hf_rskip.errors import UserError
+from hf_rskip.studies.differences import N_SAMPLES, Bootstrap
 from hf_rskip.studies.grid_figure import _draw_lines, _draw_maps
 from hf_rskip.studies.report import format_tables, write_report
-from hf_rskip.studies.results import N_SAMPLES, gather_results, welch_test
+from hf_rskip.studies.results import gather_results
 from hf_rskip.studies.running import describe_state
 from hf_rskip.studies.study import read_study, varying_keys
 
@@ -44,18 +45,15 @@ def test_bootstrap_is_that_of_sacrebleu_on_resampled_sentences(make_study, pairs
     full = [score(system, [references]).score for system in systems]
     assert difference.score == pytest.approx((full[2] + full[3] - full[0] - full[1]) / 2)
 
-    from hf_rskip.studies.results import _Bootstrap, _read
-
-    bootstrap = _Bootstrap(study)
-    cells = [_read(cell, metric) for cell in study.cells]
-    ours = [bootstrap._resample(result)[:40] for result in cells]
+    bootstrap = Bootstrap(study)
+    ours = [bootstrap._resample(cell)[:40] for cell in study.cells]
     assert (ours[2] + ours[3] - ours[0] - ours[1]) / 2 == pytest.approx(np.array(samples))
 
-    everything = [bootstrap._resample(result) for result in cells]
+    everything = [bootstrap._resample(cell) for cell in study.cells]
     samples = (everything[2] + everything[3] - everything[0] - everything[1]) / 2
-    assert difference.interval == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
+    assert difference.interval_sentences == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
     tail = min(np.count_nonzero(samples <= 0), np.count_nonzero(samples >= 0))
-    assert difference.p_bootstrap == pytest.approx(min(1, 2 * (tail + 1) / (N_SAMPLES + 1)))
+    assert difference.p_sentences == pytest.approx(min(1, 2 * (tail + 1) / (N_SAMPLES + 1)))
 
 
 @pytest.mark.parametrize("by", ["chrf", "loss"])
@@ -84,7 +82,7 @@ def test_equal_systems_do_not_differ(make_study):
     for cell in study.cells:
         finish(cell, 100.0, [50.0])
     difference = gather_results(study).groups[1].difference
-    assert (difference.score, difference.interval, difference.p_bootstrap) == (0, (0, 0), 1)
+    assert (difference.score, difference.interval_sentences, difference.p_sentences) == (0, (0, 0), 1)
     assert difference.p_seeds is None  # no variance
 
 
@@ -94,25 +92,6 @@ def test_systems_of_other_test_sets_are_refused(make_study):
     finish(study.cells[1], 1.0, [1.0], references=["x y z w"])
     with pytest.raises(UserError, match="was tested on other data"):
         gather_results(study)
-
-
-@pytest.mark.parametrize(
-    "first, second", [([1.0, 2.0, 4.0], [3.0, 5.5, 5.0]), ([30.1, 30.4], [29.0, 29.3, 28.1, 29.9])]
-)
-def test_welch_by_integrating_the_density(first, second):
-    errors = [np.var(sample, ddof=1) / len(sample) for sample in (first, second)]
-    t = (np.mean(first) - np.mean(second)) / np.sqrt(sum(errors))
-    freedom = sum(errors) ** 2 / sum(e**2 / (len(s) - 1) for e, s in zip(errors, (first, second), strict=True))
-    # The density of t, up to its factor, over all of the axis by the substitution x = tan(u), and within -|t| to |t|.
-    angles = np.linspace(-np.pi / 2, np.pi / 2, 2_000_001)[1:-1]
-    x = np.tan(angles)
-    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2) * (1 + x**2)
-    outside = density[abs(x) > abs(t)].sum() / density.sum()
-    assert welch_test(first, second) == pytest.approx(outside, abs=1e-5)
-
-
-def test_one_seed_has_no_test():
-    assert welch_test([1.0], [2.0, 3.0]) is None
 
 
 def test_the_best_setting_is_chosen_by_validation(make_study):
@@ -163,7 +142,7 @@ def depth_study(make_study):
     forms = {f"form {number}": {"dropout": number / 10} for number in range(6)}
     study = make_study(forms=forms, grid={"encoder_layers": [1, 2, 3]}, seeds=[1, 2], trains_at=12)
     for cell in study.cells:
-        layers, number = dict(cell.setting)["encoder_layers"], study.forms.index(cell.form)
+        layers, number = dict(cell.setting)["encoder_layers"], list(study.forms).index(cell.form)
         if (number, layers, cell.seed) == (5, 3, 2):
             diverge(cell, 9)
         else:

@@ -94,6 +94,21 @@ WRONG = {
     "list in a form": ({"forms": {"a": {"dropout": [0.1]}}}, [], "takes one value, not a list, in the form 'a' of"),
     "tokenizers": ({"forms": {"a": {}, "b": {"bleu_tokenize": "char"}}}, [], "bleu_tokenize must be one for all cells"),
     "names": ({"forms": {"a b": {}, "a/b": {}}}, [], "would share a folder"),
+    "tune": ({"tune": {"grid": {"learning_rate": [1e-3]}}}, [], "tune must be a mapping of grid and seeds, not"),
+    "grid of tune": ({"tune": {"grid": {"learning_rate": 1}, "seeds": [1]}}, [], "the grid of tune must be a mapping"),
+    "seeds of tune": ({"tune": {"grid": {"dropout": [0.1]}, "seeds": [1.5]}}, [], "the seeds of tune must be a list"),
+    "tune and grid": (
+        {"tune": {"grid": {"learning_rate": [1e-3]}, "seeds": [1]}, "grid": {"warmup_steps": [1]}},
+        [],
+        "grid and tune, which has a grid of its own, cannot both stand",
+    ),
+    "tune unseen": (
+        {"tune": {"grid": {"learning_rate": [1e-3]}, "seeds": [1]}},
+        ["--eval_strategy=no", "--load_best_model_at_end=false", "--early_stopping_patience=null"],
+        "judges by validation scores: eval_strategy cannot be 'no'",
+    ),
+    "margin": ({"margin": "small"}, [], "margin must be a number"),
+    "margin for nothing": ({"margin": 0.5}, [], "margin must be above 0, and needs contrasts"),
     "no recipe": ({"recipe": "none.yaml"}, [], "There is no recipe"),
 }  # fmt: skip
 
