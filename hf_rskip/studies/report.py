@@ -284,7 +284,8 @@ def _explain(results: Results) -> str:
         f"- `p {one}`: would these trained models differ on other {one}? By a paired bootstrap over the {units} "
         f"({N_SAMPLES:,} resamples, the same for all cells; scores averaged over seeds; twice the smaller tail), like "
         f"`95% {one}`. It says nothing of other seeds: however small it is, training again may turn the sign.",
-        "- `p seeds`: would the forms differ with other seeds, on this very test set? By Welch's t-test over seeds.",
+        "- `p seeds`: would the forms differ with other seeds, on this very test set? By Welch's t-test over seeds, "
+        "which takes those of two forms as unrelated.",
         f"- `p both`: would the forms differ with other seeds and on other {one}? By the variance over both, from the "
         "seeds and the same resamples, and a t-distribution, like `95% both`. It is the one for a claim about forms.",
     ]

@@ -174,8 +174,11 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     }
     if len(tokenizers) > 1:
         raise UserError(f"bleu_tokenize must be one for all cells of {path}, not {', '.join(sorted(tokenizers))}.")
-    if file.tune and any(recipe.training.eval_strategy == "no" for recipe in recipes):
-        raise UserError(f"tune in {path} judges by validation scores: eval_strategy cannot be 'no'.")
+    for recipe in recipes if file.tune else ():
+        if recipe.training.eval_strategy == "no":
+            raise UserError(f"tune in {path} judges by validation scores: eval_strategy cannot be 'no'.")
+        if recipe.task == "image-classification" and not (recipe.data.validation_split or recipe.data.validation_size):
+            raise UserError(f"tune in {path} judges by validation scores: set validation_split or validation_size.")
     return Study(
         path=path,
         output_dir=folder,
