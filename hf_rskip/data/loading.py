@@ -6,6 +6,7 @@ from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from ..errors import UserError
+from .arguments import DatasetArguments
 from .names import check_name
 
 
@@ -29,19 +30,18 @@ def load_named_dataset(
         raise UserError(f"Dataset {name!r} cannot be loaded: {reason}.") from error
 
 
-def select_split(corpus: DatasetDict | IterableDatasetDict, name: str, dataset_name: str, field: str):
-    """The split called `name`.
+def select_split(corpus: DatasetDict | IterableDatasetDict, args: DatasetArguments, split: str):
+    """The split "train", "validation" or "test" under the name that `args` gives.
 
     Raises:
-        UserError: if there is none; the message says to set `field`.
+        UserError: if there is none; the message says which key to set.
     """
-    if name not in corpus and len(corpus) == 1:
+    name = getattr(args, f"{split}_split")
+    if name in corpus:
+        return corpus[name]
+    problem = f"Dataset {args.dataset_name!r} has no split {name!r}, only"
+    if len(corpus) == 1:
         raise UserError(
-            f"Dataset {dataset_name!r} has no split {name!r}, only {next(iter(corpus))!r}: split it first, with "
-            "`train_test_split` of `datasets`, say."
+            f"{problem} {next(iter(corpus))!r}: split it first, with `train_test_split` of `datasets`, say."
         )
-    if name not in corpus:
-        raise UserError(
-            f"Dataset {dataset_name!r} has no split {name!r}, only {', '.join(corpus)}: set {field} to one of these."
-        )
-    return corpus[name]
+    raise UserError(f"{problem} {', '.join(corpus)}: set {split}_split to one of these.")

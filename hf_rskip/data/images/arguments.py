@@ -6,6 +6,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ...checks import check_count
 from ...errors import UserError
+from ..arguments import DatasetArguments
 
 _OPTIONAL_COUNTS = (
     "max_train_samples",
@@ -17,7 +18,7 @@ _OPTIONAL_COUNTS = (
 
 
 @dataclass
-class ImageDataArguments:
+class ImageDataArguments(DatasetArguments):
     """A dataset of images in classes and how to prepare it, for [`transformers.HfArgumentParser`].
 
     Raises:
@@ -27,30 +28,20 @@ class ImageDataArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id or local folder of a dataset with images and labels."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     image_column: str | None = field(default=None, metadata={"help": "The only column of images unless given."})
     label_column: str | None = field(
         default=None, metadata={"help": "The only column of class labels, or that called label, unless given."}
     )
-    train_split: str = field(default="train", metadata={"help": "Name the dataset gives its training split."})
-    validation_split: str | None = field(default=None, metadata={"help": "Name of its validation split, if any."})
     validation_size: int | None = field(
         default=None,
         metadata={"help": "Hold out so many training images for validation, in the proportions of the classes."},
     )
-    test_split: str = field(default="test", metadata={"help": "Name of its test split."})
     max_train_samples: int | None = field(
         default=None,
         metadata={
             "help": "Use so many images of the training split only: the first, or where these lack classes some at "
             "even distances (of a stream always the first)."
         },
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use so many images of the validation split only."}
-    )
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "Use so many images of the test split only."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read images while training, rather than all of them before."}
@@ -80,9 +71,6 @@ class ImageDataArguments:
         },
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Number of processes that decode the images."}
-    )
 
     def __post_init__(self):
         if self.dataset_name is None:

@@ -13,7 +13,6 @@ from .arguments import ImageDataArguments
 
 logger = logging.get_logger(__name__)
 
-_SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 _HOLD_OUT_SEED = 0
 
 
@@ -40,10 +39,7 @@ def load_image_dataset(
     """
     corpus = load_named_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     needed = [split for split in splits if getattr(args, f"{split}_split") is not None]
-    found = {
-        split: select_split(corpus, getattr(args, f"{split}_split"), args.dataset_name, f"{split}_split")
-        for split in needed
-    }
+    found = {split: select_split(corpus, args, split) for split in needed}
     if "test" in found and "train" in found and args.test_split == args.train_split:
         raise UserError(f"train_split and test_split are both {args.train_split!r}: the test would be of no use.")
     found = {split: _name_columns(dataset, args, split) for split, dataset in found.items()}
@@ -54,89 +50,83 @@ def load_image_dataset(
     class_names = _class_names(found[needed[0]] if source is None else source, args)
     loaded = {}
     for split, dataset in found.items():
-        limit = getattr(args, _SAMPLE_LIMITS[split])
+        limit = args.sample_limit(split)
         if isinstance(dataset, IterableDataset):
             if limit is not None:
-                logger.warning(f"{_where(args, split)} is streamed: its first {limit:,} images, of whatever classes.")
+                logger.warning(
+                    f"{args.describe_split(split)} is streamed: its first {limit:,} images, of whatever classes."
+                )
                 dataset = dataset.take(limit)
             loaded[split] = _stream_labels(dataset, class_names, args, split)
         else:
-            rows = _choose_rows(dataset, limit, _where(args, split))
+            rows = _choose_rows(dataset, limit, args.describe_split(split))
             loaded[split] = _with_labels(dataset.select(rows), rows, class_names, args, split)
     if "train" in loaded and "validation" in splits and args.validation_size is not None:
         loaded["train"], loaded["validation"] = _hold_out(loaded["train"], class_names, args)
         if args.max_eval_samples is not None:
-            rows = _choose_rows(loaded["validation"], args.max_eval_samples, _where(args, "validation"))
+            rows = _choose_rows(loaded["validation"], args.max_eval_samples, args.describe_split("validation"))
             loaded["validation"] = loaded["validation"].select(rows)
     if "train" in loaded and not args.streaming and len(set(loaded["train"]["label"])) < 2:
-        raise UserError(f"{_where(args, 'train')} has one class only: there is nothing to tell apart.")
+        raise UserError(f"{args.describe_split('train')} has one class only: there is nothing to tell apart.")
     return ImageDatasets(loaded, class_names)
 
 
 def name_row(args: ImageDataArguments, split: str, row: int) -> str:
     """The beginning of a sentence about a row."""
-    return f"{_where(args, split)} row {row} (counted from 0)"
-
-
-def _where(args: ImageDataArguments, split: str) -> str:
-    held_out = split == "validation" and args.validation_split is None
-    name = args.train_split if held_out else getattr(args, f"{split}_split")
-    return f"Dataset {args.dataset_name!r}, split {name!r},"
+    return f"{args.describe_split(split)} row {row} (counted from 0)"
 
 
 def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, split: str):
     """The dataset with the two columns that matter, called `image` and `label`."""
-    features = dataset.features or {}
-    chosen = {}
-    for column, field, feature, usual in (
-        ("image", "image_column", Image, ()),
-        ("label", "label_column", ClassLabel, ("label", "labels")),
-    ):
-        candidates = [name for name, value in features.items() if isinstance(value, feature)]
-        candidates = candidates or [name for name in usual if name in features]
-        name = getattr(args, field)
-        if name is None:
-            if column == "label" and list(features) == ["image"]:  # what `datasets` makes of pictures in one folder
-                raise UserError(
-                    f"{_where(args, split)} has pictures without labels: give each class a folder of its own, and at "
-                    "least two of them."
-                )
-            if len(candidates) != 1:
-                what = f"{len(candidates) or 'no'} columns of {column}s ({', '.join(features)})"
-                raise UserError(f"{_where(args, split)} has {what}: set {field} to one of these.")
-            name = candidates[0]
-        elif name not in features:
-            raise UserError(f"{_where(args, split)} has no column {name!r}, only {', '.join(features)}: set {field}.")
-        chosen[name] = column
-    if len(chosen) < 2:
-        raise UserError(f"image_column and label_column are both {next(iter(chosen))!r}.")
-    image = next(iter(chosen))
+    features, where = dataset.features or {}, args.describe_split(split)
+    if args.label_column is None and list(features) == ["image"]:  # what `datasets` makes of pictures in one folder
+        raise UserError(
+            f"{where} has pictures without labels: give each class a folder of its own, and at least two of them."
+        )
+    image = _find_column("image", Image, (), features, args.image_column, where)
+    label = _find_column("label", ClassLabel, ("label", "labels"), features, args.label_column, where)
+    if image == label:
+        raise UserError(f"image_column and label_column are both {image!r}.")
     if not isinstance(features[image], Image):
-        raise UserError(f"{_where(args, split)} has a column {image!r} that does not hold images: set image_column.")
+        raise UserError(f"{where} has a column {image!r} that does not hold images: set image_column.")
     # First of all, as every later step of a stream would decode what comes before it.
-    dataset = dataset.cast_column(image, Image(decode=False)).select_columns(list(chosen))
-    return dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
+    dataset = dataset.cast_column(image, Image(decode=False)).select_columns([image, label])
+    return dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+
+
+def _find_column(
+    what: str, kind: type, usual_names: tuple[str, ...], features: Features, given: str | None, where: str
+) -> str:
+    """The column that is `given`, or else the only one of a kind, or with a usual name."""
+    if given is not None:
+        if given not in features:
+            raise UserError(f"{where} has no column {given!r}, only {', '.join(features)}: set {what}_column.")
+        return given
+    candidates = [name for name, feature in features.items() if isinstance(feature, kind)]
+    candidates = candidates or [name for name in usual_names if name in features]
+    if len(candidates) != 1:
+        found = f"{len(candidates) or 'no'} columns of {what}s ({', '.join(features)})"
+        raise UserError(f"{where} has {found}: set {what}_column to one of these.")
+    return candidates[0]
 
 
 def _class_names(dataset: Dataset | IterableDataset, args: ImageDataArguments) -> list[str]:
-    feature = dataset.features["label"]
+    feature, where = dataset.features["label"], args.describe_split("train")
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     if args.streaming:
-        raise UserError(f"{_where(args, 'train')} has labels without names, which cannot be found out by streaming it.")
+        raise UserError(f"{where} has labels without names, which cannot be found out by streaming it.")
     kind = getattr(feature, "dtype", "nested")
     if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
-        raise UserError(
-            f"{_where(args, 'train')} has labels of type {kind}, no names or whole numbers: set label_column."
-        )
+        raise UserError(f"{where} has labels of type {kind}, no names or whole numbers: set label_column.")
     labels = set(dataset.unique("label")) - {None}
     if "string" in kind:
         return sorted(labels)
     largest = max(labels, default=-1)
     if largest >= len(dataset):
         raise UserError(
-            f"{_where(args, 'train')} has the label {largest} in only {len(dataset):,} images: its labels are not "
-            "classes counted from 0, so set label_column."
+            f"{where} has the label {largest} in only {len(dataset):,} images: its labels are not classes counted from "
+            "0, so set label_column."
         )
     return [str(label) for label in range(largest + 1)]
 
@@ -201,7 +191,7 @@ def _with_labels(
 ) -> Dataset:
     """The dataset with its labels as indices of `class_names`, all of them checked, and the numbers of its rows."""
     if len(dataset) == 0:
-        raise UserError(f"{_where(args, split)} has no images.")
+        raise UserError(f"{args.describe_split(split)} has no images.")
     to_index = _index_labels(dataset.features["label"], class_names, args, split)
     labels = np.array([to_index(*pair) for pair in zip(dataset["label"][:], rows.tolist(), strict=True)], np.int64)
     return dataset.remove_columns("label").add_column("label", labels).add_column("row", rows)

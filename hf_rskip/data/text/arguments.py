@@ -5,6 +5,7 @@ from pathlib import PurePath
 
 from ...checks import check_count
 from ...errors import UserError
+from ..arguments import DatasetArguments
 
 _OPTIONAL_COUNTS = (
     "max_train_samples",
@@ -16,7 +17,7 @@ _OPTIONAL_COUNTS = (
 
 
 @dataclass
-class DataArguments:
+class DataArguments(DatasetArguments):
     """The parallel corpus and how to prepare it, for [`transformers.HfArgumentParser`].
 
     The corpus is either one dataset (`dataset_name`) or pairs of plain-text files (`train_files`, `validation_files`,
@@ -30,9 +31,6 @@ class DataArguments:
         default=None,
         metadata={"help": "Hub id or local folder of a dataset with a `translation` column, or `cldr`."},
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset, such as `de-en` for `wmt/wmt14`."}
-    )
     source_lang: str | None = field(default=None, metadata={"help": "Code of the language translated from."})
     target_lang: str | None = field(default=None, metadata={"help": "Code of the language translated into."})
     train_files: list[str] | None = field(
@@ -45,22 +43,8 @@ class DataArguments:
     test_files: list[str] | None = field(
         default=None, metadata={"help": "Two UTF-8 text files for the test, source then target."}
     )
-    train_split: str = field(default="train", metadata={"help": "Name the dataset gives its training split."})
     validation_split: str | None = field(
         default=None, metadata={"help": "Name of its validation split; validation unless there is a validation_size."}
-    )
-    validation_size: int | None = field(
-        default=None, metadata={"help": "Hold out so many training pairs, drawn at random, for validation."}
-    )
-    test_split: str = field(default="test", metadata={"help": "Name of its test split."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many pairs of the training split."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many pairs of the validation split."}
-    )
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many pairs of the test split."}
     )
     max_characters: int = field(
         default=10_000, metadata={"help": "Drop training pairs with a side of more characters, before tokenization."}
@@ -88,9 +72,6 @@ class DataArguments:
     )
     lowercase: bool = field(
         default=False, metadata={"help": "Lower-case all text, in the normalizer of the tokenizer that is trained."}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Number of processes that tokenize the corpus."}
     )
 
     def __post_init__(self):

@@ -19,7 +19,6 @@ from ..loading import load_named_dataset, select_split
 from .arguments import DataArguments
 from .columns import keep_rows
 
-_SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 _HOLD_OUT_SEED = 0
 
 
@@ -46,14 +45,9 @@ def load_translation_dataset(
     for split in splits:
         if split == "validation" and args.validation_size is not None:
             continue
-        dataset = (
-            _load_text_files(args, split)
-            if corpus is None
-            else select_split(corpus, getattr(args, f"{split}_split"), args.dataset_name, f"{split}_split")
-        )
-        limit = getattr(args, _SAMPLE_LIMITS[split])
-        if limit is not None:
-            dataset = dataset.select(range(min(limit, len(dataset))))
+        dataset = _load_text_files(args, split) if corpus is None else select_split(corpus, args, split)
+        if (limit := args.sample_limit(split)) is not None:
+            dataset = dataset.take(min(limit, len(dataset)))
         loaded[split] = dataset if corpus is None else _select_languages(dataset, args, split)
     if "validation" in splits and args.validation_size is not None:
         loaded["train"], loaded["validation"] = _hold_out(loaded["train"], args)
@@ -82,17 +76,16 @@ def _has_text(pairs: pa.ChunkedArray, args: DataArguments) -> np.ndarray:
 
 
 def _load_corpus(args: DataArguments) -> DatasetDict:
-    name = args.dataset_name
-    if name == "cldr":
+    if args.dataset_name == "cldr":
         from .cldr import build_cldr_corpus
 
         return build_cldr_corpus(args.source_lang, args.target_lang)
-    return load_named_dataset(name, args.dataset_config_name)
+    return load_named_dataset(args.dataset_name, args.dataset_config_name)
 
 
 def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
     """Reduces a dataset to its column `translation` with the two languages, every side of every row a string."""
-    where = f"Dataset {args.dataset_name!r}, split {getattr(args, f'{split}_split')!r},"
+    where = args.describe_split(split)
     if "translation" not in dataset.features:
         raise UserError(f"{where} has no column 'translation', only {', '.join(dataset.features)}.")
     feature = dataset.features["translation"]

@@ -1,0 +1,46 @@
+"""The keys of a dataset that all tasks share."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DatasetArguments:
+    """A dataset and its splits, which are "train", "validation" and "test" here, whatever the dataset calls them."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or local folder of a dataset."})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, such as `de-en` for `wmt/wmt14`."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Name the dataset gives its training split."})
+    validation_split: str | None = field(default=None, metadata={"help": "Name of its validation split, if any."})
+    validation_size: int | None = field(
+        default=None, metadata={"help": "Hold out so many training examples, drawn at random, for validation."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Name of its test split."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many examples of the training split."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many examples of the validation split."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many examples of the test split."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes that prepare the dataset."}
+    )
+
+    def sample_limit(self, split: str) -> int | None:
+        """The largest number of examples of a split."""
+        limits = {
+            "train": self.max_train_samples,
+            "validation": self.max_eval_samples,
+            "test": self.max_predict_samples,
+        }
+        return limits[split]
+
+    def describe_split(self, split: str) -> str:
+        """The beginning of a sentence about a split."""
+        held_out = split == "validation" and self.validation_split is None
+        name = self.train_split if held_out else getattr(self, f"{split}_split")
+        return f"Dataset {self.dataset_name!r}, split {name!r},"
