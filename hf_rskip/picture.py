@@ -1,4 +1,4 @@
-"""What the pictures of studies and probes have in common: fonts, and how they are written."""
+"""Colours, fonts and files of the figures of studies, probes and comparisons."""
 
 import warnings
 from pathlib import Path
@@ -9,6 +9,20 @@ _FALLBACK_FONTS = (
     *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
 )
 """For names in scripts that matplotlib's own font does not have, where one of these is installed."""
+
+_COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+"""Okabe and Ito (2008): told apart with any colour vision; markers and lines differ as well."""
+_MARKERS = "osD^vPX"
+_LINES = ["-", "--", ":"]
+
+
+def style(index: int) -> dict[str, str]:
+    """Colour, marker and line of the curve with that index; the first is black."""
+    return {
+        "color": _COLORS[index % len(_COLORS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
+    }
 
 
 def save_figure(figure, path: Path) -> Path:

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..picture import escape, save_figure, style
 from .comparison import Comparison
 
-# Okabe and Ito (2008): told apart with any colour vision. The baseline is black; markers differ as well.
-_COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-_MARKERS = "osD^vPX"
 _LENGTH_BINS = 6
 
 
@@ -27,12 +25,7 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     grid = figure.add_gridspec(len(others), 2)
     _draw_changes([figure.add_subplot(grid[row, 0]) for row in range(len(others))], comparison)
     _draw_lengths(figure.add_subplot(grid[:, 1]), comparison)
-    # Without the time and version, so that the same comparison draws the same file.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-
-
-def _style(index: int) -> dict:
-    return {"color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
+    save_figure(figure, Path(path))
 
 
 def _draw_changes(rows: list, comparison: Comparison) -> None:
@@ -42,7 +35,7 @@ def _draw_changes(rows: list, comparison: Comparison) -> None:
     # An even number of bins, so that none holds both better and worse sentences.
     edges = np.linspace(-limit, limit, 2 * int(np.clip(np.sqrt(len(changes[0])) / 2, 5, 20)) + 1)
     for index, (axes, system, change) in enumerate(zip(rows, others, changes, strict=True), start=1):
-        axes.hist(change[change != 0], edges, color=_style(index)["color"], alpha=0.75)
+        axes.hist(change[change != 0], edges, color=style(index)["color"], alpha=0.75)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.axvline(change.mean(), color="black", linestyle="--", linewidth=1.2, label=f"mean {change.mean():+.2f}")
         axes.set_title(
@@ -73,7 +66,7 @@ def _draw_lengths(axes, comparison: Comparison) -> None:
         errors = [1.96 * score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else np.nan for score in scores]
         shift = (index - (len(comparison.systems) - 1) / 2) * step
         label = _shorten(system.name) + (" (baseline)" if index == 0 else "")
-        axes.errorbar(centers + shift, means, errors, **_style(index), markersize=5, capsize=3, label=label)
+        axes.errorbar(centers + shift, means, errors, **style(index), markersize=5, capsize=3, label=label)
     axes.set_title("By source length", fontsize="medium")
     axes.set_xlabel("source length (characters)")
     axes.set_ylabel("chrF of a sentence (mean, 95% interval)")
@@ -82,6 +75,4 @@ def _draw_lengths(axes, comparison: Comparison) -> None:
 
 
 def _shorten(name: str, length: int = 30) -> str:
-    # A dollar sign starts a formula.
-    name = name.replace("$", r"\$")
-    return name if len(name) <= length else f"...{name[3 - length :]}"
+    return escape(name if len(name) <= length else f"...{name[3 - length :]}")
