@@ -40,19 +40,16 @@ def sentence_batch(
         list(sources), text_target=list(targets), truncation=True, max_length=model.config.max_position_embeddings
     )
     pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
-    return _collate_pairs(model, tokenizer, [{"input_ids": source, "labels": target} for source, target in pairs])
+    pairs = [{"input_ids": source, "labels": target} for source, target in pairs]
+    return dict(DataCollatorForSeq2Seq(tokenizer, model=model)(pairs))
 
 
 def training_sentences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_set: Dataset, samples: int = SAMPLES
 ) -> Batch:
     """Pairs of a result of [`~hf_rskip.data.text.preprocessing.tokenize_corpus`]."""
-    rows = train_set.select(spread(train_set, samples))
-    return _collate_pairs(model, tokenizer, [{key: row[key] for key in ("input_ids", "labels")} for row in rows])
-
-
-def _collate_pairs(model, tokenizer, pairs: list[dict]) -> Batch:
-    return dict(DataCollatorForSeq2Seq(tokenizer, model=model)(pairs))
+    pairs = train_set.select(spread(train_set, samples)).select_columns(["input_ids", "labels"])
+    return dict(DataCollatorForSeq2Seq(tokenizer, model=model)(list(pairs)))
 
 
 def image_batch(processor: BaseImageProcessor, dataset: Dataset, args: ImageDataArguments, split: str) -> Batch:
@@ -77,10 +74,7 @@ def random_batch(config: PreTrainedConfig, samples: int, size: int, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     if isinstance(config, RSkipResNetConfig):
         images = torch.randn(samples, config.num_channels, size, size, generator=generator)
-        return {
-            "pixel_values": images,
-            "labels": torch.randint(config.num_labels, (samples,), generator=generator),
-        }
+        return {"pixel_values": images, "labels": torch.randint(config.num_labels, (samples,), generator=generator)}
     end = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     special = {config.pad_token_id, config.bos_token_id, config.decoder_start_token_id, *end}
 

@@ -4,14 +4,16 @@ The measurement watches the calls of [`SkipConnection`] modules and of the norms
 so one of your own is probed as it is.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UserError
@@ -110,20 +112,23 @@ def probe(
         raise UserError("The batch to probe on is empty.")
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    with _undisturbed(model), torch.enable_grad(), _watched(model) as calls:
+    with _preserved(model), torch.enable_grad(), _record_calls(model) as calls:
         outputs = model(**inputs)
-        loss = outputs.loss if label_smoothing is None else _cross_entropy(outputs, inputs["labels"], label_smoothing)
+        if label_smoothing is None:
+            loss = outputs.loss
+        else:
+            logits = outputs.logits.flatten(0, -2)
+            loss = F.cross_entropy(logits, inputs["labels"].flatten(), label_smoothing=label_smoothing)
         if not calls:
             raise UserError(f"{type(model).__name__} has called no skip connection of hf_rskip for this batch.")
         gradients = _differentiate(loss, calls)
         with torch.no_grad():
-            layers = [_layer_of(call.name, model) for call in calls]
-            return _measure(calls, layers, gradients, float(loss))
+            return _measure(model, calls, gradients, float(loss))
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Nothing random, batch norms on the batch; afterwards all is as before."""
+def _preserved(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode but for batch norms, with gradients everywhere; afterwards all is as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -145,12 +150,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _cross_entropy(outputs, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    logits = outputs.logits.flatten(0, -2)
-    return F.cross_entropy(logits, labels.flatten(), label_smoothing=label_smoothing)
-
-
-# What is seen
+# Recording
 
 
 @dataclass(eq=False)
@@ -159,7 +159,7 @@ class _Call:
 
     name: str
     source: torch.Tensor | None = None
-    """What feeds both the branch and the shortcut."""
+    """The input of both the branch and the shortcut."""
     x: torch.Tensor | None = None
     branch: torch.Tensor | None = None
     y: torch.Tensor | None = None
@@ -177,21 +177,16 @@ class _NormCall:
 
 
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[list[_Call]]:
-    """The list that fills with the calls of skip connections inside this context."""
+def _record_calls(model: nn.Module) -> Iterator[list[_Call]]:
+    """Yields a list to which the calls of skip connections inside this context are added."""
     calls: list[_Call] = []
     begun: dict[SkipConnection, _Call] = {}
     open_branches: dict[SkipConnection, _Call] = {}
-    handles, wrapped = [], []
 
-    def wrap(module: nn.Module, method: str, wrapper) -> None:
-        setattr(module, method, wrapper)  # beside the method of the class, until it is deleted
-        wrapped.append((module, method))
-
-    def watch_skip(name: str, skip: SkipConnection) -> None:
+    def record_skip(name: str, skip: SkipConnection) -> None:
         before = skip.before
 
-        def watched_before(x, *args, **kwargs):
+        def recorded_before(x, *args, **kwargs):
             begun[skip] = _Call(name, source=_base_of(x))
             result = before(x, *args, **kwargs)
             open_branches[skip] = begun[skip]
@@ -209,88 +204,83 @@ def _watched(model: nn.Module) -> Iterator[list[_Call]]:
                 call.source = _base_of(call.x)
             calls.append(call)
 
-        wrap(skip, "before", watched_before)
-        handles.append(skip.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(skip.register_forward_hook(leave, with_kwargs=True))
+        replace(skip, "before", recorded_before)
+        remove_later(skip.register_forward_pre_hook(enter, with_kwargs=True))
+        remove_later(skip.register_forward_hook(leave, with_kwargs=True))
         for module in skip.modules():
             if hasattr(module, "normalize"):
-                watch_normalize(skip, module)
+                record_normalize(skip, module)
             elif isinstance(module, _NORMS):
-                handles.append(module.register_forward_hook(record_norm(skip)))
+                remove_later(module.register_forward_hook(partial(record_norm, skip)))
 
-    def watch_normalize(skip: SkipConnection, norm: nn.Module) -> None:
+    def record_normalize(skip: SkipConnection, norm: nn.Module) -> None:
         normalize = norm.normalize
 
-        def watched_normalize(hidden, weight, bias, *args, **kwargs):
+        def recorded_normalize(hidden, weight, bias, *args, **kwargs):
             output = normalize(hidden, weight, bias, *args, **kwargs)
             if output is not hidden and skip in begun:  # else there is no norm
                 begun[skip].norms.append(_NormCall(norm, weight, bias, output))
             return output
 
-        wrap(norm, "normalize", watched_normalize)
+        replace(norm, "normalize", recorded_normalize)
 
-    def record_norm(skip: SkipConnection):
-        def record(norm, args, output):
-            if skip in begun:
-                bias = getattr(norm, "bias", None)
-                begun[skip].norms.append(_NormCall(norm, norm.weight, bias, output))
-
-        return record
+    def record_norm(skip: SkipConnection, norm: nn.Module, args, output) -> None:
+        if skip in begun:
+            begun[skip].norms.append(_NormCall(norm, norm.weight, getattr(norm, "bias", None), output))
 
     def note_parameters(module, args):
         for call in open_branches.values():
             call.parameters |= dict.fromkeys(module.parameters(recurse=False))
 
-    skips = {name: module for name, module in model.named_modules() if isinstance(module, SkipConnection)}
-    inside = {module for skip in skips.values() for module in skip.modules()}
-    try:
+    with ExitStack() as stack:
+
+        def replace(module: nn.Module, method: str, replacement: Callable) -> None:
+            setattr(module, method, replacement)  # beside the method of the class, until it is deleted
+            stack.callback(delattr, module, method)
+
+        def remove_later(handle: RemovableHandle) -> None:
+            stack.callback(handle.remove)
+
+        skips = {name: module for name, module in model.named_modules() if isinstance(module, SkipConnection)}
         for name, skip in skips.items():
-            watch_skip(name, skip)
+            record_skip(name, skip)
+        inside = {module for skip in skips.values() for module in skip.modules()}
         for module in model.modules():
             if module not in inside and next(module.parameters(recurse=False), None) is not None:
-                handles.append(module.register_forward_pre_hook(note_parameters))
+                remove_later(module.register_forward_pre_hook(note_parameters))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, method in wrapped:
-            delattr(module, method)
 
 
 def _base_of(x: torch.Tensor) -> torch.Tensor:
     """In a ResNet, branch and shortcut each get a view of their own of the feature maps, through which only a part of
     the gradient flows: all of it reaches the maps themselves."""
-    base = x._base if x._is_view() else None
-    return x if base is None or base.numel() != x.numel() else base
+    return x._base if x._is_view() and x._base.numel() == x.numel() else x
 
 
-# What it says
+# Measuring
 
 
 def _differentiate(loss: torch.Tensor, calls: list[_Call]) -> dict[int, torch.Tensor]:
     """Gradients by the `id` of what they are with respect to; zeros where the loss does not depend on it."""
-    wanted = {}
-    for call in calls:
-        for tensor in (call.source, call.y, *call.parameters):
-            if tensor.requires_grad:
-                wanted[id(tensor)] = tensor
+    tensors = [tensor for call in calls for tensor in (call.source, call.y, *call.parameters)]
+    wanted = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
     found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(wanted, found, strict=True))
 
 
 def _measure(
-    calls: list[_Call], layer_names: list[str], gradients: dict[int, torch.Tensor], loss: float
+    model: nn.Module, calls: list[_Call], gradients: dict[int, torch.Tensor], loss: float
 ) -> list[SublayerProbe]:
     def norm(*tensors: torch.Tensor) -> float:
         norms = [torch.linalg.vector_norm(gradients[id(t)], dtype=_float64(t)) for t in tensors if id(t) in gradients]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else float("nan")
 
-    stacks = [_stack_of(call.name) for call in calls]
-    top = {stack: norm(call.y) for stack, call in zip(stacks, calls, strict=True)}
+    stacks = ["decoder" if "decoder" in call.name.split(".") else "encoder" for call in calls]
+    top = {stack: norm(call.y) or float("nan") for stack, call in zip(stacks, calls, strict=True)}
     layers: dict[str, dict[str, int]] = {stack: {} for stack in top}
     rows: list[SublayerProbe] = []
-    for stack, call, layer_name in zip(stacks, calls, layer_names, strict=True):
-        layer = layers[stack].setdefault(layer_name, len(layers[stack]))
+    for stack, call in zip(stacks, calls, strict=True):
+        layer = layers[stack].setdefault(_layer_of(call.name, model), len(layers[stack]))
         earlier = [row for row in rows if row.stack == stack]
         at_x, at_y = norm(call.source), norm(call.y)
         gains = [torch.ones(1) if use.weight is None else use.weight.to(_float64(use.weight)) for use in call.norms]
@@ -305,8 +295,8 @@ def _measure(
                 gradient_norm_x=at_x,
                 gradient_norm_y=at_y,
                 gradient_norm_branch=norm(*call.parameters),
-                relative_gradient_norm_x=at_x / top[stack] if top[stack] else float("nan"),
-                relative_gradient_norm_y=at_y / top[stack] if top[stack] else float("nan"),
+                relative_gradient_norm_x=at_x / top[stack],
+                relative_gradient_norm_y=at_y / top[stack],
                 gain_mean=tuple(float(gain.abs().mean()) for gain in gains),
                 gain_rms=tuple(float(gain.square().mean().sqrt()) for gain in gains),
                 **_measure_activations(call),
@@ -315,11 +305,8 @@ def _measure(
     return rows
 
 
-def _stack_of(name: str) -> str:
-    return "decoder" if "decoder" in name.split(".") else "encoder"
-
-
 def _layer_of(name: str, model: nn.Module) -> str:
+    """The name of the layer around a skip connection; see [`SublayerProbe`]."""
     parts = name.split(".")[:-1]
     around = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
     layers = [name for name in around if isinstance(model.get_submodule(name), GradientCheckpointingLayer)]

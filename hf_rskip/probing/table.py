@@ -13,8 +13,8 @@ from ..atomic import write_then_rename
 from ..errors import UserError
 from .probe import SublayerProbe
 
-_SUBLAYER_FIELDS = [part.name for part in fields(SublayerProbe)]
-_COLUMNS = ["model", "seed", "step", *_SUBLAYER_FIELDS]
+_KEYS = ["model", "seed", "step"]
+_COLUMNS = [*_KEYS, *(part.name for part in fields(SublayerProbe))]
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def gradient_growth(stack: Sequence[SublayerProbe]) -> float:
 def write_table(probed: Iterable[ProbedModel], path: str | Path, append: bool = False) -> None:
     """Writes a CSV with a row a sublayer; what is not known is an empty field, several gains are parted by blanks."""
     with open(path, "a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n")
         if not append:
-            writer.writeheader()
+            writer.writerow(_COLUMNS)
         for item in probed:
             for row in item.sublayers:
-                said = {"model": item.model, "seed": item.seed, "step": item.step, **asdict(row)}
-                writer.writerow({key: _as_text(value) for key, value in said.items()})
+                values = [item.model, item.seed, item.step, *asdict(row).values()]
+                writer.writerow([_as_text(value) for value in values])
 
 
 def read_table(path: str | Path) -> list[ProbedModel]:
@@ -82,12 +82,12 @@ def read_table(path: str | Path) -> list[ProbedModel]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}.") from error
     if rows and None in rows[-1].values():
-        last = [rows[-1][key] for key in ("model", "seed", "step")]
-        rows = [row for row in rows if [row[key] for key in ("model", "seed", "step")] != last]
+        cut = [rows[-1][key] for key in _KEYS]
+        rows = [row for row in rows if [row[key] for key in _KEYS] != cut]
     probed: dict[tuple, list[SublayerProbe]] = {}
     try:
         for row in rows:
-            key = (row["model"], *(int(row[name]) if row[name] else None for name in ("seed", "step")))
+            key = (row["model"], *(int(row[name]) if row[name] else None for name in _KEYS[1:]))
             values = {part.name: _from_text(row[part.name], part.type) for part in fields(SublayerProbe)}
             probed.setdefault(key, []).append(SublayerProbe(**values))
     except ValueError as error:
