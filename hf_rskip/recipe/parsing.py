@@ -62,8 +62,8 @@ class TaskArguments:
     task: str = field(default="translation", metadata={"help": "translation or image-classification."})
 
 
-# Where the model goes and how it gets there is no part of what makes it.
 _NOT_REPEATED = {"output_dir", "resume_from_checkpoint", "hub_token"}
+"""Keys that do not change the model."""
 
 
 class _Parser(HfArgumentParser):
@@ -72,18 +72,14 @@ class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UserError(message.removeprefix("argument "))
 
-    def fields(self) -> list[Field]:
-        return [part for arguments in self.dataclass_types for part in fields(arguments) if part.init]
 
-    def keys(self, task: str) -> list[str]:
-        return [part.name for part in self.fields() if is_supported(part.name, task)]
+def _fields(task: str) -> dict[str, Field]:
+    """All keys of a task, supported or not."""
+    return {part.name: part for arguments in _arguments(task) for part in fields(arguments) if part.init}
 
-    def refuses(self, key: str, task: str) -> bool:
-        """Whether the task has the key, but hf_rskip does not support it."""
-        return not is_supported(key, task) and any(part.name == key for part in self.fields())
 
-    def list_keys(self) -> list[str]:
-        return [part.name for part in self.fields() if "list[" in str(part.type).lower()]
+def _arguments(task: str) -> tuple[type, ...]:
+    return (TaskArguments, *TASKS[task].values())
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -130,58 +126,61 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     """Parses the keys of a YAML file; `where` names the file in errors. See [`parse_recipe`]."""
-    values, overrides = _unset(values, overrides)
-    task = _find_task([*_as_command_line({"task": values.get("task")}), *overrides])
+    overrides = _group_words(overrides)
+    said = {_name_of(key): value for given in (values, overrides) for key, value in given.items()}
+    if said.get("test_split", "") is None:
+        raise UserError("test_split cannot be null: a run always ends with the scores of its test split.")
+    said = {key: value for key, value in said.items() if value is not None}
+    task = _check_task(said.get("task"))
+    check_values(values, where, task)
+    for key in overrides:
+        _check_key(key, "the command line", task, prefix="--")
     if task == "translation":
-        values = {**values, **_languages_of_start(values, overrides)}
-    parser = _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False)
-    _check_values(values, parser, where, task)
-    for word in overrides:
-        if word.startswith("--"):
-            _check_key(word[2:].split("=")[0], parser, "the command line", task, prefix="--")
-    words = [*_as_command_line(values), *overrides]
+        said |= _languages_of_start(said)
     try:
-        _, *parsed, rest = parser.parse_args_into_dataclasses(
-            words, look_for_args_file=False, return_remaining_strings=True
+        *parsed, rest = _Parser(_arguments(task), allow_abbrev=False).parse_args_into_dataclasses(
+            _as_command_line(said), look_for_args_file=False, return_remaining_strings=True
         )
     except ValueError as error:  # keys that do not fit each other, by TrainingArguments
         raise UserError(" ".join(str(error).split())) from error
     if rest:
         raise UserError(f"The command line has {rest[0]!r} where a --key was expected.")
-    given = [*values, *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
-    keys = {
-        key: _plain(getattr(part, key))
-        for key in dict.fromkeys(word.replace("-", "_") for word in given)
-        for part in (TaskArguments(task), *parsed)
-        if hasattr(part, key) and key not in _NOT_REPEATED
-    }
     values = {
-        key: _plain(getattr(part, key))
-        for part in (TaskArguments(task), *parsed)
-        for key in [part.name for part in fields(part)]
-        if is_supported(key, task) and key != "hub_token"
+        part.name: _plain(getattr(arguments, part.name))
+        for arguments in parsed
+        for part in fields(arguments)
+        if is_supported(part.name, task) and part.name != "hub_token"
     }
-    parts = {"generation": None, **dict(zip(TASKS[task], parsed, strict=True))}
-    recipe = Recipe(task=task, keys=keys, values=values, **parts)
+    recipe = Recipe(
+        **{"task": task, "generation": None, **dict(zip(TASKS[task], parsed[1:], strict=True))},
+        keys={key: values[key] for key in said if key not in _NOT_REPEATED},
+        values=values,
+    )
     if recipe.training.model_name_or_path and getattr(recipe.data, "tokenizer_name", None):
         raise UserError("tokenizer_name cannot be set with model_name_or_path, which brings its own.")
     return recipe
 
 
-@dataclass
-class _Start:
-    model_name_or_path: str | None = None
+def _group_words(words: Sequence[str]) -> dict[str, str | list[str] | None]:
+    """The values of each `--key` of a command line; `None` for `null`, which unsets a key."""
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            groups[key] = [value] if equals else []
+        elif groups:
+            groups[key].append(word)
+        else:
+            raise UserError(f"The command line has {word!r} where a --key was expected.")
+    return {key: None if group == ["null"] else group[0] if len(group) == 1 else group for key, group in groups.items()}
 
 
-def _languages_of_start(values: dict[str, Any], overrides: list[str]) -> dict[str, str]:
+def _languages_of_start(said: dict[str, Any]) -> dict[str, str]:
     """Returns the languages of the model that a recipe starts from, unless the recipe names its own."""
-    words = [*_as_command_line({"model_name_or_path": values.get("model_name_or_path")}), *overrides]
-    start = _Parser(_Start, allow_abbrev=False).parse_known_args(words)[0].model_name_or_path
-    given = {_key_of(str(key)) for key, value in values.items() if value is not None} | set(map(_key_of, overrides))
-    missing = [key for key in ("source_lang", "target_lang") if key not in given]
-    if not start or not missing:
+    missing = [key for key in ("source_lang", "target_lang") if key not in said]
+    if not missing or not said.get("model_name_or_path"):
         return {}
-    config = load_config(start)
+    config = load_config(str(said["model_name_or_path"]))
     return {key: language for key in missing if (language := getattr(config, key, None))}
 
 
@@ -226,44 +225,19 @@ def check_values(values: dict[str, Any], where: str, task: str | None = None) ->
         where: their place, as errors name it.
         task: the default unless given.
     """
-    task = _find_task(_as_command_line({"task": task}))
-    _check_values(values, _Parser((TaskArguments, *TASKS[task].values()), allow_abbrev=False), where, task)
-
-
-def _check_values(values: dict[str, Any], parser: _Parser, where: str, task: str) -> None:
+    task = _check_task(task)
     for key, value in values.items():
-        _check_key(key, parser, where, task)
-        if isinstance(value, list) and key not in parser.list_keys():
+        _check_key(key, where, task)
+        if isinstance(value, list) and "list[" not in str(_fields(task)[_name_of(key)].type).lower():
             raise UserError(f"{key} takes one value, not a list, in {where}")
 
 
-def _key_of(word: str) -> str:
-    """The key in a word of the command line, such as `seed` in `--seed=1`."""
-    return word.removeprefix("--").split("=")[0].replace("-", "_")
+def _name_of(key: Any) -> str:
+    return str(key).replace("-", "_")
 
 
-def _unset(values: dict, overrides: Sequence[str]) -> tuple[dict, list[str]]:
-    """Removes the keys that the command line sets to `null`."""
-    words = iter(overrides)
-    kept, unset = [], {key for key, value in values.items() if value is None}
-    for word in words:
-        key, _, value = word.partition("=")
-        following = None
-        if word.startswith("--") and "=" not in word:
-            following = value = next(words, None)
-        if word.startswith("--") and value == "null":
-            values = {name: old for name, old in values.items() if name.replace("-", "_") != _key_of(key)}
-            unset.add(_key_of(key))
-        else:
-            kept += [word] if following is None else [word, following]
-    if "test_split" in unset:
-        raise UserError("test_split cannot be null: a run always ends with the scores of its test split.")
-    return values, kept
-
-
-def _find_task(words: list[str]) -> str:
-    parser = _Parser(TaskArguments, allow_abbrev=False)
-    task = parser.parse_known_args(words)[0].task
+def _check_task(task: str | None) -> str:
+    task = TaskArguments.task if task is None else str(task)
     if task not in TASKS:
         raise UserError(f"task must be one of {', '.join(TASKS)}, not {task!r}.")
     return task
@@ -319,13 +293,13 @@ def read_yaml(path: Path, what: str = "recipe") -> dict:
     return values
 
 
-def _check_key(key: str, parser: _Parser, where: str, task: str, prefix: str = "") -> None:
-    name, known = str(key).replace("-", "_"), parser.keys(task)
-    if parser.refuses(name, task):
+def _check_key(key: str, where: str, task: str, prefix: str = "") -> None:
+    name, known = _name_of(key), [name for name in _fields(task) if is_supported(name, task)]
+    if name in _fields(task) and name not in known:
         raise UserError(f"{prefix}{name} is not supported in {where} (task: {task}): {why_refused(name, task)}.")
     if name not in known:
-        for other, parts in TASKS.items():
-            if name in (part.name for group in parts.values() for part in fields(group)):
+        for other in TASKS:
+            if name in _fields(other):
                 raise UserError(f"{prefix + str(key)!r} in {where} is a key of task {other}, and the task is {task}.")
         hint = did_you_mean(key, known, prefix)
         raise UserError(f"Unknown key {prefix + str(key)!r} in {where} (task: {task}){hint}")
