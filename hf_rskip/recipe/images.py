@@ -68,8 +68,6 @@ class ImageTrainingArguments(CommonTrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum must be a number from 0 to below 1, not {self.momentum}.")
         if self.nesterov and self.momentum == 0:
             raise UserError("nesterov needs a momentum above 0.")
         if self.optim == OptimizerNames.SGD:
@@ -85,6 +83,4 @@ class ImageTrainingArguments(CommonTrainingArguments):
             raise UserError(f"lr_milestones must be rising numbers of epochs, not {self.lr_milestones}.")
         if self.lr_milestones is not None and self.max_steps > 0:
             raise UserError("lr_milestones are epochs: set num_train_epochs, not max_steps.")
-        if not 0 < self.lr_gamma < float("inf"):
-            raise UserError(f"lr_gamma must be a number above 0, not {self.lr_gamma}.")
         self.check_metric_for_best_model(("accuracy", "top5_accuracy", "loss"))

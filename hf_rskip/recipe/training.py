@@ -14,12 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import UserError
-
-
-def check_at_least(key: str, value: float, least: float) -> None:
-    """Raises a [`UserError`] that names the key unless its value is a number of at least `least`."""
-    if not value >= least:  # a NaN is at least nothing
-        raise UserError(f"{key} must be {'a number' if least == -math.inf else f'at least {least}'}, not {value}.")
+from .ranges import check_ranges
 
 
 def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> type:
@@ -48,22 +43,6 @@ def _read_docstring(config_class: type) -> dict[str, str]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") + "."
-
-
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 0,
-    "label_smoothing_factor": 0,
-    "weight_decay": 0,
-    "warmup_steps": 0,
-    "adam_epsilon": 0,
-    "max_grad_norm": 0,
-    "logging_steps": 0,
-}
-_LARGEST_SEED = 2**32 - 1  # of numpy
 
 
 DEFAULT_LOGGING_STEPS = 50
@@ -131,39 +110,37 @@ class CommonTrainingArguments(TrainingArguments):
         self.logging_nan_inf_filter = False  # such a loss ends the run
         self._check_reporting()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
-        for key, least in _LEAST.items():
-            check_at_least(key, getattr(self, key), least)
-        for key in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key} must be a number from 0 to below 1, not {getattr(self, key)}.")
-        for key in ("seed", "data_seed"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value <= _LARGEST_SEED:
-                raise UserError(f"{key} must be from 0 to {_LARGEST_SEED}, not {value}.")
-        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
-            raise UserError("dataloader_persistent_workers needs workers: set dataloader_num_workers.")
-        if not self.num_train_epochs > 0:
-            raise UserError(f"num_train_epochs must be a number above 0, not {self.num_train_epochs}.")
-        if not self.label_smoothing_factor < 1:
-            raise UserError(f"label_smoothing_factor must be below 1, not {self.label_smoothing_factor}.")
-        if self.early_stopping_patience is not None:
-            check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
-            if self.eval_strategy == "no":
-                raise UserError("early_stopping_patience needs evaluations, but eval_strategy is no.")
-        if self.ema_decay is not None and self.save_only_model:
-            raise UserError("ema_decay needs whole checkpoints, without save_only_model.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay must be a number from 0 to below 1, not {self.ema_decay}.")
-        if self.ema_decay is not None and self.average_checkpoints is not None:
-            raise UserError("ema_decay and average_checkpoints are two averages to end with: choose one.")
-        if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
-            raise UserError(f"loss_spike_factor must be above 1, not {self.loss_spike_factor}.")
-        check_at_least("loss_spike_window", self.loss_spike_window, 1)
-        if self.probe_steps is not None:
-            check_at_least("probe_steps", self.probe_steps, 1)
-        if self.average_checkpoints is not None:
-            self._check_averaging()
+        check_ranges(self)
+        self._check_combinations()
         self._check_optimization()
+        if self.average_checkpoints is not None and self.save_total_limit is not None:
+            # At 1, the Trainer removes all but the best at the end.
+            self.save_total_limit = max(self.save_total_limit, self.average_checkpoints, 2)
+
+    def _check_combinations(self) -> None:
+        evaluates, averages = self.eval_strategy != IntervalStrategy.NO, self.average_checkpoints is not None
+        averages_best = averages and self.average_checkpoints_by == "best"
+        has_ema = self.ema_decay is not None
+        problems = {
+            "dataloader_persistent_workers needs workers: set dataloader_num_workers.": (
+                self.dataloader_persistent_workers and self.dataloader_num_workers == 0
+            ),
+            "early_stopping_patience needs evaluations, but eval_strategy is no.": (
+                self.early_stopping_patience is not None and not evaluates
+            ),
+            "ema_decay needs whole checkpoints, without save_only_model.": has_ema and self.save_only_model,
+            "ema_decay and average_checkpoints are two averages to end with: choose one.": has_ema and averages,
+            "average_checkpoints needs checkpoints, but save_strategy is no.": (
+                averages and self.save_strategy == SaveStrategy.NO
+            ),
+            "average_checkpoints_by best needs evaluations, but eval_strategy is no.": averages_best and not evaluates,
+            "average_checkpoints_by best needs a metric_for_best_model.": (
+                averages_best and self.metric_for_best_model is None
+            ),
+        }
+        for message, applies in problems.items():
+            if applies:
+                raise UserError(message)
 
     def _check_reporting(self) -> None:
         installed = get_available_reporting_integrations()
@@ -196,17 +173,6 @@ class CommonTrainingArguments(TrainingArguments):
             raise UserError(
                 f"lr_scheduler_type {self.lr_scheduler_type.value}{said} cannot be used: {_one_line(error)}"
             ) from error
-
-    def _check_averaging(self) -> None:
-        check_at_least("average_checkpoints", self.average_checkpoints, 1)
-        if self.save_strategy == SaveStrategy.NO:
-            raise UserError("average_checkpoints needs checkpoints, but save_strategy is no.")
-        if self.average_checkpoints_by == "best" and self.eval_strategy == IntervalStrategy.NO:
-            raise UserError("average_checkpoints_by best needs evaluations, but eval_strategy is no.")
-        if self.average_checkpoints_by == "best" and self.metric_for_best_model is None:
-            raise UserError("average_checkpoints_by best needs a metric_for_best_model.")
-        if self.save_total_limit is not None:  # at 1, the Trainer removes all but the best at the end
-            self.save_total_limit = max(self.save_total_limit, self.average_checkpoints, 2)
 
     def check_metric_for_best_model(self, metrics: tuple[str, ...], where: str = "") -> None:
         """Raises a [`UserError`] unless `metric_for_best_model` is unset or one of `metrics`."""

@@ -9,7 +9,8 @@ from transformers import SchedulerType, Seq2SeqTrainingArguments
 from ..errors import UserError
 from ..evaluation.bleu import create_bleu
 from ..models import RSkipConfig
-from .training import CommonTrainingArguments, check_at_least, make_model_arguments
+from .ranges import check_ranges
+from .training import CommonTrainingArguments, make_model_arguments
 
 # What the tokenizer and the data decide, and what is not for a recipe to say.
 _NOT_IN_RECIPES = {
@@ -52,13 +53,7 @@ class GenerationArguments:
     )
 
     def __post_init__(self):
-        check_at_least("num_beams", self.num_beams, 1)
-        check_at_least("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
-        check_at_least("max_new_tokens", 1 if self.max_new_tokens is None else self.max_new_tokens, 1)
-        for key in ("length_penalty", "gnmt_length_penalty", "max_len_a", "max_len_b"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{key} must be a finite number of at least 0, not {value}.")
+        check_ranges(self)
         if self.gnmt_length_penalty is not None and self.length_penalty != 1.0:
             raise UserError("length_penalty and gnmt_length_penalty are two forms of one thing: give one of them.")
         if self.num_beams == 1:
@@ -126,10 +121,7 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("per_device_train_batch_tokens", "pad_to_multiple_of", "generation_num_beams"):
-            check_at_least(key, getattr(self, key), 1)
         if self.global_batch_tokens is not None:
-            check_at_least("global_batch_tokens", self.global_batch_tokens, 1)
             self._share_out_global_batch()
         if self.bleu_tokenize is not None:
             create_bleu(self.bleu_tokenize)
