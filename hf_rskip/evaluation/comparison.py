@@ -113,36 +113,35 @@ def compare_systems(
     normalized = scored != given
     n_samples = {test: n_samples or default for test, default in _N_SAMPLES.items()}
     weights = draw_resamples(len(references), n_samples["bs"])
-    # By metric, then by system.
-    statistics, resampled = {}, {}
+    # By metric, a list over the systems each: (sentences, statistics), a corpus score, (resamples,) of scores.
+    statistics, scores, resampled = {}, {}, {}
     for metric, scorer in metrics.items():
-        statistics[metric] = [
-            np.array(scorer._extract_corpus_statistics(translations, [scored[0]])) for translations in scored[1:]
-        ]
-        resampled[metric] = [compute_scores(scorer, weights @ counts) for counts in statistics[metric]]
+        counts = [np.array(scorer._extract_corpus_statistics(text, [scored[0]])) for text in scored[1:]]
+        statistics[metric] = counts
+        scores[metric] = [float(compute_scores(scorer, own.sum(0, keepdims=True))[0]) for own in counts]
+        resampled[metric] = [compute_scores(scorer, weights @ own) for own in counts]
+
+    def compare(metric: str, index: int) -> Difference:
+        counts = statistics[metric]
+        samples = resampled[metric][index] - resampled[metric][0]
+        return Difference(
+            score=scores[metric][index] - scores[metric][0],
+            interval=percentile_interval(samples),
+            wins=float((samples > 0).mean()),
+            p_bootstrap=bootstrap_p_value(samples),
+            p_randomization=randomization_p_value(metrics[metric], counts[0], counts[index], n_samples["ar"]),
+        )
+
     compared = []
     for index, (name, translations) in enumerate(systems.items()):
-        scores, differences = {}, {}
-        for metric, scorer in metrics.items():
-            counts, samples = statistics[metric][index], resampled[metric][index]
-            scores[metric] = float(compute_scores(scorer, counts.sum(0, keepdims=True))[0])
-            if index:
-                samples = samples - resampled[metric][0]
-                differences[metric] = Difference(
-                    scores[metric] - compared[0].scores[metric],
-                    percentile_interval(samples),
-                    float((samples > 0).mean()),
-                    bootstrap_p_value(samples),
-                    randomization_p_value(scorer, statistics[metric][0], counts, n_samples["ar"]),
-                )
         length, reference_length = statistics["BLEU"][index][:, :2].sum(0)
         compared.append(
             SystemScores(
                 name,
                 list(translations),
-                scores,
-                {metric: percentile_interval(resampled[metric][index]) for metric in metrics},
-                differences,
+                scores={metric: scores[metric][index] for metric in metrics},
+                intervals={metric: percentile_interval(resampled[metric][index]) for metric in metrics},
+                differences={metric: compare(metric, index) for metric in metrics} if index else {},
                 length_ratio=float(length / max(reference_length, 1)),
                 sentence_chrf=compute_scores(metrics["chrF"], statistics["chrF"][index]),
             )

@@ -40,26 +40,25 @@ def load_image_dataset(
     corpus = load_named_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     needed = [split for split in splits if getattr(args, f"{split}_split") is not None]
     found = {split: select_split(corpus, args, split) for split in needed}
-    if "test" in found and "train" in found and args.test_split == args.train_split:
+    if {"train", "test"} <= found.keys() and args.test_split == args.train_split:
         raise UserError(f"train_split and test_split are both {args.train_split!r}: the test would be of no use.")
     found = {split: _name_columns(dataset, args, split) for split, dataset in found.items()}
-    # What the classes are called is for the training split to say, also where only another one is needed.
-    source = found.get("train")
-    if source is None and args.train_split in corpus:
-        source = _name_columns(corpus[args.train_split], args, "train")
-    class_names = _class_names(found[needed[0]] if source is None else source, args)
+    # The training split names the classes, also where only another one is needed.
+    if "train" not in found and args.train_split in corpus:
+        named = _name_columns(corpus[args.train_split], args, "train")
+    else:
+        named = found.get("train", found[needed[0]])
+    class_names = _class_names(named, args)
     loaded = {}
     for split, dataset in found.items():
-        limit = args.sample_limit(split)
+        limit, where = args.sample_limit(split), args.describe_split(split)
         if isinstance(dataset, IterableDataset):
             if limit is not None:
-                logger.warning(
-                    f"{args.describe_split(split)} is streamed: its first {limit:,} images, of whatever classes."
-                )
+                logger.warning(f"{where} is streamed: its first {limit:,} images, of whatever classes.")
                 dataset = dataset.take(limit)
             loaded[split] = _stream_labels(dataset, class_names, args, split)
         else:
-            rows = _choose_rows(dataset, limit, args.describe_split(split))
+            rows = _choose_rows(dataset, limit, where)
             loaded[split] = _with_labels(dataset.select(rows), rows, class_names, args, split)
     if "train" in loaded and "validation" in splits and args.validation_size is not None:
         loaded["train"], loaded["validation"] = _hold_out(loaded["train"], class_names, args)
@@ -135,22 +134,19 @@ def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
     """The first `limit` rows, or as many at even distances where those lack classes, as of a folder sorted by class."""
     if limit is None or limit >= len(dataset):
         return np.arange(len(dataset))
-    labels = dataset["label"][:]
+    labels, names = dataset["label"][:], getattr(dataset.features["label"], "names", None)
 
-    def find_missing(rows: np.ndarray) -> list[str]:
-        missing = set(labels) - {labels[row] for row in rows}
-        names = getattr(dataset.features["label"], "names", None)
-        return sorted(str(label if names is None else names[label]) for label in missing - {None, -1})
+    def name_missing(rows: np.ndarray) -> str:
+        missing = set(labels) - {labels[row] for row in rows} - {None, -1}
+        return ", ".join(sorted(str(label if names is None else names[label]) for label in missing))
 
     first, spread = np.arange(limit), np.arange(limit) * len(dataset) // limit
-    missing = find_missing(first)
-    if not missing:
+    if not (missing := name_missing(first)):
         return first
-    still = find_missing(spread)
-    end = f", which have none of {', '.join(still)}" if still else ""
+    still_missing = name_missing(spread)
+    end = f", which have none of {still_missing}" if still_missing else ""
     logger.warning(
-        f"{where} has no image of {', '.join(missing)} among its first {limit:,}: {limit:,} at even distances are used"
-        f"{end}."
+        f"{where} has no image of {missing} among its first {limit:,}: {limit:,} at even distances are used{end}."
     )
     return spread
 

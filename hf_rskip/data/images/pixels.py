@@ -61,14 +61,11 @@ def decode_images(dataset: Dataset, args: ImageDataArguments, split: str) -> Ima
 
     Args:
         dataset: a split of [`load_image_dataset`], not streamed.
-        args: the size, and the number of processes.
-        split: its name there.
 
     Raises:
         UserError: if an image cannot be decoded; the message names the row.
     """
-    size = args.image_size
-    to_pixels = _Decoder(args, split)
+    size, to_pixels = args.image_size, _Decoder(args, split)
 
     def decode(batch):
         rows = zip(batch["image"], batch["row"], strict=True)
@@ -96,9 +93,6 @@ def stream_images(dataset: IterableDataset, args: ImageDataArguments, split: str
 
     Args:
         dataset: a split of [`load_image_dataset`], streamed.
-        args: how images are drawn and cropped.
-        split: its name there.
-        seed: of the order of the training split.
 
     Raises:
         UserError: while reading, if an image cannot be decoded or has no label; the message names the row.
@@ -116,13 +110,7 @@ def stream_images(dataset: IterableDataset, args: ImageDataArguments, split: str
 
 
 class CroppedImages(torch.utils.data.Dataset):
-    """Images that are decoded each time they are asked for, and cropped at random where `random_resized_crop` says so.
-
-    Args:
-        dataset: a split of [`load_image_dataset`], not streamed.
-        args: how images are cropped.
-        split: its name there.
-    """
+    """Images of a split of [`load_image_dataset`] that are decoded, and maybe cropped at random, at each access."""
 
     def __init__(self, dataset: Dataset, args: ImageDataArguments, split: str):
         self.dataset, self.to_pixels = dataset, _Decoder(args, split)

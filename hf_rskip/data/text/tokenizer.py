@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,7 +21,7 @@ _USUAL_NAMES = {
     "eos_token": (EOS, "<eos>", "[EOS]", "[SEP]", "<|endoftext|>"),
     "unk_token": (UNK, "[UNK]"),
 }
-"""Those of the special tokens in files of the package `tokenizers`, the first of which they get."""
+"""Names of the special tokens in files of the package `tokenizers`; a tokenizer trained here has the first ones."""
 
 
 def train_tokenizer(
@@ -66,17 +67,11 @@ def train_tokenizer(
             staged = cache_file.with_suffix(f".{os.getpid()}")
             tokenizer.save(str(staged))
             staged.replace(cache_file)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNK,
-        padding_side="right",
+    return _wrap(
+        tokenizer,
+        **{kind: names[0] for kind, names in _USUAL_NAMES.items()},
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # "</s>" in a user's sentence is four characters, not the end of it
     )
 
 
@@ -96,10 +91,25 @@ def _train_backend(texts: Iterable[str], vocab_size: int, lowercase: bool) -> To
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
-    )
+    tokenizer.post_processor = _append(EOS, tokenizer)
     return tokenizer
+
+
+def _append(eos: str, tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    """Appends the end token to every sequence."""
+    return processors.TemplateProcessing(
+        single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
+    )
+
+
+def _wrap(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **options,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # "</s>" in a user's sentence is four characters, not the end of it
+    )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -156,18 +166,9 @@ def _load_file(path: str) -> PreTrainedTokenizerFast:
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special.values() if t])
     eos = special["eos_token"]
     if eos not in backend.encode("").tokens:
-        end = processors.TemplateProcessing(
-            single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, backend.token_to_id(eos))]
-        )
-        earlier = backend.post_processor
+        end, earlier = _append(eos, backend), backend.post_processor
         backend.post_processor = end if earlier is None else processors.Sequence([earlier, end])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **special,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-    )
+    return _wrap(backend, **special)
 
 
 def check_known(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], name: str) -> None:
