@@ -45,11 +45,6 @@ def short_names(names: Sequence[str], shorten: Callable[[str], str]) -> dict[str
 
 
 def check_name(name: str, what: str) -> None:
-    """Raises a [`UserError`] if `name` is a path at which there is nothing, so that the Hub is not asked for it.
-
-    Args:
-        name: of a file or folder, or an id on the Hub.
-        what: it names, as the error says.
-    """
+    """Raises a [`UserError`] if `name` is a path at which there is no `what`, so that the Hub is not asked for it."""
     if not os.path.exists(name) and is_path(name):
         raise UserError(f"There is no {what} {name!r}: no such file or folder.")

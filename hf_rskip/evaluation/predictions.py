@@ -1,4 +1,4 @@
-"""What a trained model made of its test split, kept for the statistics that compare it with others."""
+"""A model's predictions of its test split, in the folder of its run, from which it is compared with others."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,7 @@ PREDICTIONS_NAME = "test_predictions.json"
 
 
 def write_predictions(folder: str | Path, predictions: list, references: list) -> None:
-    """Writes `PREDICTIONS_NAME`.
-
-    Args:
-        folder: of the run.
-        predictions, references: translations and references, in the form in which they were scored; or the numbers of
-            the predicted and the right classes.
-    """
+    """Writes translations and references in the form in which they were scored, or predicted and right classes."""
     content = {"predictions": predictions, "references": references}
     Path(folder, PREDICTIONS_NAME).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,7 +1,6 @@
 """The training keys of image classification."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -57,11 +56,6 @@ class ImageTrainingArguments(CommonTrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Longest gradient; 0 is any."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images in a batch on one device."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images in an evaluation batch."})
-    eval_strategy: Literal["no", "steps", "epoch"] = field(
-        default="epoch", metadata={"help": "When to evaluate, if there is validation data."}
-    )
-    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="epoch", metadata={"help": "When to save."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     metric_for_best_model: str | None = field(
         default="accuracy", metadata={"help": "By which metric the best model is chosen, where it is."}
     )

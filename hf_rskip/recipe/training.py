@@ -79,6 +79,11 @@ class CommonTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Start from this model, with all that belongs to it; model keys override its configuration."},
     )
+    eval_strategy: Literal["no", "steps", "epoch"] = field(
+        default="epoch", metadata={"help": "When to evaluate, if there is validation data."}
+    )
+    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="epoch", metadata={"help": "When to save."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     logging_steps: float = field(
         default=DEFAULT_LOGGING_STEPS,
         metadata={"help": "Log every so many steps, or this fraction of all; the default, 50, is less in a short run."},

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from transformers import SchedulerType, Seq2SeqTrainingArguments
 
@@ -108,9 +107,6 @@ class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of Adam."})
     adam_epsilon: float = field(default=1e-9, metadata={"help": "Epsilon of Adam."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
-    eval_strategy: Literal["no", "steps", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="epoch", metadata={"help": "When to save."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether to end with the best model."})
     metric_for_best_model: str = field(default="bleu", metadata={"help": "By which metric the best model is chosen."})
     predict_with_generate: bool = field(

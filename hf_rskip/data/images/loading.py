@@ -31,7 +31,6 @@ def load_image_dataset(
     """Loads the images that `args` names.
 
     Args:
-        args: the dataset, its columns, and how many images of each split to use.
         splits: the splits that are needed, out of "train", "validation" (without an error if there is none) and "test".
 
     Raises:

@@ -28,10 +28,6 @@ from datasets import Dataset, DatasetDict, Features, Translation
 
 from ...errors import UserError
 
-TRAIN_SIZE = 24_000
-VALIDATION_SIZE = 500
-TEST_SIZE = 500
-
 _NOT_TERRITORIES = {"EU", "EZ", "QO", "UN", "XA", "XB", "ZZ"}
 _NAMES = {
     "territories": sorted({code for code in Locale("en").territories if code.isalpha()} - _NOT_TERRITORIES),
@@ -138,9 +134,9 @@ def build_cldr_corpus(
     source_lang: str = "en",
     target_lang: str = "de",
     seed: int = 0,
-    train_size: int = TRAIN_SIZE,
-    validation_size: int = VALIDATION_SIZE,
-    test_size: int = TEST_SIZE,
+    train_size: int = 24_000,
+    validation_size: int = 500,
+    test_size: int = 500,
 ) -> DatasetDict:
     """Makes a corpus of short sentence pairs from Unicode CLDR through Babel.
 
@@ -149,12 +145,8 @@ def build_cldr_corpus(
     text typed on a keyboard matches. A territory or language that CLDR does not name in a language stays its code.
 
     Args:
-        source_lang: Code of the language to translate from, such as "en" or "pt-PT".
-        target_lang: Code of the language to translate into.
-        seed: Seed of the draws.
+        source_lang, target_lang: Codes such as "en" or "pt-PT".
         train_size: Number of training pairs, among them every territory, language, month and weekday on its own.
-        validation_size: Number of validation pairs.
-        test_size: Number of test pairs.
 
     Returns:
         The splits "train", "validation" and "test" with the one column `translation`: a dictionary from each of the

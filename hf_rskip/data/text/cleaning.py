@@ -28,7 +28,6 @@ def clean_corpus(dataset: Dataset, args: DataArguments) -> tuple[Dataset, dict[s
 
     Args:
         dataset: The training split of [`~hf_rskip.data.text.corpora.load_translation_dataset`].
-        args: The languages, `max_characters`, `remove_duplicates`, and the number of processes.
 
     Returns:
         The remaining pairs in their order, and the number of pairs dropped for each reason; a pair counts for the

@@ -28,7 +28,6 @@ def load_translation_dataset(
     """Loads the corpus that `args` names.
 
     Args:
-        args: The corpus, its languages, and how many of the first pairs of each split to use.
         splits: The splits that are needed, out of "train", "validation" and "test".
 
     Returns:

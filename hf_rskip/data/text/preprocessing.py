@@ -23,7 +23,6 @@ def tokenize_corpus(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: 
     Args:
         dataset: A split of [`~hf_rskip.data.text.corpora.load_translation_dataset`].
         tokenizer: Appends the end-of-sequence token itself.
-        args: The languages and the number of processes.
 
     Returns:
         The dataset with the columns `input_ids` and `labels` (token ids of the source and the target, including the
@@ -90,8 +89,6 @@ def filter_by_length(dataset: Dataset, args: DataArguments) -> tuple[Dataset, di
 
     Args:
         dataset: A result of [`tokenize_corpus`], for training: evaluation keeps every pair.
-        args: `max_source_length`, `max_target_length` and `max_length_ratio`; lengths are in tokens and include the
-            end of sequence.
 
     Returns:
         The remaining pairs in their order, and the number of pairs dropped for each reason; a pair counts for the
@@ -110,8 +107,7 @@ def filter_by_length(dataset: Dataset, args: DataArguments) -> tuple[Dataset, di
     if args.max_length_ratio is not None:
         reasons[f"length ratio above {float(args.max_length_ratio)}"] = longer > args.max_length_ratio * shorter
 
-    kept = np.ones(len(dataset), dtype=bool)
-    counts = {}
+    kept, counts = np.ones(len(dataset), dtype=bool), {}
     for reason, applies in reasons.items():
         counts[reason] = int(np.count_nonzero(kept & applies))
         kept &= ~applies

@@ -40,7 +40,6 @@ def train_tokenizer(
         texts: Sentences of both languages; read once, if at all.
         vocab_size: Largest number of tokens, including 256 bytes and 4 special tokens. Texts with fewer different
             subwords give a smaller vocabulary: `len(tokenizer)` is the actual size.
-        lowercase: Whether the tokenizer lower-cases all text.
         model_max_length: Number of tokens beyond which `truncation=True` truncates, `None` for no limit.
         cache_file: Holds what was trained from the same texts before, or will; `None` for no such file.
 
