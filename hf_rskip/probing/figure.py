@@ -1,7 +1,7 @@
 """The pictures of probes: gradients, activations, angles, skip weights and gains by depth."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,49 +21,45 @@ _STAGE = re.compile(r"\bstages\.(\d+)\.")
 @dataclass(frozen=True)
 class _Quantity:
     label: str
-    value: Callable[[SublayerProbe], float]
+    name: str
+    """Of the field of [`SublayerProbe`]."""
     line: str
-    """What a line of one model and seed shows."""
+    """Meaning of the line of one model and seed."""
     span: float | None = None
     """Of a logarithmic axis at least, so that what is flat looks flat: its upper end over its lower. `None`: linear,
     from 0, or around 1 if that has a meaning."""
-    quartiles: Callable[[SublayerProbe], tuple[float, float]] | None = None
+    has_quartiles: bool = False
     """Over positions; drawn where there is one line for a model only."""
     one: bool = False
     """Whether 1 has a meaning, and a line."""
+    index: int | None = None
+    """Of the norm, where the field has a number for each."""
+
+    def value(self, row: SublayerProbe) -> float:
+        value = getattr(row, self.name)
+        if self.index is None:
+            return value
+        return value[self.index] if self.index < len(value) else float("nan")
+
+    def quartiles(self, row: SublayerProbe) -> tuple[float, float]:
+        return getattr(row, f"{self.name}_q1"), getattr(row, f"{self.name}_q3")
 
 
-_NORM, _MEAN = "norm over the batch", "mean over positions"
+_NORM, _MEAN, _MEDIAN = "norm over the batch", "mean over positions", "median over positions"
 _PICTURES: dict[str, list[_Quantity]] = {
     "gradients": [
-        _Quantity(
-            "gradient norm at x,\nrelative to the top", lambda row: row.relative_gradient_norm_x, _NORM, 100, one=True
-        ),
-        _Quantity("gradient norm at x", lambda row: row.gradient_norm_x, _NORM, 100),
-        _Quantity("gradient norm of the\nbranch's parameters", lambda row: row.gradient_norm_branch, _NORM, 100),
+        _Quantity("gradient norm at x,\nrelative to the top", "relative_gradient_norm_x", _NORM, 100, one=True),
+        _Quantity("gradient norm at x", "gradient_norm_x", _NORM, 100),
+        _Quantity("gradient norm of the\nbranch's parameters", "gradient_norm_branch", _NORM, 100),
     ],
     "activations": [
-        _Quantity("std of x", lambda row: row.std_x, _MEAN, 10, one=True),
-        _Quantity("std of F", lambda row: row.std_branch, _MEAN, 10, one=True),
-        _Quantity("std of y", lambda row: row.std_y, _MEAN, 10, one=True),
+        _Quantity("std of x", "std_x", _MEAN, 10, one=True),
+        _Quantity("std of F", "std_branch", _MEAN, 10, one=True),
+        _Quantity("std of y", "std_y", _MEAN, 10, one=True),
     ],
-    "angle": [
-        _Quantity(
-            "angle between x and y (degrees)",
-            lambda row: row.angle,
-            "median over positions",
-            quartiles=lambda row: (row.angle_q1, row.angle_q3),
-        )
-    ],
+    "angle": [_Quantity("angle between x and y (degrees)", "angle", _MEDIAN, has_quartiles=True)],
     "skip_weight": [
-        _Quantity(
-            "effective skip weight r",
-            lambda row: row.skip_weight,
-            "median over positions",
-            4,
-            quartiles=lambda row: (row.skip_weight_q1, row.skip_weight_q3),
-            one=True,
-        )
+        _Quantity("effective skip weight r", "skip_weight", _MEDIAN, 4, has_quartiles=True, one=True),
     ],
 }
 
@@ -100,12 +96,8 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
 
 def _gain_quantities(probed: Sequence[ProbedModel]) -> list[_Quantity]:
     most = max(len(row.gain_rms) for item in probed for row in item.sublayers)
-
-    def gain(step: int) -> Callable[[SublayerProbe], float]:
-        return lambda row: row.gain_rms[step] if step < len(row.gain_rms) else float("nan")
-
     line = "root mean square over features"
-    return [_Quantity(f"gain of norm {step + 1}", gain(step), line, one=True) for step in range(most)]
+    return [_Quantity(f"gain of norm {i + 1}", "gain_rms", line, one=True, index=i) for i in range(most)]
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ def _draw_models(figure, grid, quantities: Sequence[_Quantity], panels: Sequence
     if most_seeds > 1:
         caption = f"{quantities[0].line}; line: median over seeds, shade: lowest to highest seed"
     else:
-        caption = f"line: {quantities[0].line}" + "; shade: between their quartiles" * bool(quantities[0].quartiles)
+        caption = f"line: {quantities[0].line}" + "; shade: between their quartiles" * quantities[0].has_quartiles
     figure.suptitle(caption, fontsize="small")
     if len(models) > 1:
         handles, labels = grid[0][0].get_legend_handles_labels()
@@ -181,7 +173,7 @@ def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], mod
     )
     if len(seeds) > 1:
         axes.fill_between(depth, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-    elif quantity.quartiles:
+    elif quantity.has_quartiles:
         band = np.array([quantity.quartiles(row) for row in seeds[0]])
         axes.fill_between(depth, *band.T, where=np.isfinite(band).all(1), color=color, alpha=0.15, linewidth=0)
 
@@ -257,11 +249,11 @@ def _use_log_scale(axes, values: np.ndarray, span: float) -> None:
 
 
 def _note_what_is_missing(axes, quantity: _Quantity) -> None:
-    """What a logarithmic axis, or any, has no place for."""
+    """Notes values that are not shown: infinite, NaN, or 0 on a logarithmic axis."""
     values = np.concatenate([line.get_ydata() for line in axes.get_lines()] or [[]])
     notes = []
     if np.isinf(values).any():
-        notes.append("infinite: F has no part in y" if quantity.quartiles else "some infinite")
+        notes.append("infinite: F has no part in y" if quantity.has_quartiles else "some infinite")
     if quantity.span and axes.get_yscale() == "log" and (values == 0).any():
         notes.append("0 is not shown" if (values > 0).any() else "all 0")
     elif values.size and np.isnan(values).all():

@@ -8,10 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
-from ...errors import UserError
 from .arguments import DataArguments
-from .columns import keep_rows, read_column
-from .preprocessing import describe_dropped
+from .columns import read_column
+from .preprocessing import drop_pairs
 
 # Unicode's control characters but those that are white space.
 _CONTROL_CHARACTERS = r"[\x00-\x08\x0E-\x1B\x7F-\x{84}\x{86}-\x{9F}]"
@@ -52,18 +51,14 @@ def clean_corpus(dataset: Dataset, args: DataArguments) -> tuple[Dataset, dict[s
         num_proc=args.preprocessing_num_workers,
         desc="Cleaning",
     )
-    reasons = read_column(verdicts, "reason")
+    number = read_column(verdicts, "reason")
+    reasons = {name: number == index for index, name in enumerate(names, start=1)}
     if args.remove_duplicates:
-        candidates = np.flatnonzero(reasons == 0)
+        candidates = np.flatnonzero(number == 0)
         _, first = np.unique(read_column(verdicts, "hash")[candidates], return_index=True)
-        candidates[first] = -1
-        reasons = reasons.copy()
-        reasons[candidates[candidates >= 0]] = names.index("duplicate") + 1
-    kept = reasons == 0
-    counts = dict(zip(names, np.bincount(reasons, minlength=len(names) + 1)[1:].tolist(), strict=True))
-    if not kept.any():
-        raise UserError(f"No training pair is left after cleaning ({describe_dropped(counts, 0, 'train')}).")
-    return keep_rows(dataset, kept, args.preprocessing_num_workers), counts
+        reasons["duplicate"] = number == 0
+        reasons["duplicate"][candidates[first]] = False
+    return drop_pairs(dataset, reasons, "cleaning", args)
 
 
 def _judge(table: pa.Table, languages: tuple[str, str], max_characters: int, with_hash: bool) -> pa.Table:

@@ -122,14 +122,11 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
 
 
 def _check_every_row(dataset: Dataset, languages: Iterable[str], where: str) -> None:
-    batch_size = 10_000
-    for batch, table in enumerate(dataset.with_format("arrow").iter(batch_size)):
-        for language in languages:
-            missing = pc.is_null(pc.struct_field(table["translation"], language))
-            row = pc.index(missing, True).as_py()
-            if row >= 0:
-                row += batch * batch_size
-                raise UserError(f"{where} row {row} (counted from 0) has no text for language {language!r}.")
+    pairs = dataset.with_format("arrow")[:]["translation"]
+    for language in languages:
+        row = pc.index(pc.is_null(pc.struct_field(pairs, language)), True).as_py()
+        if row >= 0:
+            raise UserError(f"{where} row {row} (counted from 0) has no text for language {language!r}.")
 
 
 def _select_fields(table: pa.Table, names: tuple[str, str]) -> pa.Table:

@@ -107,12 +107,23 @@ def filter_by_length(dataset: Dataset, args: DataArguments) -> tuple[Dataset, di
     if args.max_length_ratio is not None:
         reasons[f"length ratio above {float(args.max_length_ratio)}"] = longer > args.max_length_ratio * shorter
 
+    return drop_pairs(dataset, reasons, "the length limits", args)
+
+
+def drop_pairs(
+    dataset: Dataset, reasons: dict[str, np.ndarray], step: str, args: DataArguments
+) -> tuple[Dataset, dict[str, int]]:
+    """Drops the pairs to which a reason applies, `(pairs,)` of booleans each; returns the others and the counts.
+
+    Raises:
+        UserError: if no pair remains after this `step`.
+    """
     kept, counts = np.ones(len(dataset), dtype=bool), {}
     for reason, applies in reasons.items():
         counts[reason] = int(np.count_nonzero(kept & applies))
         kept &= ~applies
     if not kept.any():
-        raise UserError(f"No training pair is left after the length limits ({describe_dropped(counts, 0, 'train')}).")
+        raise UserError(f"No training pair is left after {step} ({describe_dropped(counts, 0, 'train')}).")
     return keep_rows(dataset, kept, args.preprocessing_num_workers), counts
 
 
