@@ -1,1 +1,1 @@
-"""Datasets: found, read and prepared."""
+"""Loads and prepares datasets."""

@@ -31,7 +31,7 @@ class DatasetArguments:
     )
 
     def sample_limit(self, split: str) -> int | None:
-        """The largest number of examples of a split."""
+        """Returns the largest number of examples of a split; `None` for all."""
         limits = {
             "train": self.max_train_samples,
             "validation": self.max_eval_samples,
@@ -40,7 +40,7 @@ class DatasetArguments:
         return limits[split]
 
     def describe_split(self, split: str) -> str:
-        """The beginning of a sentence about a split."""
+        """Names a split at the beginning of a message."""
         held_out = split == "validation" and self.validation_split is None
         name = self.train_split if held_out else getattr(self, f"{split}_split")
         return f"Dataset {self.dataset_name!r}, split {name!r},"

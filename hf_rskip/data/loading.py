@@ -1,4 +1,4 @@
-"""Loads a dataset that a user names; what goes wrong is said in one sentence."""
+"""Loads datasets by name, with errors of one sentence."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .names import check_name
 def load_named_dataset(
     name: str, config_name: str | None = None, streaming: bool = False
 ) -> DatasetDict | IterableDatasetDict:
-    """All splits of a Hub id or local folder.
+    """Loads all splits of a Hub id or local folder.
 
     Raises:
         UserError: if there is none, or it cannot be read.
@@ -31,7 +31,7 @@ def load_named_dataset(
 
 
 def select_split(corpus: DatasetDict | IterableDatasetDict, args: DatasetArguments, split: str):
-    """The split "train", "validation" or "test" under the name that `args` gives.
+    """Returns the split "train", "validation" or "test" under the name that `args` gives.
 
     Raises:
         UserError: if there is none; the message says which key to set.

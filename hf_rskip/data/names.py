@@ -1,4 +1,4 @@
-"""Whether a name that a user gives is a path, or an id on the Hub."""
+"""Tells paths from ids on the Hub."""
 
 import os
 from collections.abc import Callable, Sequence

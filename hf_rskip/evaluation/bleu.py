@@ -1,4 +1,4 @@
-"""sacreBLEU's BLEU for a target language, and the one form in which text is scored."""
+"""sacreBLEU's BLEU for a target language, and the normalization of text before scoring."""
 
 import re
 import unicodedata
@@ -19,7 +19,7 @@ _WITHOUT_SPACES = {"th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bo", "bo
 
 
 def choose_tokenizer(tokenize: str | None, target_lang: str | None) -> str:
-    """sacreBLEU's `tokenize`: the given one, or that of the target language.
+    """Chooses sacreBLEU's `tokenize`: the given one, or that of the target language.
 
     Chinese, Japanese and Korean have their own, as on sacreBLEU's command line; `char` is that of other languages that
     do not put spaces between words, and stands in for a tokenizer that is not installed, with a warning; of all others
@@ -62,7 +62,7 @@ def _code(language: str | None) -> str:
 def create_bleu(
     tokenize: str, lowercase: bool = False, references: Sequence[str] | None = None, force: bool = True
 ) -> BLEU:
-    """sacreBLEU's BLEU, which looks at `references` once only if they are given here.
+    """Creates sacreBLEU's BLEU; with `references` it counts their n-grams once for all calls.
 
     Unless `force`, it warns of text that looks tokenized.
 
@@ -77,7 +77,7 @@ def create_bleu(
 
 
 def scored_form(*texts: Sequence[str], lowercase: bool = False) -> list[list[str]]:
-    """Texts in Unicode NFC, the form that tokenizers of this package put out; with `lowercase`, in lower case, too.
+    """Normalizes texts to Unicode NFC, as tokenizers of this package do, and with `lowercase` to lower case.
 
     NFC also where a tokenizer puts out NFKC: NFC writes the same text in one way, while NFKC makes another of it (`x²`
     becomes `x2`), and a model that cannot give the text of the reference has not given it.
@@ -87,12 +87,12 @@ def scored_form(*texts: Sequence[str], lowercase: bool = False) -> list[list[str
 
 
 def describe_metric(metric: Metric, normalized: bool, **values: Any) -> str:
-    """sacreBLEU's signature of a metric that was computed.
+    """Returns sacreBLEU's signature of a metric that was computed.
 
     Args:
         metric: of sacreBLEU.
         normalized: whether [`scored_form`] changed a sentence: sacreBLEU alone would give another score.
-        values: what else belongs to it.
+        values: further entries of the signature.
     """
     signature = metric.get_signature()
     for name, value in (values | ({"unicode": "nfc"} if normalized else {})).items():

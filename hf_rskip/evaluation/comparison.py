@@ -1,4 +1,4 @@
-"""Do systems differ? Paired bootstrap resampling and paired approximate randomisation over a test set."""
+"""Compares systems on a test set by paired bootstrap resampling and paired approximate randomisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Difference:
         score: system minus baseline, in points of 100.
         interval: 95% of the bootstrap resamples, from the 2.5th to the 97.5th percentile.
         wins: fraction of the resamples in which the system's score is the higher one (Koehn, 2004).
-        p_bootstrap, p_randomization: two-sided, of [`~hf_rskip.evaluation.significance`], which says what each is the
-            answer to; not corrected for the number of systems.
+        p_bootstrap, p_randomization: two-sided, of [`~hf_rskip.evaluation.significance`], which states the question of
+            each; not corrected for the number of systems.
     """
 
     score: float

@@ -1,4 +1,4 @@
-"""The picture of a comparison: which way single sentences changed, and scores by source length."""
+"""The figure of a comparison: changes of single sentences, and scores by source length."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A comparison of systems on paper: tables, the sentences that changed most, and the numbers behind them."""
+"""Report of a comparison: tables, the sentences that changed most, and all numbers."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ QUESTIONS = (
     "differ by as much? Both are two-sided, not corrected for the number of systems, and say nothing about other "
     "trainings."
 )
-"""What the p-values are the answers to."""
+"""The questions that the p-values answer."""
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -33,7 +33,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def format_table(comparison: Comparison) -> str:
-    """The corpus scores as a Markdown table, a row for each metric and system."""
+    """Formats the corpus scores as a Markdown table, a row for each metric and system."""
     headers = ["metric", "system", "score", "95%", "difference", "95%", "wins", "p boot.", "p rand.", "length"]
     rows = []
     for metric in comparison.signatures:
@@ -52,7 +52,7 @@ def format_table(comparison: Comparison) -> str:
 
 
 def format_signatures(comparison: Comparison) -> list[str]:
-    """A line for each metric and test."""
+    """Returns a line for each metric and test."""
     return [
         f"{metric}, {_TESTS[test]}: `{signature}`"
         for metric, signatures in comparison.signatures.items()
@@ -97,7 +97,7 @@ def _describe(comparison: Comparison) -> str:
 
 
 def _format_example(comparison: Comparison, system: SystemScores, index: int, change: float) -> str:
-    """A sentence in an indented block, where nothing is markup."""
+    """Formats a sentence as an indented block, where nothing is markup."""
     baseline = comparison.systems[0]
     lines = {
         "source": comparison.sources[index],
@@ -111,7 +111,7 @@ def _format_example(comparison: Comparison, system: SystemScores, index: int, ch
 
 
 def _summarize(comparison: Comparison) -> dict:
-    """What is not about single sentences."""
+    """Returns all numbers but those of single sentences."""
     systems = [asdict(system) for system in comparison.systems]
     for system in systems:
         del system["translations"], system["sentence_chrf"]
@@ -119,7 +119,7 @@ def _summarize(comparison: Comparison) -> dict:
 
 
 def _write_sentences(comparison: Comparison, path: Path) -> None:
-    """A row for each sentence."""
+    """Writes a CSV with a row for each sentence."""
     baseline = comparison.systems[0]
     columns = {"sentence": range(1, len(comparison.references) + 1)}
     columns |= {"source": comparison.sources, "reference": comparison.references}

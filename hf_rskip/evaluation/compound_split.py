@@ -15,7 +15,7 @@ _HYPHEN = re.compile(rb"(\S)-(\S)")
 
 
 def moses_language(language: str) -> str | None:
-    """The language of a code such as `de` or `de_AT` where the Moses tokenizer has rules for it, or `None`.
+    """Returns the language of a code such as `de` or `de_AT` if the Moses tokenizer has rules for it, or `None`.
 
     Not of one that puts no spaces between words, which the tokenizer would leave in one piece.
     """
@@ -24,14 +24,14 @@ def moses_language(language: str) -> str | None:
 
 
 def split_compounds(sentence: str) -> str:
-    """Tears a tokenized sentence apart at its hyphens: `rich-text` becomes `rich ##AT##-##AT## text`."""
+    """Splits a tokenized sentence at its hyphens: `rich-text` becomes `rich ##AT##-##AT## text`."""
     return _HYPHEN.sub(rb"\1 ##AT##-##AT## \2", sentence.encode()).decode()
 
 
 def compound_split_bleu(
     predictions: Sequence[str], references: Sequence[str], language: str, lowercase: bool = False
 ) -> tuple[float, str]:
-    """BLEU as `get_ende_bleu.sh` of tensor2tensor computes it, and a description of how.
+    """Computes BLEU as `get_ende_bleu.sh` of tensor2tensor does, with a description of how.
 
     Both sides are tokenized by Moses' rules and split at hyphens; `multi-bleu.perl` then counts n-grams up to 4 with
     the brevity penalty and without smoothing. Some points above sacreBLEU, and not to be compared with it.

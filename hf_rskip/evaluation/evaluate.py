@@ -1,4 +1,4 @@
-"""Translates a test set and scores it: the one way for validation, test and the command line."""
+"""Translates a test set and scores it, for validation, test and the command line."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def evaluate_translation(
     target_lang: str | None = None,
     **translate_kwargs,
 ) -> tuple[dict[str, float | str], list[str]]:
-    """Scores of a model's translations, and the translations; under several processes each translates a share.
+    """Returns scores and translations of a model; under several processes each translates a share.
 
     Case does not count where the tokenizer lower-cases all text, and the signatures say so.
 
@@ -44,11 +44,11 @@ def evaluate_translation(
 
 
 def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text loses its case in a tokenizer, so that a model cannot give it back."""
+    """Whether a tokenizer lower-cases text, so that a model cannot restore its case."""
     return tokenizer.decode(tokenizer("Upper Case").input_ids, skip_special_tokens=True).strip() == "upper case"
 
 
 def split_languages(dataset: Dataset, source_lang: str, target_lang: str) -> tuple[list[str], list[str]]:
-    """The sources and the references of a dataset with a `translation` column."""
+    """Returns the sources and the references of a dataset with a `translation` column."""
     pairs = dataset["translation"]
     return [pair[source_lang] for pair in pairs], [pair[target_lang] for pair in pairs]

@@ -18,7 +18,7 @@ def evaluate_images(
     name_row: Callable[[int], str],
     batch_size: int = 256,
 ) -> dict[str, float]:
-    """`accuracy` and, of more than five classes, `top5_accuracy` of a model, from 0 to 1.
+    """Computes `accuracy` and, of more than five classes, `top5_accuracy` of a model, from 0 to 1.
 
     Args:
         model: in evaluation mode.

@@ -9,7 +9,7 @@ _DESCRIPTION = "The fraction of images whose class is the best guess, or among t
 
 
 def rank_classes(logits: torch.Tensor) -> torch.Tensor:
-    """The five best classes of each image, best first, or the best alone where there are no more than five.
+    """Returns the five best classes of each image, best first, or the best alone of at most five classes.
 
     Args:
         logits: `(batch, classes)`.

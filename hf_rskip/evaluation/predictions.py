@@ -13,6 +13,6 @@ def write_predictions(folder: str | Path, predictions: list, references: list) -
 
 
 def read_predictions(path: Path) -> tuple[list, list]:
-    """The predictions and the references of [`write_predictions`]."""
+    """Reads the predictions and the references of [`write_predictions`]."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return content["predictions"], content["references"]

@@ -1,1 +1,1 @@
-"""What skip connections do in a model: angles, effective weights, gradients."""
+"""Measures skip connections in a model: angles, effective weights, gradients."""

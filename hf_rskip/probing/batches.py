@@ -1,4 +1,4 @@
-"""One batch to probe a model on: of a training set, of a test set, or made up."""
+"""Batches to probe a model on: of a training set, of a test set, or random."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -23,11 +23,11 @@ from ..models import RSkipResNetConfig
 Batch = dict[str, torch.Tensor]
 
 SAMPLES = 32
-"""Sentence pairs or images of a batch, unless more or less are asked for."""
+"""Default number of sentence pairs or images of a batch."""
 
 
 def spread(dataset, samples: int) -> list[int]:
-    """So many rows at even distances: the first ones of a dataset may all be of one kind."""
+    """Chooses rows at even distances, as the first ones of a dataset may all be of one class."""
     count = min(samples, len(dataset))
     return (np.arange(count) * len(dataset) // max(count, 1)).tolist()
 
@@ -35,7 +35,7 @@ def spread(dataset, samples: int) -> list[int]:
 def sentence_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], targets: Sequence[str]
 ) -> Batch:
-    """Sentence pairs, cut where the model has no more positions."""
+    """Makes a batch of sentence pairs, truncated to the positions of the model."""
     encoded = tokenizer(
         list(sources), text_target=list(targets), truncation=True, max_length=model.config.max_position_embeddings
     )
@@ -47,20 +47,20 @@ def sentence_batch(
 def training_sentences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_set: Dataset, samples: int = SAMPLES
 ) -> Batch:
-    """Pairs of a result of [`~hf_rskip.data.text.preprocessing.tokenize_corpus`]."""
+    """Makes a batch of a result of [`~hf_rskip.data.text.preprocessing.tokenize_corpus`]."""
     pairs = train_set.select(spread(train_set, samples)).select_columns(["input_ids", "labels"])
     return dict(DataCollatorForSeq2Seq(tokenizer, model=model)(list(pairs)))
 
 
 def image_batch(processor: BaseImageProcessor, dataset: Dataset, args: ImageDataArguments, split: str) -> Batch:
-    """Images of a split of [`~hf_rskip.data.images.loading.load_image_dataset`], as evaluation sees them."""
+    """Makes a batch of a split of [`~hf_rskip.data.images.loading.load_image_dataset`], as evaluation sees them."""
     images = [open_image(row["image"], name_row(args, split, row["row"])) for row in dataset]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     return {"pixel_values": pixel_values, "labels": torch.tensor(dataset["label"][:])}
 
 
 def training_images(train_set, args: ImageDataArguments, samples: int = SAMPLES) -> Batch:
-    """Images of a set that the [`~hf_rskip.training.image_trainer.ImageTrainer`] takes; not augmented after that."""
+    """Makes a batch of a training set of images, without the augmentation of the Trainer."""
     with torch.random.fork_rng([]):  # some sets crop at random
         streamed = isinstance(train_set, IterableDataset)
         rows = list(islice(train_set, samples) if streamed else (train_set[i] for i in spread(train_set, samples)))
@@ -70,7 +70,7 @@ def training_images(train_set, args: ImageDataArguments, samples: int = SAMPLES)
 
 
 def random_batch(config: PreTrainedConfig, samples: int, size: int, seed: int) -> Batch:
-    """Random tokens, `size` a sentence, or images of `size` x `size` pixels in normal noise, with random labels."""
+    """Makes a batch of random sentences of `size` tokens, or images of `size` x `size` pixels, with random labels."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(config, RSkipResNetConfig):
         images = torch.randn(samples, config.num_channels, size, size, generator=generator)

@@ -1,4 +1,4 @@
-"""Probes in the course of a training."""
+"""Probes a model during training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +15,8 @@ TABLE_NAME = "probe.csv"
 class ProbeCallback(TrainerCallback):
     """Probes the model before the first step and after every so many, always on the same batch, on the main process.
 
-    Rows are added to `probe.csv` in `output_dir`. A run that is resumed takes out those that come after its checkpoint.
-    The training is as it would be without: see [`probe`].
+    Rows are added to `probe.csv` in `output_dir`. A resumed run removes those after its checkpoint. The probes do not
+    change the training: see [`probe`].
 
     Args:
         inputs: the batch.

@@ -1,4 +1,4 @@
-"""The pictures of probes: gradients, activations, angles, skip weights and gains by depth."""
+"""The figures of probes: gradients, activations, angles, skip weights and gains by depth."""
 
 import re
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from .probe import SublayerProbe
 from .table import ProbedModel
 
 _MOST_LINES = 12
-"""Of the steps of a training: others between them are left out of the picture."""
+"""Largest number of training steps in a figure."""
 _STAGE = re.compile(r"\bstages\.(\d+)\.")
-"""In the name of a skip connection of a ResNet."""
+"""The stage in the name of a skip connection of a ResNet."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every skip connection of a model does to activations and gradients, measured on one batch.
+"""Measures on one batch what the skip connections of a model do to activations and gradients.
 
 The measurement watches the calls of [`SkipConnection`] modules and of the norms inside them; it knows no residual kind,
 so one of your own is probed as it is.

@@ -22,7 +22,7 @@ class ProbedModel:
     """All sublayers of a model at one moment."""
 
     model: str
-    """What tables and pictures call it."""
+    """Its name in tables and figures."""
     seed: int | None
     """Of the initialisation; `None` of a trained model."""
     step: int | None
@@ -30,7 +30,7 @@ class ProbedModel:
     sublayers: list[SublayerProbe]
 
     def stacks(self) -> dict[str, list[SublayerProbe]]:
-        """The sublayers of each stack, from the bottom to the top; what stands around a layer is none of them."""
+        """Returns the sublayers of each stack from the bottom to the top, without skip connections around a layer."""
         stacks: dict[str, list[SublayerProbe]] = {}
         for row in self.sublayers:
             if not row.name.endswith("layer_skip"):
@@ -39,12 +39,12 @@ class ProbedModel:
 
 
 def gradient_ratio(stack: Sequence[SublayerProbe]) -> float:
-    """The gradient norm at the input of a stack's first sublayer over that at the output of its last."""
+    """Returns the gradient norm at the input of a stack's first sublayer over that at the output of its last."""
     return stack[0].relative_gradient_norm_x
 
 
 def gradient_growth(stack: Sequence[SublayerProbe]) -> float:
-    """By what factor the gradient norm grows with each sublayer that it passes on its way down (below 1: it shrinks).
+    """Returns the factor by which the gradient norm grows with each sublayer on its way down (below 1: it shrinks).
 
     A regression of the logarithm of the norms at the inputs of the sublayers, and at the output of the last, on depth;
     NaN where one of them is not a positive number.
@@ -56,7 +56,7 @@ def gradient_growth(stack: Sequence[SublayerProbe]) -> float:
 
 
 def write_table(probed: Iterable[ProbedModel], path: str | Path, append: bool = False) -> None:
-    """Writes a CSV with a row a sublayer; what is not known is an empty field, several gains are parted by blanks."""
+    """Writes a CSV with a row for each sublayer; unknown values are empty, several gains are separated by blanks."""
     with open(path, "a" if append else "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if not append:
@@ -68,7 +68,7 @@ def write_table(probed: Iterable[ProbedModel], path: str | Path, append: bool = 
 
 
 def read_table(path: str | Path) -> list[ProbedModel]:
-    """What [`write_table`] has written, without a model whose writing was cut short.
+    """Reads a table of [`write_table`], without a model that was written in part.
 
     Raises:
         [`UserError`]: if the file is not such a table.
@@ -96,14 +96,14 @@ def read_table(path: str | Path) -> list[ProbedModel]:
 
 
 def truncate_table(path: str | Path, last_step: int) -> None:
-    """Takes what comes after a step out of a table, at once; without a table, there is one without rows."""
+    """Removes the rows after a step from a table, atomically; writes an empty table if there is none."""
     probed = read_table(path) if Path(path).exists() else []
     with write_then_rename(path) as part:
         write_table([item for item in probed if item.step is not None and item.step <= last_step], part)
 
 
 def format_summary(probed: Iterable[ProbedModel]) -> str:
-    """A Markdown table with a row a stack, and why what is no number is none."""
+    """Formats a Markdown table with a row for each stack, and explains values that are not numbers."""
     rows, notes = [], {}
     for item in probed:
         for name, stack in item.stacks().items():

@@ -10,7 +10,7 @@ from ..models import RSkipResNetConfig
 from ..models.configuration_rskip_resnet import ARCHITECTURES
 from .training import CommonTrainingArguments, make_model_arguments
 
-# What the data decide.
+# Set by the data.
 _NOT_IN_RECIPES = {"num_channels", "image_column", "label_column"}
 
 

@@ -20,20 +20,20 @@ def _names(*parts: type | str) -> frozenset[str]:
 MUST_STAY = _names(
     ModelArguments,
     ImageModelArguments,
-    # what is learned from
+    # the model and the data
     "task model_name_or_path dataset_name dataset_config_name source_lang target_lang image_column label_column",
     "train_files validation_files train_split validation_split validation_size max_train_samples max_eval_samples",
     "max_characters remove_duplicates max_source_length max_target_length max_length_ratio",
     "tokenizer_name tokenizer_train_samples lowercase",
     "streaming shuffle_buffer_size image_size crop_pct image_mean image_std crop_padding random_resized_crop",
     "horizontal_flip",
-    # the steps
+    # the optimizer steps
     "seed data_seed full_determinism per_device_train_batch_size per_device_train_batch_tokens global_batch_tokens",
     "gradient_accumulation_steps pad_to_multiple_of dataloader_drop_last",
     "learning_rate lr_scheduler_type lr_scheduler_kwargs lr_milestones lr_gamma warmup_steps",
     "optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon momentum nesterov max_grad_norm",
     "label_smoothing_factor ema_decay bf16 fp16",
-    # by what the best model is chosen
+    # the choice of the best model
     "metric_for_best_model predict_with_generate generation_num_beams bleu_tokenize",
 )
 """Must be the same in a resumed run, which would ignore another value or become a mixture of two runs."""
@@ -59,7 +59,7 @@ CANNOT_MATTER = _names(
     "log_level log_level_replica disable_tqdm report_to run_name",
     "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
 )
-"""Changes nothing of what is learned, nor of its record."""
+"""Change neither the trained model nor its record."""
 
 _SUPPORTED = MUST_STAY | MAY_CHANGE | CANNOT_MATTER
 
@@ -98,7 +98,7 @@ _KEYS_OF_REASON = {
     "num_beams, length_penalty and the other generation keys say how to translate": "generation_config",
 }
 REFUSED = {key: reason for reason, keys in _KEYS_OF_REASON.items() for key in keys.split()}
-"""Keys of Transformers that a recipe cannot have, and why."""
+"""Keys of Transformers that a recipe cannot have, with the reason."""
 
 REFUSED_BY_TASK = {
     "translation": {

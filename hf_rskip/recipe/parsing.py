@@ -34,9 +34,9 @@ class Recipe(NamedTuple):
     generation: GenerationArguments | None
     """`None` where the task generates nothing."""
     keys: dict[str, Any]
-    """What was said, by key: the recipe that makes the model again."""
+    """The keys that were given, with their parsed values: a recipe that makes the same model."""
     values: dict[str, Any]
-    """The value of every key, said or not, but for `hub_token`."""
+    """The value of every key, given or not, but for `hub_token`."""
 
 
 TASKS: dict[str, dict[str, type]] = {
@@ -52,7 +52,7 @@ TASKS: dict[str, dict[str, type]] = {
         "training": ImageTrainingArguments,
     },
 }
-"""The keys of each task, by the part of a [`Recipe`] that they make."""
+"""The dataclasses of the keys of each task, by the part of a [`Recipe`] that they make."""
 
 
 @dataclass

@@ -158,7 +158,7 @@ class CommonTrainingArguments(TrainingArguments):
                 )
 
     def _check_optimization(self) -> None:
-        """Refuses keys of which no optimizer or schedule can be made, by making them for a model of one weight."""
+        """Checks the keys of optimizer and schedule by making both for a model of one weight."""
         try:
             optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self)
             optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1, 1))], **options)

@@ -11,7 +11,7 @@ from ..models import RSkipConfig
 from .ranges import check_ranges
 from .training import CommonTrainingArguments, make_model_arguments
 
-# What the tokenizer and the data decide, and what is not for a recipe to say.
+# Set by the tokenizer and the data, or fixed.
 _NOT_IN_RECIPES = {
     "decoder_vocab_size",
     "pad_token_id",

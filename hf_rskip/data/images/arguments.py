@@ -1,4 +1,4 @@
-"""What the user says about images, checked before anything is read."""
+"""The keys of a dataset of images, checked before anything is read."""
 
 from dataclasses import dataclass, field
 

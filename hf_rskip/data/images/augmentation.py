@@ -1,4 +1,4 @@
-"""What is done to images in training: tensor operations on whole batches, on whatever device they are."""
+"""Augmentation of training images: tensor operations on whole batches, on their device."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """A part of each image as large as the image, from a random place of the image with zeros around it.
+    """Pads each image with zeros and crops it to its size at a random place.
 
     Args:
         images: `(batch, channels, height, width)`.
@@ -26,7 +26,7 @@ def random_crop(images: torch.Tensor, padding: int, generator: torch.Generator |
 
 
 def random_flip(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Half of the images, chosen at random, mirrored left to right; `(batch, channels, height, width)`."""
+    """Mirrors half of the images, chosen at random, left to right; `(batch, channels, height, width)`."""
     flipped = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
     return torch.where(flipped, images.flip(-1), images)
 
@@ -34,6 +34,6 @@ def random_flip(images: torch.Tensor, generator: torch.Generator | None = None) 
 def normalize(
     images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Images of bytes, `(batch, channels, height, width)`, as `(images / 255 - mean) / std`, by channel."""
+    """Computes `(images / 255 - mean) / std` by channel, of bytes `(batch, channels, height, width)`."""
     mean, std = (torch.tensor(values, dtype=dtype, device=images.device).view(-1, 1, 1) for values in (mean, std))
     return (images.to(dtype) / 255 - mean) / std

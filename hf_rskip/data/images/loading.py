@@ -70,12 +70,12 @@ def load_image_dataset(
 
 
 def name_row(args: ImageDataArguments, split: str, row: int) -> str:
-    """The beginning of a sentence about a row."""
+    """Names a row at the beginning of a message."""
     return f"{args.describe_split(split)} row {row} (counted from 0)"
 
 
 def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, split: str):
-    """The dataset with the two columns that matter, called `image` and `label`."""
+    """Selects the columns of images and labels, and calls them `image` and `label`."""
     features, where = dataset.features or {}, args.describe_split(split)
     if args.label_column is None and list(features) == ["image"]:  # what `datasets` makes of pictures in one folder
         raise UserError(
@@ -95,7 +95,7 @@ def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, 
 def _find_column(
     what: str, kind: type, usual_names: tuple[str, ...], features: Features, given: str | None, where: str
 ) -> str:
-    """The column that is `given`, or else the only one of a kind, or with a usual name."""
+    """Returns the column that is `given`, or else the only one of a kind, or with a usual name."""
     if given is not None:
         if given not in features:
             raise UserError(f"{where} has no column {given!r}, only {', '.join(features)}: set {what}_column.")
@@ -130,7 +130,7 @@ def _class_names(dataset: Dataset | IterableDataset, args: ImageDataArguments) -
 
 
 def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
-    """The first `limit` rows, or as many at even distances where those lack classes, as of a folder sorted by class."""
+    """Chooses the first `limit` rows, or as many at even distances if those lack classes (a folder sorted by class)."""
     if limit is None or limit >= len(dataset):
         return np.arange(len(dataset))
     labels, names = dataset["label"][:], getattr(dataset.features["label"], "names", None)
@@ -151,7 +151,7 @@ def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
 
 
 def _index_labels(feature, class_names: list[str], args: ImageDataArguments, split: str) -> Callable[[Any, int], int]:
-    """A function from the label of a row to the index of its class."""
+    """Returns a function from the label of a row to the index of its class."""
     # Another split may name the same classes in another order, or others.
     index = {name: number for number, name in enumerate(class_names)}
 
@@ -172,7 +172,7 @@ def _index_labels(feature, class_names: list[str], args: ImageDataArguments, spl
 def _stream_labels(
     dataset: IterableDataset, class_names: list[str], args: ImageDataArguments, split: str
 ) -> IterableDataset:
-    """The stream with its labels as indices of `class_names`, each checked when it is read, and its rows numbered."""
+    """Maps labels to indices of `class_names`, with a check of each when it is read, and numbers the rows."""
     to_index = _index_labels(dataset.features["label"], class_names, args, split)
     return dataset.map(
         lambda example, row: {"label": to_index(example["label"], row), "row": row},
@@ -184,7 +184,7 @@ def _stream_labels(
 def _with_labels(
     dataset: Dataset, rows: np.ndarray, class_names: list[str], args: ImageDataArguments, split: str
 ) -> Dataset:
-    """The dataset with its labels as indices of `class_names`, all of them checked, and the numbers of its rows."""
+    """Maps labels to indices of `class_names`, with a check of all, and adds the numbers of the rows."""
     if len(dataset) == 0:
         raise UserError(f"{args.describe_split(split)} has no images.")
     to_index = _index_labels(dataset.features["label"], class_names, args, split)

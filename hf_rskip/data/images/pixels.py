@@ -1,4 +1,4 @@
-"""From encoded images to bytes of one size: each image once, or while training reads them."""
+"""Decodes images to bytes of one size, before or during training."""
 
 import zlib
 from io import BytesIO
@@ -46,7 +46,7 @@ class ImageTensors(torch.utils.data.Dataset):
 
 
 def collate(examples: dict[str, torch.Tensor] | list[dict]) -> dict[str, torch.Tensor]:
-    """A batch: of [`ImageTensors`] it is one already, other examples are stacked."""
+    """Stacks examples to a batch; those of [`ImageTensors`] are one already."""
     if isinstance(examples, dict):
         return examples
     return default_collate(
@@ -55,7 +55,7 @@ def collate(examples: dict[str, torch.Tensor] | list[dict]) -> dict[str, torch.T
 
 
 def decode_images(dataset: Dataset, args: ImageDataArguments, split: str) -> ImageTensors:
-    """All images of a split, resized and cropped as the image processor does, in memory.
+    """Decodes all images of a split, resized and cropped as the image processor does, into memory.
 
     They are cached on disk beside the dataset, and reused for the same dataset and size.
 
@@ -65,11 +65,14 @@ def decode_images(dataset: Dataset, args: ImageDataArguments, split: str) -> Ima
     Raises:
         UserError: if an image cannot be decoded; the message names the row.
     """
-    size, to_pixels = args.image_size, _Decoder(args, split)
+    size, decoder = args.image_size, _Decoder(args, split)
 
     def decode(batch):
         rows = zip(batch["image"], batch["row"], strict=True)
-        return {"pixel_values": [to_pixels(image, row).reshape(-1) for image, row in rows], "label": batch["label"]}
+        return {
+            "pixel_values": [decoder.decode(image, row).reshape(-1) for image, row in rows],
+            "label": batch["label"],
+        }
 
     decoded = dataset.map(
         decode,
@@ -99,29 +102,20 @@ def stream_images(dataset: IterableDataset, args: ImageDataArguments, split: str
     """
     if split == "train":
         dataset = dataset.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
-    to_pixels = _Decoder(args, split)
-    return dataset.map(
-        lambda example: {
-            "pixel_values": torch.from_numpy(to_pixels(example["image"], example["row"])),
-            "labels": example["label"],
-        },
-        remove_columns=["image", "label"],
-    )
+    return dataset.map(_Decoder(args, split), remove_columns=["image", "label"])
 
 
 class CroppedImages(torch.utils.data.Dataset):
     """Images of a split of [`load_image_dataset`] that are decoded, and maybe cropped at random, at each access."""
 
     def __init__(self, dataset: Dataset, args: ImageDataArguments, split: str):
-        self.dataset, self.to_pixels = dataset, _Decoder(args, split)
+        self.dataset, self.decoder = dataset, _Decoder(args, split)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        example = self.dataset[index]
-        pixel_values = torch.from_numpy(self.to_pixels(example["image"], example["row"]))
-        return {"pixel_values": pixel_values, "labels": example["label"], "row": example["row"]}
+        return self.decoder(self.dataset[index])
 
     def checksum(self) -> int:
         """CRC-32 of the labels: to read all images would take as long as an epoch."""
@@ -129,14 +123,18 @@ class CroppedImages(torch.utils.data.Dataset):
 
 
 class _Decoder:
-    """From an encoded image to bytes `(3, image_size, image_size)`."""
+    """Decodes an example to `pixel_values`, bytes `(3, image_size, image_size)`, with its `labels` and `row`."""
 
     def __init__(self, args: ImageDataArguments, split: str):
         self.args, self.split = args, split
         self.processor = make_image_processor(args)
         self.crops = split == "train" and args.random_resized_crop
 
-    def __call__(self, image: dict, row: int) -> np.ndarray:
+    def __call__(self, example: dict) -> dict:
+        pixel_values = torch.from_numpy(self.decode(example["image"], example["row"]))
+        return {"pixel_values": pixel_values, "labels": example["label"], "row": example["row"]}
+
+    def decode(self, image: dict, row: int) -> np.ndarray:
         decoded = open_image(image, name_row(self.args, self.split, row))
         size = self.args.image_size
         if self.crops:
@@ -171,7 +169,7 @@ def open_image(image: dict | None, where: str) -> PilImage.Image:
 
 
 def random_resized_crop(image: PilImage.Image, size: int) -> PilImage.Image:
-    """A random part of an image, 8% to 100% of its area and 3:4 to 4:3 in shape, as `size` x `size` pixels.
+    """Crops a random part, 8% to 100% of the area and 3:4 to 4:3 in shape, and resizes it to `size` x `size` pixels.
 
     Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
     """

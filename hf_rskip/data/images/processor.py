@@ -7,9 +7,9 @@ from .arguments import ImageDataArguments
 
 
 def make_image_processor(args: ImageDataArguments) -> BitImageProcessorPil:
-    """Shorter edge to `image_size / crop_pct`, bilinear, the centre of `image_size` x `image_size`, normalised.
+    """Resizes the shorter edge to `image_size / crop_pct`, bilinear, crops the centre, normalises.
 
-    That of Pillow, so that it loads with `AutoImageProcessor` where torchvision is not installed.
+    It is Pillow's, so that it loads with `AutoImageProcessor` where torchvision is not installed.
     """
     return BitImageProcessorPil(
         size={"shortest_edge": int(args.image_size / args.crop_pct)},

@@ -1,4 +1,4 @@
-"""What the user says about the data, checked before anything is read."""
+"""The keys of a parallel corpus, checked before anything is read."""
 
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -130,7 +130,7 @@ class DataArguments(DatasetArguments):
 
 
 def _code_of(name: str) -> str | None:
-    """The code of a language by its English name, whatever its case; `None` if there is no such language."""
+    """Returns the code of a language by its English name, in any case; `None` if there is no such language."""
     if len(name) <= 3:  # a code
         return None
     from babel import Locale  # its tables take long to load

@@ -65,7 +65,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         return -(-lengths // self.multiple) * self.multiple
 
     def _sorted_indices(self, rng: np.random.Generator) -> np.ndarray:
-        """All sentences by target length, ties by source length, ties of both at random."""
+        """Sorts the sentences by target length, ties by source length, ties of both at random."""
         # Source lengths rise and fall in turn, so that neighbours are alike where the target length changes too.
         source = np.where(self.target_lengths % 2, self.source_lengths, -self.source_lengths)
         return np.lexsort((rng.random(len(self.lengths)), source, self.target_lengths))
@@ -86,7 +86,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         return bounds
 
     def _even_out_the_end(self, bounds, lengths: np.ndarray, max_tokens: int) -> list[tuple[int, int]]:
-        """The last batch is a rest: it takes from the one before what the budget allows, up to as many as that has."""
+        """Moves sentences from the last batch but one to the last, a remainder, up to equal sizes and the budget."""
         if len(bounds) > 1:
             (first, middle), (_, end) = bounds[-2:]
             rows = min((end - first) // 2, max_tokens // lengths[first:].max())
@@ -126,7 +126,7 @@ class TokenBatchSampler(Sampler[list[int]]):
                 yield order[start:end].tolist()
 
     def padding_fraction(self) -> float:
-        """The share of padding in all cells, source and target, of an epoch."""
+        """Returns the share of padding in all cells, source and target, of an epoch."""
         order = self._sorted_indices(np.random.default_rng(0))
         cells = tokens = 0
         for start, end in self.bounds:

@@ -1,4 +1,4 @@
-"""Drops the training pairs that no tokenizer should see."""
+"""Drops unusable training pairs before tokenization."""
 
 from functools import partial
 from hashlib import blake2b
@@ -62,7 +62,7 @@ def clean_corpus(dataset: Dataset, args: DataArguments) -> tuple[Dataset, dict[s
 
 
 def _judge(table: pa.Table, languages: tuple[str, str], max_characters: int, with_hash: bool) -> pa.Table:
-    """For each pair the number of the reason to drop it, 0 for none, and a hash of both sides."""
+    """Returns for each pair the number of the reason to drop it, 0 for none, and a hash of both sides."""
     sides = [pc.fill_null(pc.struct_field(table["translation"], name).cast("string"), "") for name in languages]
 
     def either(applies):

@@ -12,13 +12,13 @@ from datasets import Dataset
 
 
 def read_column(dataset: Dataset, name: str) -> np.ndarray:
-    """A column of numbers as an array, (rows,)."""
+    """Reads a column of numbers as an array, `(rows,)`."""
     tables = dataset.select_columns(name).with_format("arrow").iter(100_000)
     return np.concatenate([table[name].to_numpy() for table in tables])
 
 
 def keep_rows(dataset: Dataset, kept: np.ndarray, num_proc: int | None = None) -> Dataset:
-    """The rows where `kept`, (rows,) of booleans, is true: written anew, cached like the result of `map`."""
+    """Copies the rows where `kept`, `(rows,)` of booleans, is true; cached like the result of `map`."""
     if kept.all():
         return dataset
     return (

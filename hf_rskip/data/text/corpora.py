@@ -1,4 +1,4 @@
-"""Parallel corpora from the Hub, local folders, CLDR or text files, in one shape and checked before training."""
+"""Loads parallel corpora from the Hub, local folders, CLDR or text files, in one format and checked."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -135,7 +135,7 @@ def _select_fields(table: pa.Table, names: tuple[str, str]) -> pa.Table:
 
 
 def iterate_sentences(dataset: Dataset, args: DataArguments, max_pairs: int) -> Iterator[str]:
-    """Source and target of every pair in turn; where there are more than `max_pairs`, of pairs at even distances."""
+    """Yields source and target of every pair, or of `max_pairs` pairs at even distances if there are more."""
     count = min(len(dataset), max_pairs)
     chosen = np.arange(count) * len(dataset) // count
     batch_size = 10_000
@@ -147,7 +147,7 @@ def iterate_sentences(dataset: Dataset, args: DataArguments, max_pairs: int) -> 
 
 
 def checksum(dataset: Dataset, args: DataArguments) -> int:
-    """CRC-32 of the sentences of both sides, in their order, wherever they were read from."""
+    """Computes the CRC-32 of the sentences of both sides in their order."""
     value = 0
     for table in dataset.with_format("arrow").iter(1_000):
         for language in (args.source_lang, args.target_lang):

@@ -1,4 +1,4 @@
-"""From sentence pairs to token ids, once, and without the pairs that training cannot use."""
+"""Tokenizes sentence pairs once, and drops those that training cannot use."""
 
 import json
 import os
@@ -71,9 +71,9 @@ def _fingerprint(
 
 
 def tokenizer_cache_file(dataset: Dataset, args: DataArguments, vocab_size: int) -> Path | None:
-    """Where the tokenizer that is trained on a dataset is cached: beside it, if it is on disk; `None` if it is not.
+    """Returns the cache file of the tokenizer trained on a dataset: beside it if it is on disk, else `None`.
 
-    Training one takes seconds, which many runs on one corpus need not spend each.
+    Training takes seconds, which many runs on one corpus share.
     """
     if not dataset.cache_files:
         return None
