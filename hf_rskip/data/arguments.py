@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+_SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+
 
 @dataclass
 class DatasetArguments:
@@ -32,12 +34,7 @@ class DatasetArguments:
 
     def sample_limit(self, split: str) -> int | None:
         """Returns the largest number of examples of a split; `None` for all."""
-        limits = {
-            "train": self.max_train_samples,
-            "validation": self.max_eval_samples,
-            "test": self.max_predict_samples,
-        }
-        return limits[split]
+        return getattr(self, _SAMPLE_LIMITS[split])
 
     def describe_split(self, split: str) -> str:
         """Names a split at the beginning of a message."""

@@ -5,8 +5,6 @@ import evaluate
 import numpy as np
 import torch
 
-_DESCRIPTION = "The fraction of images whose class is the best guess, or among the five best."
-
 
 def rank_classes(logits: torch.Tensor) -> torch.Tensor:
     """Returns the five best classes of each image, best first, or the best alone of at most five classes.
@@ -42,7 +40,7 @@ class ImageClassificationMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description="The fraction of images whose class is the best guess, or among the five best.",
             citation="",
             features=datasets.Features(
                 {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}

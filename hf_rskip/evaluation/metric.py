@@ -6,10 +6,6 @@ from sacrebleu.metrics import CHRF
 
 from .bleu import create_bleu, describe_metric, scored_form
 
-_CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018."
-
-_DESCRIPTION = "Corpus BLEU and chrF of translations, with the signatures of sacreBLEU."
-
 
 class TranslationMetric(evaluate.Metric):
     """Corpus BLEU and chrF by sacreBLEU.
@@ -40,8 +36,8 @@ class TranslationMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
+            description="Corpus BLEU and chrF of translations, with the signatures of sacreBLEU.",
+            citation="Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018.",
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
             ),

@@ -71,6 +71,8 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
     median over its seeds, with a band from the lowest to the highest, or for one seed, where there are quartiles over
     tokens, between these. Where one was probed at several steps, each model has panels of its own, with a line a step.
     """
+    from matplotlib.figure import Figure
+
     by_model: dict[str, list[ProbedModel]] = {}
     for item in probed:
         by_model.setdefault(item.model, []).append(item)
@@ -87,7 +89,9 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
     paths = []
     for name, quantities in (_PICTURES | {"gains": _gain_quantities(probed)}).items():
         if quantities:
-            figure, grid = _grid(len(quantities), len(panels))
+            size = (max(5.2 * len(panels), 7), 1.6 + 2.6 * len(quantities))
+            figure = Figure(figsize=size, layout="constrained")
+            grid = figure.subplots(len(quantities), len(panels), squeeze=False, sharex="col", sharey="row")
             draw(figure, grid, quantities, panels)
             _finish(grid, quantities, panels)
             paths.append(save_figure(figure, Path(folder, f"{name}.png")))
@@ -127,13 +131,6 @@ def _describe_panel(probed: Sequence[ProbedModel], name: str, prefix: str = "") 
     unit = "residual block" if all(are_blocks) else "sublayer or residual block" if any(are_blocks) else "sublayer"
     same = all(own == ends[0] and len(found) == len(stages[0]) for own, found in zip(ends, stages, strict=True))
     return _Panel(prefix + ("ResNet" if all(are_blocks) else name), unit, ends[0] if same else [], stacks)
-
-
-def _grid(rows: int, columns: int):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(5.2 * columns, 7), 1.6 + 2.6 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
 
 
 def _draw_models(figure, grid, quantities: Sequence[_Quantity], panels: Sequence[_Panel]) -> None:

@@ -22,40 +22,36 @@ def describe_model(model: PreTrainedModel, recipe: Recipe, shape: str) -> None:
 def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, str]]:
     """Finds the keys of a recipe that have no effect beside its other keys or with its model; each with the reason."""
     values, options = recipe.values, SKIP_CONNECTIONS[config.skip_type].options
-    no_warmup = ("constant", "reduce_lr_on_plateau", "greedy")
-    idle = {
-        "eval_steps": (values["eval_strategy"] != "steps", "unless eval_strategy is steps"),
-        "eval_delay": (values["eval_strategy"] == "no", "with eval_strategy no"),
-        "save_steps": (values["save_strategy"] != "steps", "unless save_strategy is steps"),
-        "save_total_limit": (values["save_strategy"] == "no", "with save_strategy no"),
-        "logging_steps": (values["logging_strategy"] != "steps", "unless logging_strategy is steps"),
-        "num_train_epochs": (values["max_steps"] > 0, "with max_steps"),
-        "loss_spike_window": (values["loss_spike_factor"] is None, "without loss_spike_factor"),
-        "average_checkpoints_by": (values["average_checkpoints"] is None, "without average_checkpoints"),
-    }
-    for key in ("skip_recursions", "skip_norm_affine", "skip_scale"):
-        idle[key] = (key not in options, f"with skip_type {config.skip_type}")
-    schedule = values["lr_scheduler_type"]
-    if values.get("lr_milestones") is None:
-        idle["warmup_steps"] = (schedule in no_warmup, f"with lr_scheduler_type {schedule}")
-        idle["lr_gamma"] = (True, "without lr_milestones")
-    else:
-        idle |= dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs"), (True, "with lr_milestones"))
-    is_adam = "adam" in values["optim"]
-    idle |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (not is_adam, f"with optim {values['optim']}"))
-    idle |= dict.fromkeys(("momentum", "nesterov"), (values["optim"] != "sgd", f"with optim {values['optim']}"))
-    no_push = not values["push_to_hub"]
-    idle |= {key: (no_push, "without push_to_hub") for key in values if key.startswith("hub_")}
-    if recipe.task == "translation":
-        own_tokenizer = values["tokenizer_name"] or values["model_name_or_path"]
-        idle["generation_num_beams"] = (not values["predict_with_generate"], "without predict_with_generate")
-        idle |= dict.fromkeys(
-            ("vocab_size", "tokenizer_train_samples", "lowercase"), (own_tokenizer, "with a tokenizer that is there")
-        )
-    else:
-        idle["shuffle_buffer_size"] = (not values["streaming"], "without streaming")
-        idle["crop_padding"] = (values["random_resized_crop"], "with random_resized_crop")
-    return [(key, condition) for key, (is_idle, condition) in idle.items() if is_idle and key in recipe.keys]
+    schedule, optim = values["lr_scheduler_type"], values["optim"]
+    has_milestones = values.get("lr_milestones") is not None
+    no_warmup = schedule in ("constant", "reduce_lr_on_plateau", "greedy")
+    own_tokenizer = values.get("tokenizer_name") or values["model_name_or_path"]
+    skip_keys = [key for key in ("skip_recursions", "skip_norm_affine", "skip_scale") if key not in options]
+    hub_keys = [key for key in values if key.startswith("hub_")]
+    rules = [
+        ("eval_steps", values["eval_strategy"] != "steps", "unless eval_strategy is steps"),
+        ("eval_delay", values["eval_strategy"] == "no", "with eval_strategy no"),
+        ("save_steps", values["save_strategy"] != "steps", "unless save_strategy is steps"),
+        ("save_total_limit", values["save_strategy"] == "no", "with save_strategy no"),
+        ("logging_steps", values["logging_strategy"] != "steps", "unless logging_strategy is steps"),
+        ("num_train_epochs", values["max_steps"] > 0, "with max_steps"),
+        ("loss_spike_window", values["loss_spike_factor"] is None, "without loss_spike_factor"),
+        ("average_checkpoints_by", values["average_checkpoints"] is None, "without average_checkpoints"),
+        (" ".join(skip_keys), True, f"with skip_type {config.skip_type}"),
+        ("warmup_steps", no_warmup and not has_milestones, f"with lr_scheduler_type {schedule}"),
+        ("lr_gamma", not has_milestones, "without lr_milestones"),
+        ("lr_scheduler_type lr_scheduler_kwargs", has_milestones, "with lr_milestones"),
+        ("adam_beta1 adam_beta2 adam_epsilon", "adam" not in optim, f"with optim {optim}"),
+        ("momentum nesterov", optim != "sgd", f"with optim {optim}"),
+        (" ".join(hub_keys), not values["push_to_hub"], "without push_to_hub"),
+        ("generation_num_beams", not values.get("predict_with_generate"), "without predict_with_generate"),
+        ("vocab_size tokenizer_train_samples lowercase", own_tokenizer, "with a tokenizer that is there"),
+        ("shuffle_buffer_size", not values.get("streaming"), "without streaming"),
+        ("crop_padding", values.get("random_resized_crop"), "with random_resized_crop"),
+    ]
+    return [
+        (key, condition) for keys, is_idle, condition in rules for key in keys.split() if is_idle and key in recipe.keys
+    ]
 
 
 def describe_schedule(args: TrainingArguments, steps: int) -> str:
