@@ -105,6 +105,9 @@ def test_lists(parse, text):
 def test_null_keeps_the_default(parse):
     assert parse("save_total_limit: null").training.save_total_limit == 2
     assert parse("max_length_ratio: null").data.max_length_ratio is None
+    recipe = parse("save_total_limit: 3\nskip_scale: null", ["--save_total_limit", "null"])
+    assert recipe.training.save_total_limit == 2 and not {"save_total_limit", "skip_scale"} & recipe.keys.keys()
+    assert parse("test_split: null", ["--test_split", "other"]).data.test_split == "other"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hf_rskip.errors import UserError
 from hf_rskip.recipe.describe import find_idle_keys
 from hf_rskip.recipe.keys import CANNOT_MATTER, MAY_CHANGE, MUST_STAY, REFUSED, REFUSED_BY_TASK
 from hf_rskip.recipe.parsing import TASKS, TaskArguments, describe_keys, parse_recipe
+from hf_rskip.recipe.ranges import _RANGES
 
 SUPPORTED = [MUST_STAY, MAY_CHANGE, CANNOT_MATTER]
 
@@ -21,6 +22,12 @@ def test_every_key_is_in_one_set():
     later = {"activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_multiprocessing_context"}
     assert set().union(*SUPPORTED) - keys <= later  # not in every version of Transformers
     assert {key.name for key in fields(Seq2SeqTrainingArguments)} <= keys
+
+
+def test_ranges_are_those_of_keys():
+    known = {key.name for parts in TASKS.values() for part in parts.values() for key in fields(part)}
+    ranged = [key for _, keys in _RANGES.values() for key in keys.split()]
+    assert set(ranged) <= known
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,8 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
         raise UserError(f"{where} has a column 'translation' that is not a dictionary from language to sentence.")
 
     dataset = dataset.select_columns("translation")
-    languages = {"source_lang": args.source_lang, "target_lang": args.target_lang}
-    for field, language in languages.items():
+    pair = [args.source_lang, args.target_lang]
+    for field, language in zip(("source_lang", "target_lang"), pair, strict=True):
         if language not in found:
             known, hint = ", ".join(sorted(found)), did_you_mean(language, found) or "."
             raise UserError(f"{where} has no language {language!r}, only {known}: set {field} to one of these{hint}")
@@ -105,9 +105,7 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
             raise UserError(f"{where} has {found[language]} values instead of strings for language {language!r}.")
 
     if split != "train":
-        _check_every_row(dataset, languages.values(), where)
-
-    pair = list(languages.values())
+        _check_every_row(dataset, pair, where)
     if found.keys() == set(pair):
         return dataset
     return (
