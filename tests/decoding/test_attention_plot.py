@@ -21,7 +21,7 @@ def test_weights_against_the_formula(model_and_tokenizer, pairs):
     attention = model.get_decoder().layers[-1].encoder_attn
     seen = {}
     hook = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(kwargs, query=args[0]), with_kwargs=True
+        lambda module, args, kwargs: seen.update(query=args[0], key=args[2]), with_kwargs=True
     )
     with torch.no_grad():
         model(
@@ -29,7 +29,7 @@ def test_weights_against_the_formula(model_and_tokenizer, pairs):
             labels=tokenizer(text_target=pair["de"], return_tensors="pt").input_ids,
         )
         hook.remove()
-        query, key = attention.q_proj(seen["query"][0]), attention.k_proj(seen["key_value_states"][0])
+        query, key = attention.q_proj(seen["query"][0]), attention.k_proj(seen["key"][0])
     heads = zip(query.split(attention.head_dim, -1), key.split(attention.head_dim, -1), strict=True)
     expected = [(q @ k.T / attention.head_dim**0.5).softmax(-1) for q, k in heads]
     torch.testing.assert_close(weights, torch.stack(expected).mean(0), atol=1e-5, rtol=1e-4)

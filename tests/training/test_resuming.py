@@ -195,9 +195,10 @@ def test_a_damaged_finished_run_is_no_finished_run(trained, tmp_path, name, cont
         finished_results(parse_recipe(trained.recipe, [*RESUME, "--output_dir", str(folder)]))
 
 
-def test_data_are_known_by_their_content(trained, corpus_folder, tmp_path, monkeypatch, capfd):
+def test_data_are_known_by_their_content(trained, tmp_path, monkeypatch, capfd):
     """A folder that was moved is taken, however its name is spelled; one that has changed is not."""
     shutil.copytree(trained.folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
+    corpus_folder = yaml.safe_load(trained.recipe.read_text())["dataset_name"]
     shutil.copytree(corpus_folder, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     words = ["train", str(trained.recipe), *RESUME, "--output_dir", "copy"]
