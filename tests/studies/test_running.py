@@ -147,8 +147,8 @@ def test_nothing_is_run_twice(small_study, run_cli, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
-    recipe = write_recipe(num_train_epochs=3, early_stopping_patience=None)
+def test_a_killed_study_goes_on(start_cli, run_study, write_recipe, tmp_path):
+    recipe = write_recipe(num_train_epochs=2, early_stopping_patience=None)
     path = write_study(tmp_path, recipe, forms={"post-LN": {"skip_recursions": 1}})
     cells = tmp_path / "output/cells"
     first, second = cells / "post-LN-seed-1", cells / "post-LN-seed-2"
@@ -158,11 +158,11 @@ def test_a_killed_study_goes_on(start_cli, run_cli, write_recipe, tmp_path):
     process.communicate()
     before = (first / "result.json").stat().st_mtime_ns
     (first / "run").mkdir(exist_ok=True)  # as a kill at the wrong moment leaves it
-    result = run_cli("study", path)
+    result = run_study(path)
     assert result.code == 0, result.err
     assert (first / "result.json").stat().st_mtime_ns == before
     record = read_results(tmp_path / "output")["post-LN-seed-2"]
-    assert record["resumed"] and record["steps"] == 42
+    assert record["resumed"] and record["steps"] == 28
     assert "resuming from" in (second / "log.txt").read_text()
     assert (first / "log.txt").read_text().count("model: ") == 1
     assert not (first / "run").exists()
@@ -224,14 +224,14 @@ def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
 @pytest.mark.slow
 def test_a_cell_is_run_by_one_process(start_cli, write_recipe, tmp_path, capsys):
     path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, keep_models=True)
-    processes = [start_cli("study", path, "--cell", "1") for _ in range(2)]
-    said = [process.communicate(timeout=600)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    other = start_cli("study", path, "--cell", "1")
+    assert main(["study", str(path), "--cell", "1"]) == 0
+    said = [other.communicate(timeout=600)[0].decode(), capsys.readouterr().out]
+    assert other.returncode == 0
     cell = tmp_path / "output/cells/a-seed-1"
     assert (cell / "log.txt").read_text().count("model: ") == 1
     assert (cell / "run/model.safetensors").exists()
-    assert sum("finished, bleu" in text for text in said) >= 1
-    capsys.readouterr()
+    assert any("finished, bleu" in text for text in said)
 
     def answer(*words):
         code, captured = main(["study", str(path), *words]), capsys.readouterr()

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM
 from hf_rskip.cli.main import main
 from hf_rskip.training.trainer import RSkipTrainer
 
-STEPS = 30
+STEPS = 16
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def train(write_recipe, monkeypatch, capfd):
 
     def train(**changes):
         shapes.clear()
-        fixed = {"max_steps": STEPS, "logging_steps": 1, "eval_steps": 15, "save_steps": 15, "dropout": 0.0}
+        fixed = {"max_steps": STEPS, "logging_steps": 1, "eval_steps": 8, "save_steps": 8, "dropout": 0.0}
         fixed |= {"encoder_layers": 1, "decoder_layers": 1}  # or it compiles for minutes
         # With a learning rate of 1e-2 differences of rounding have grown to 1.4e-5 after 30 steps.
         fixed |= {"learning_rate": "1e-3", "adam_epsilon": 1e-3, "per_device_train_batch_tokens": 256}

@@ -99,15 +99,6 @@ def test_accumulation_gives_the_same_curve(alone, train):
     check_same(train(per_device_train_batch_tokens=200), alone)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("profile", ["cpu", "fsdp2"])
-def test_processes_give_the_same_curve(profile, alone, train):
-    """Three of them, which share rows of weights, and batches, unevenly; two are in the tests below."""
-    run = train(*launcher(profile, 3))
-    check_same(run, alone)
-    assert run.out.count("parameters, vocabulary of") == 1
-
-
 def module_for(recipe, source):
     """An environment in which `--import_module beside` runs this in every process."""
     (recipe.parent / "beside.py").write_text(textwrap.dedent(source))
@@ -155,8 +146,9 @@ TERMINATE = """
 @pytest.mark.slow
 def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli):
     """In the middle of an epoch of 14 steps, with dropout, whose random numbers each process has of its own."""
-    whole = train(*launcher("cpu", 2), dropout=0.1)
-    recipe = write(dropout=0.1)
+    short = {"dropout": 0.1, "max_steps": 26, "eval_steps": 13, "save_steps": 13}
+    whole = train(*launcher("cpu", 2), **short)
+    recipe = write(**short)
     words = ("train", recipe, *launcher("cpu", 2), "--import_module", "beside")
     stopped = run_cli(*words, environment=module_for(recipe, TERMINATE))
     assert stopped.code == 143, stopped.err
@@ -169,16 +161,18 @@ def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli):
 
 @pytest.mark.slow
 def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, run_cli, capfd):
+    """On three processes, which share rows of weights, and batches, unevenly."""
     recipe = write()
-    words = ("train", recipe, *launcher("fsdp2", 2), "--import_module", "beside")
+    words = ("train", recipe, *launcher("fsdp2", 3), "--import_module", "beside")
     stopped = run_cli(*words, environment=module_for(recipe, STOP))
     assert stopped.code == 9, stopped.err
     checkpoint = recipe.parent / "output" / "checkpoint-25"
     assert (checkpoint / "pytorch_model_fsdp.bin").is_file(), "sharded, and not DDP"
     assert main(["train", str(recipe), "--resume_from_checkpoint", "true"]) == 2
     assert "was saved under FSDP" in capfd.readouterr().err
-    run = train(*launcher("fsdp2", 2), "--resume_from_checkpoint", "true", recipe=recipe)
+    run = train(*launcher("fsdp2", 3), "--resume_from_checkpoint", "true", recipe=recipe)
     check_same(run, alone)
+    assert run.out.count("parameters, vocabulary of") == 1
     model = AutoModelForSeq2SeqLM.from_pretrained(run.folder)
     assert sum(weight.numel() for weight in model.parameters()) == sum(map(torch.numel, alone.weights.values()))
 

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -331,28 +329,6 @@ def test_a_residual_kind_of_ones_own(write_image_recipe):
         assert "import kinds  # defines its skip connection" in (path.parent / "output" / "README.md").read_text()
     finally:
         del SKIP_CONNECTIONS["layer_scale"]
-
-
-@pytest.mark.slow
-def test_two_processes(write_image_recipe):
-    """The command under torchrun: the test split is evaluated once, and the model learns."""
-    path = write_image_recipe(per_device_train_batch_size=16)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "hf_rskip.cli",
-    ]
-    result = subprocess.run([*command, "train", str(path)], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("images: train 280, test 40, validation 40") == 1
-    folder = path.parent / "output"
-    results = json.loads((folder / "all_results.json").read_text())
-    assert results["test_accuracy"] > 0.9
-    assert main(["evaluate", str(folder), "--dataset_name", yaml.safe_load(path.read_text())["dataset_name"]]) == 0
 
 
 # Recipes

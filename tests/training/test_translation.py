@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import time
 
 import pytest
 import torch
@@ -15,15 +14,6 @@ from hf_rskip.cli.main import main
 from hf_rskip.models import SKIP_CONNECTIONS, SkipConnection
 
 TIMES = {"runtime", "per_second"}
-
-
-def metrics(folder):
-    """The log history without times, and without the mean loss of a process's own steps."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [
-        {key: value for key, value in entry.items() if not key.endswith(tuple(TIMES)) and key != "train_loss"}
-        for entry in history
-    ]
 
 
 # What a run leaves
@@ -75,39 +65,6 @@ def test_the_model_generates(trained, pairs, num_beams):
 
 
 # Kills
-
-
-def wait_for(condition, process):
-    while not condition() and process.poll() is None:
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, write_recipe, start_cli, run_cli, capfd):
-    """Killed late, as if it were while it saves a checkpoint: whenever that is, the end is the same."""
-    recipe = write_recipe()
-    folder = recipe.parent / "output"
-
-    def last_checkpoint():
-        return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
-
-    with open(recipe.parent / "log", "wb") as log:
-        process = start_cli("train", recipe, "--resume_from_checkpoint", "true", stdout=log, stderr=log)
-        wait_for(lambda: last_checkpoint() >= 30, process)
-        process.kill()
-        process.wait()
-    assert last_checkpoint() >= 30
-
-    assert main(["train", str(recipe)]) == 2
-    assert "already holds checkpoint-" in capfd.readouterr().err
-
-    result = run_cli("train", recipe, "--resume_from_checkpoint", "true")
-    assert result.code == 0, result.err
-    for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
-        assert (folder / name).read_bytes() == (trained.folder / name).read_bytes(), name
-    assert metrics(folder) == metrics(trained.folder)
-    scores, expected = (json.loads((path / "test_results.json").read_text()) for path in (folder, trained.folder))
-    assert scores == expected
 
 
 # New kinds
