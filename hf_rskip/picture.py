@@ -10,19 +10,19 @@ _FALLBACK_FONTS = (
 )
 """For names in scripts that matplotlib's own font does not have, where one of these is installed."""
 
-_COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+BLACK, VERMILLION, BLUE = "#000000", "#D55E00", "#0072B2"
+_COLORS = [VERMILLION, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 """Okabe and Ito (2008): told apart with any colour vision; markers and lines differ as well."""
-_MARKERS = "osD^vPX"
-_LINES = ["-", "--", ":"]
+_MARKERS = "sD^vPX"
+_LINES = ["-", "--", ":", "-."]
 
 
 def style(index: int) -> dict[str, str]:
-    """Colour, marker and line of the curve with that index; the first is black."""
-    return {
-        "color": _COLORS[index % len(_COLORS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
-    }
+    """Colour, marker and line of the curve with that index; the first alone is black."""
+    if index == 0:
+        return {"color": BLACK, "marker": "o", "linestyle": "-"}
+    cycle, index = divmod(index - 1, len(_COLORS))
+    return {"color": _COLORS[index], "marker": _MARKERS[index], "linestyle": _LINES[cycle % len(_LINES)]}
 
 
 def save_figure(figure, path: Path) -> Path:

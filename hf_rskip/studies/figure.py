@@ -5,16 +5,10 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from ..picture import escape, save_figure
+from ..picture import BLACK, BLUE, escape, save_figure, style
 from .cell import DIVERGED, FINISHED
 from .results import Group, Results
 from .study import Study, describe_setting
-
-# Okabe and Ito (2008): told apart with any colour vision. The baseline is black.
-_BLACK, _BLUE = "#000000", "#0072B2"
-_COLORS = ["#D55E00", _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-_MARKERS = "sD^vPX"
-_LINES = ["-", "--", ":", "-."]
 
 
 def draw_scores(results: Results, unit: str, path: Path) -> Path | None:
@@ -25,14 +19,14 @@ def draw_scores(results: Results, unit: str, path: Path) -> Path | None:
     figure = new_figure(7, 1.2 + (0.36 if len(results.study.settings) == 1 else 0.5) * len(groups))
     axes = figure.subplots()
     for row, group in enumerate(groups):
-        color = _BLACK if group.form == results.study.baseline else _BLUE
+        color = BLACK if group.form == results.study.baseline else BLUE
         axes.errorbar(
             group.test_mean, row, xerr=group.test_sd, color=color, marker="D", markersize=6, capsize=4, zorder=2
         )
         scores = group.test_scores
         axes.scatter(scores, [row - 0.22] * len(scores), s=22, facecolors="none", edgecolors=color, zorder=3)
         if group.form == results.study.baseline:
-            axes.axvline(group.test_mean, color=_BLACK, linestyle="--", linewidth=0.8, zorder=1)
+            axes.axvline(group.test_mean, color=BLACK, linestyle="--", linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(groups)), [_label(group, results) for group in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)
     figure.supxlabel(f"test {unit} (diamonds: mean and standard deviation; circles: seeds)", fontsize="medium")
@@ -56,9 +50,9 @@ def draw_curves(results: Results, unit: str, path: Path) -> Path | None:
     baseline = results.study.baseline
     for panel, (form, curve) in zip(make_panels(figure, len(curves)), curves.items(), strict=True):
         if baseline in curves and form != baseline:
-            panel.plot(*_mean_line(curves[baseline]), color=_BLACK, linestyle="--", linewidth=1)
+            panel.plot(*_mean_line(curves[baseline]), color=BLACK, linestyle="--", linewidth=1)
         steps = sorted(curve)
-        color, marker = (_BLACK, "o") if form == baseline else (_BLUE, "D")
+        color, marker = (BLACK, "o") if form == baseline else (BLUE, "D")
         low, high = ([bound(curve[step]) for step in steps] for bound in (min, max))
         panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         marked = max(1, len(steps) // 8)
@@ -125,15 +119,9 @@ def make_panels(figure, count: int) -> list:
 
 
 def style_forms(study: Study) -> dict[str, dict[str, str]]:
-    """Colour, marker and line of each form, where all are in one panel."""
-    styles = {study.baseline: {"color": _BLACK, "marker": "o", "linestyle": "-"}}
-    for index, form in enumerate(form for form in study.forms if form != study.baseline):
-        styles[form] = {
-            "color": _COLORS[index % len(_COLORS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": _LINES[index // len(_COLORS) % len(_LINES)],
-        }
-    return {form: styles[form] for form in study.forms}
+    """Colour, marker and line of each form, where all are in one panel; the baseline is black."""
+    others = [form for form in study.forms if form != study.baseline]
+    return {form: style(0 if form == study.baseline else 1 + others.index(form)) for form in study.forms}
 
 
 def shorten(name: str, length: int = 30) -> str:

@@ -7,13 +7,12 @@ from statistics import fmean
 
 import numpy as np
 
-from ..picture import escape, save_figure
+from ..picture import VERMILLION, escape, save_figure
 from .cell import DIVERGED, FINISHED
 from .figure import arrange, make_panels, new_figure, shorten, style_forms
 from .results import Group, Results
 from .study import varying_keys
 
-_VERMILLION = "#D55E00"
 _UNITS = {"learning_rate": "peak", "warmup_steps": "optimizer steps", "max_steps": "optimizer steps"}
 _UNITS |= {"encoder_layers": "layers", "decoder_layers": "layers"}
 
@@ -170,7 +169,7 @@ def _mark(panel, image, place: tuple[int, int], group: Group, trains: bool, best
         panel.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=color, linewidth=0))
     if best is not None and best.setting == group.setting:
         panel.add_patch(
-            Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=_VERMILLION, linewidth=2)
+            Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=2)
         )
     box = {"facecolor": background, "edgecolor": "none", "pad": 1}
     color = "white" if is_dark else "black"
