@@ -1,12 +1,35 @@
 """`hf-rskip convert`."""
 
 import argparse
+import contextlib
+import random
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .options import add_test_set_arguments
+
+if TYPE_CHECKING:
+    from ..models import RSkipConfig
+
+_PAIRS = {
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "test_files": None,
+    "source_lang": None,
+    "target_lang": None,
+    "split": "test",
+    "max_samples": None,
+    "bleu_tokenize": None,
+}
+"""The options of `fold` and their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("architecture", choices=["marian", "resnet"], help="what SOURCE is")
+    parser.add_argument(
+        "architecture",
+        choices=["marian", "resnet", "fold"],
+        help="what SOURCE is; fold: a translation model of this package, to become post-LN",
+    )
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -16,10 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip_recursions", type=int, help="K of marian; more than 1 is for fine-tuning (default: 1, the same output)"
     )
+    group = parser.add_argument_group("sentence pairs of fold, on which it measures and compares (not the test set)")
+    add_test_set_arguments(group, required=False)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
-    """Writes a checkpoint of another architecture as a model of this package."""
+    """Writes a checkpoint as another model of this package."""
+    _check_options(args)
+    if args.architecture == "fold":
+        _fold(args)
+        return
     if args.architecture == "marian":
         from ..conversion.marian import convert_marian_checkpoint
 
@@ -29,7 +58,75 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         return
     from ..conversion.resnet import convert_resnet_checkpoint
 
-    if args.skip_recursions is not None:
-        raise UserError("`--skip_recursions` is for marian: a ResNet is converted with the plain sums that it has")
     convert_resnet_checkpoint(args.source, args.output)
     print(f"{args.output}: xskip, no norm")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.skip_recursions is not None and args.architecture != "marian":
+        reasons = {"resnet": "a ResNet is converted with the plain sums that it has", "fold": "K is 1 after folding"}
+        raise UserError(f"`--skip_recursions` is for marian: {reasons[args.architecture]}")
+    given = [name for name, default in _PAIRS.items() if getattr(args, name) != default]
+    if given and args.architecture != "fold":
+        raise UserError(f"`--{given[0]}` is for fold: {args.architecture} is converted without data")
+    if given and not args.dataset_name and not args.test_files:
+        raise UserError(f"`--{given[0]}` needs a --dataset_name or --test_files")
+
+
+def _fold(args: argparse.Namespace) -> None:
+    """Folds a model, compares the two on pairs or, without any, on random tokens, and writes the new one."""
+    from ..conversion.fold import fold, is_frozen, measured
+    from ..conversion.output import new_folder
+    from ..decoding.loading import load_config, load_model
+    from ..decoding.score import score, score_tokens
+    from ..evaluation.bleu import choose_tokenizer
+    from ..evaluation.evaluate import evaluate_translation
+    from ..manifest import MODEL_FILES, write_manifest
+    from ..models import SKIP_CONNECTIONS, RSkipConfig
+    from .corpus import find_languages, load_test_set
+
+    output, config = new_folder(args.output), load_config(args.source)
+    if config.model_type != RSkipConfig.model_type:
+        raise UserError(f"{args.source!r} is of type {config.model_type!r}, and fold takes {RSkipConfig.model_type!r}")
+    has_pairs, frozen = bool(args.dataset_name or args.test_files), is_frozen(config)
+    if frozen and not has_pairs:
+        raise UserError("K > 1 is folded with means over data: give sentence pairs by --dataset_name or --test_files")
+    if has_pairs:
+        languages = find_languages(args, {args.source: config})
+        tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
+        sources, references = load_test_set(args, *languages, args.max_samples)
+    model, tokenizer = load_model(args.source)
+    with measured(model) if frozen else contextlib.nullcontext() as statistics:
+        if has_pairs:
+            before = score(model, tokenizer, sources, references)
+    folded = fold(model, statistics)
+    if has_pairs:
+        after, what = score(folded, tokenizer, sources, references), "pairs"
+    else:
+        tokens, what = _random_pairs(config, 200), "pairs of random tokens"
+        before, after = (score_tokens(each, tokenizer, *tokens) for each in (model, folded))
+    folded.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    write_manifest(output, MODEL_FILES)
+    how = "with the means of this data for what its inner norms divide by" if frozen else "exactly"
+    print(f"{output}: rskip, K = 1, in place of {SKIP_CONNECTIONS[config.skip_type].describe(config)}, {how}")
+    if folded.config.learned_positions and not config.learned_positions:
+        print("the weight of x differs between features: `tie_word_embeddings` is false, `learned_positions` true")
+    differences = [abs(x - y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True)]
+    print(f"largest difference of log-probabilities: {max(differences):.2e} over {len(before)} {what}")
+    if has_pairs:
+        evaluated = [evaluate_translation(each, tokenizer, sources, references, tokenize) for each in (model, folded)]
+        (old, old_lines), (new, new_lines) = evaluated
+        for name, title in (("bleu", "BLEU"), ("chrf", "chrF")):
+            print(f"{title}: {old[name]:.2f} before, {new[name]:.2f} after")
+        same = sum(x == y for x, y in zip(old_lines, new_lines, strict=True))
+        print(f"translations that are the same: {same} of {len(sources)}")
+
+
+def _random_pairs(config: "RSkipConfig", count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Sources and targets of 1 to 30 tokens each, always the same."""
+    rng, longest = random.Random(0), min(30, config.max_position_embeddings)
+    return tuple(
+        [[rng.randrange(size) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+        for size in (config.vocab_size, config.decoder_vocab_size)
+    )

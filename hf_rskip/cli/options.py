@@ -55,8 +55,8 @@ def decoding_kwargs(args: argparse.Namespace) -> dict:
     return given
 
 
-def add_test_set_arguments(parser: argparse.ArgumentParser, or_images: str = "") -> None:
-    add_corpus_arguments(parser, parser.add_mutually_exclusive_group(required=True), or_images)
+def add_test_set_arguments(parser: argparse.ArgumentParser, or_images: str = "", required: bool = True) -> None:
+    add_corpus_arguments(parser, parser.add_mutually_exclusive_group(required=required), or_images)
     parser.add_argument("--max_samples", type=count, help=f"only the first so many sentences{or_images}")
     parser.add_argument("--bleu_tokenize", help="sacreBLEU's `tokenize` (default: that of the target language)")
 

@@ -30,7 +30,8 @@ class RSkipConfig(PreTrainedConfig):
         activation_function: Name of a function of `transformers.activations.ACT2FN`.
         dropout, attention_dropout, activation_dropout: Dropout of embeddings and branch outputs, of attention weights,
             and inside the feed-forward sublayers.
-        max_position_embeddings: Longest sequence, in tokens, that the sinusoidal positions cover.
+        max_position_embeddings: Longest sequence, in tokens, that the positions cover.
+        learned_positions: Whether the positions are trained; they start as the sinusoids.
         scale_embedding: Whether embeddings are multiplied by the square root of `d_model`.
         share_encoder_decoder_embeddings: Whether source and target share one vocabulary and, with
             `tie_word_embeddings`, one embedding matrix.
@@ -85,6 +86,7 @@ class RSkipConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     max_position_embeddings: int = 1024
+    learned_positions: bool = False
     scale_embedding: bool = True
     share_encoder_decoder_embeddings: bool = True
     tie_word_embeddings: bool = True

@@ -56,12 +56,16 @@ def eager_attention_forward(
 
 
 class RSkipSinusoidalPositionalEmbedding(nn.Module):
-    """Sinusoidal positions (Vaswani et al., 2017): sines in the first half of the features, cosines in the second."""
+    """Sinusoidal positions (Vaswani et al., 2017): sines in the first half of the features, cosines in the second.
 
-    def __init__(self, num_positions: int, embedding_dim: int):
+    With `learned` they are only the start of a trained table.
+    """
+
+    def __init__(self, num_positions: int, embedding_dim: int, learned: bool = False):
         super().__init__()
         self.num_positions, self.embedding_dim = num_positions, embedding_dim
-        self.weight = nn.Buffer(self.create_weight(), persistent=False)
+        weight = self.create_weight()
+        self.weight = nn.Parameter(weight) if learned else nn.Buffer(weight, persistent=False)
 
     def create_weight(self) -> torch.Tensor:
         """The table, `(num_positions, embedding_dim)`, computed in float64."""
@@ -295,7 +299,9 @@ class RSkipStack(RSkipPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.embed_tokens = nn.Embedding(vocab_size, config.d_model, config.pad_token_id)
-        self.embed_positions = RSkipSinusoidalPositionalEmbedding(config.max_position_embeddings, config.d_model)
+        self.embed_positions = RSkipSinusoidalPositionalEmbedding(
+            config.max_position_embeddings, config.d_model, config.learned_positions
+        )
         self.final_norm = SKIP_CONNECTIONS[config.skip_type].final_norm(
             config.d_model, norm_of(config), config.layer_norm_eps
         )
