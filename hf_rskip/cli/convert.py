@@ -108,7 +108,11 @@ def _fold(args: argparse.Namespace) -> None:
     folded.save_pretrained(output)
     tokenizer.save_pretrained(output)
     write_manifest(output, MODEL_FILES)
-    how = "with the means of this data for what its inner norms divide by" if frozen else "exactly"
+    how = (
+        "with the means of this data for what its inner norms divide by"
+        if frozen
+        else "exactly but for rounding and eps"
+    )
     print(f"{output}: rskip, K = 1, in place of {SKIP_CONNECTIONS[config.skip_type].describe(config)}, {how}")
     if folded.config.learned_positions and not config.learned_positions:
         print("the weight of x differs between features: `tie_word_embeddings` is false, `learned_positions` true")

@@ -23,7 +23,7 @@ COMMANDS = {
     "attention": "draw what a translation attends to",
     "probe": "measure what skip connections do, and draw it",
     "keys": "print the keys of a recipe with their defaults",
-    "convert": "turn a MarianMT or ResNet checkpoint into one of ours",
+    "convert": "turn a MarianMT or ResNet checkpoint into one of ours, or one of ours into post-LN",
     "export": "write a model as ONNX graphs",
     "average": "average checkpoints into one model",
     "push": "send a trained model to the Hugging Face Hub",
