@@ -3,13 +3,9 @@
 import argparse
 import contextlib
 import random
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .options import add_test_set_arguments
-
-if TYPE_CHECKING:
-    from ..models import RSkipConfig
 
 _PAIRS = {
     "dataset_name": None,
@@ -103,7 +99,8 @@ def _fold(args: argparse.Namespace) -> None:
     if has_pairs:
         after, what = score(folded, tokenizer, sources, references), "pairs"
     else:
-        tokens, what = _random_pairs(config, 200), "pairs of random tokens"
+        tokens = _random_pairs((config.vocab_size, config.decoder_vocab_size), min(30, config.max_position_embeddings))
+        what = "pairs of random tokens"
         before, after = (score_tokens(each, tokenizer, *tokens) for each in (model, folded))
     folded.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -127,10 +124,9 @@ def _fold(args: argparse.Namespace) -> None:
         print(f"translations that are the same: {same} of {len(sources)}")
 
 
-def _random_pairs(config: "RSkipConfig", count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Sources and targets of 1 to 30 tokens each, always the same."""
-    rng, longest = random.Random(0), min(30, config.max_position_embeddings)
+def _random_pairs(vocabularies: tuple[int, int], longest: int) -> tuple[list[list[int]], list[list[int]]]:
+    """200 sources and targets of 1 to `longest` tokens each, always the same."""
+    rng = random.Random(0)
     return tuple(
-        [[rng.randrange(size) for _ in range(rng.randint(1, longest))] for _ in range(count)]
-        for size in (config.vocab_size, config.decoder_vocab_size)
+        [[rng.randrange(size) for _ in range(rng.randint(1, longest))] for _ in range(200)] for size in vocabularies
     )

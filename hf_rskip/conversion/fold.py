@@ -59,6 +59,8 @@ _NOT_LINEAR = {
     "b2t": "the last norm of each layer also adds the input of the layer, past the norms between",
     "keel": "its branch reads x normalised once more, and x itself passes without that",
 }
+_READERS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "encoder_attn": ("q_proj",), "mlp": ("fc1",)}
+"""The layers that read the x of each sublayer, in the order in which these run."""
 
 
 def is_frozen(config: RSkipConfig) -> bool:
@@ -159,7 +161,7 @@ def fold(
         setattr(config, name, value)
     folded = RSkipForConditionalGeneration(config).to(model.device).double()
     kept = {name: weight for name, weight in model.state_dict().items() if "_skip." not in name}
-    folded.load_state_dict(kept, strict=False)
+    folded.load_state_dict(folded.state_dict() | kept)
     for stack in ("encoder", "decoder"):
         _fold_stack(f"model.{stack}", folded, skips, linear)
     folded.generation_config = copy.deepcopy(model.generation_config)
@@ -170,7 +172,7 @@ def _fold_stack(stack_name: str, folded: RSkipForConditionalGeneration, skips: d
     stack = folded.get_submodule(stack_name)
     emitting = [stack.embed_tokens.weight, stack.embed_positions.weight]  # what x is proportional to
     for index, layer in enumerate(stack.layers):
-        for name in ("self_attn", "encoder_attn", "mlp"):
+        for name, readers in _READERS.items():
             if not hasattr(layer, name):
                 continue
             branch, norm = getattr(layer, name), getattr(layer, f"{name}_skip").norm[0]
@@ -189,18 +191,9 @@ def _fold_stack(stack_name: str, folded: RSkipForConditionalGeneration, skips: d
             else:
                 for weight in emitting:
                     weight *= w
-                for reader in _readers(name, branch):
-                    reader.weight /= w
+                for reader in readers:
+                    getattr(branch, reader).weight.div_(w)
             emitting = [weight for weight in (norm.weight, norm.bias) if weight is not None]
-
-
-def _readers(name: str, branch: nn.Module) -> list[nn.Linear]:
-    """The layers that read the x of a sublayer."""
-    return {
-        "self_attn": lambda: [branch.q_proj, branch.k_proj, branch.v_proj],
-        "encoder_attn": lambda: [branch.q_proj],
-        "mlp": lambda: [branch.fc1],
-    }[name]()
 
 
 def _is_uniform(w: torch.Tensor) -> bool:
@@ -212,14 +205,10 @@ def _gains_and_biases(skip: SkipConnection) -> list[tuple[torch.Tensor, torch.Te
     norms = list(skip.norm) if isinstance(skip, RSkip) else [skip.norm]
     if getattr(skip, "affine", None) == "shared":
         norms = norms[:1] * len(norms)
-    size = next(skip.parameters()).new_ones(norms[0].normalized_shape, dtype=torch.float64)
-    return [
-        (
-            size if norm.weight is None else norm.weight.detach().double(),
-            0 * size if norm.bias is None else norm.bias.detach().double(),
-        )
-        for norm in norms
-    ]
+    ones = next(skip.parameters()).new_ones(norms[0].normalized_shape, dtype=torch.float64)
+    gains = [ones if norm.weight is None else norm.weight.detach().double() for norm in norms]
+    biases = [torch.zeros_like(ones) if norm.bias is None else norm.bias.detach().double() for norm in norms]
+    return list(zip(gains, biases, strict=True))
 
 
 def _is_centred(skip: RSkip) -> bool:
