@@ -76,5 +76,5 @@ class ImageTrainingArguments(CommonTrainingArguments):
         ):
             raise UserError(f"lr_milestones must be rising numbers of epochs, not {self.lr_milestones}.")
         if self.lr_milestones is not None and self.max_steps > 0:
-            raise UserError("lr_milestones are epochs: set num_train_epochs, not max_steps.")
+            raise UserError("lr_milestones are epochs: set num_train_epochs, not max_steps, or lr_milestones null.")
         self.check_metric_for_best_model(("accuracy", "top5_accuracy", "loss"))

@@ -60,27 +60,29 @@ class StopOnSignal(TrainerCallback):
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._is_told_to_stop(args):
+        if self.is_told_to_stop(args):
             self.due = copy.copy(control)
             if float(state.epoch).is_integer():  # what is due at the end of the epoch is due now
                 DefaultFlowCallback().on_epoch_end(args, state, self.due)
             control.should_evaluate, control.should_save = False, True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self._is_told_to_stop(args):
+        if self.is_told_to_stop(args):
             self.due = copy.copy(control)
             control.should_evaluate, control.should_save = False, True
 
     def on_save(self, args, state, control, **kwargs):
         if self.due is not None:
-            how = "Ctrl-C" if self._received == signal.SIGINT else "SIGTERM"
-            raise Preempted(
-                f"stopped by {how} after step {state.global_step}; go on with `--resume_from_checkpoint true`",
-                self._received,
-            )
+            raise self.preempted(state.global_step)
 
-    def _is_told_to_stop(self, args) -> bool:
-        """Whether one of the processes has received a signal."""
+    def preempted(self, step: int) -> Preempted:
+        """The exception for a run that has saved a checkpoint after that step."""
+        how = "Ctrl-C" if self._received == signal.SIGINT else "SIGTERM"
+        message = f"stopped by {how} after step {step}; go on with `--resume_from_checkpoint true`"
+        return Preempted(message, self._received)
+
+    def is_told_to_stop(self, args) -> bool:
+        """Whether one of the processes has received a signal; to be called on every process."""
         if args.world_size > 1:
             numbers = gather(torch.tensor([self._received or 0], device=args.device))
             self._received = int(numbers.max()) or None

@@ -78,6 +78,8 @@ class RecipeTrainer(Trainer):
             self.add_callback(PushCheckpoints(self.hub_model_id))
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
+        self._end = _EndAtOnce()
+        self.add_callback(self._end)
         scales_loss = self.accelerator.scaler is not None
         self.loss_guard = LossGuard(self.describe_batch, args.loss_spike_factor, args.loss_spike_window, scales_loss)
         self.record: dict | None = None
@@ -86,6 +88,16 @@ class RecipeTrainer(Trainer):
         self._is_overdue = False  # an evaluation that a signal has left to this run
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all labels, and their number
         self._restart_clock()
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(
+                f"push_to_hub: no repository can be made on the Hub ({reason}); without it, `hf-rskip push` sends the "
+                "finished model."
+            ) from error
 
     def describe_batch(self, inputs: dict) -> str:
         """Describes the examples of a batch in a few words."""
@@ -117,7 +129,11 @@ class RecipeTrainer(Trainer):
             self._prepare_to_resume(Path(resume_from_checkpoint))
         try:
             with self.stop.caught():
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                # A signal that came after the last step: what is left to do is left to the run that goes on.
+                if self.stop.is_told_to_stop(self.args) and self._checkpoint().is_dir():
+                    raise self.stop.preempted(self.state.global_step)
+                return output
         except SafetensorError:
             if self.state.best_model_checkpoint is not None:
                 check_manifest(self.state.best_model_checkpoint)
@@ -188,6 +204,7 @@ class RecipeTrainer(Trainer):
         if self._is_overdue:
             self._is_overdue = False
             self._make_up_for(metrics)
+            self._end.is_over = self.control.should_training_stop  # by early stopping
         return metrics
 
     def _make_up_for(self, metrics: dict[str, float]) -> None:
@@ -340,6 +357,8 @@ class RecipeTrainer(Trainer):
         self._clock, self._items = time.perf_counter(), 0
 
     def get_batch_samples(self, *args, **kwargs):
+        if self._end.is_over:
+            return [], None
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._items += 0 if num_items_in_batch is None else num_items_in_batch  # `None` where a stream has ended
         return batch_samples, num_items_in_batch
@@ -380,6 +399,16 @@ class _SamplerEpoch(TrainerCallback):
         for part in (sampler, getattr(sampler, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(int(state.epoch or 0))
+
+
+class _EndAtOnce(TrainerCallback):
+    """Ends a resumed run without a step where the evaluation that was left to it is the last."""
+
+    is_over = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.is_over:
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 class _RememberBest(TrainerCallback):

@@ -57,7 +57,9 @@ class RSkipTrainer(RecipeTrainer):
             maybe_install_capturing_hooks(self.model)
 
     def _check_arguments(self, compute_translation_metrics: Callable | None) -> None:
-        columns = () if self.train_dataset is None else self.train_dataset.column_names
+        columns = () if self.train_dataset is None else getattr(self.train_dataset, "column_names", None)
+        if columns is None:
+            raise UserError(f"train_dataset must be a datasets.Dataset, not a {type(self.train_dataset).__name__}.")
         for name in ("source_length", "target_length"):
             if columns and name not in columns:
                 raise UserError(f"train_dataset has no column {name}, by which sentences are put into batches.")

@@ -357,7 +357,7 @@ def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
             "load_best_model_at_end needs validation images",
         ),
         ({"lr_milestones": [2, 1]}, "lr_milestones must be rising numbers of epochs"),
-        ({"lr_milestones": [1], "max_steps": 5}, "lr_milestones are epochs: set num_train_epochs, not max_steps"),
+        ({"lr_milestones": [1], "max_steps": 5}, "lr_milestones are epochs: set num_train_epochs, not max_steps, or"),
         ({"ema_decay": 1.0}, "ema_decay must be a number from 0 to below 1, not 1.0"),
         ({"momentum": -0.1}, "momentum must be a number from 0 to below 1"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum above 0"),

@@ -121,6 +121,42 @@ def test_sigterm_in_the_last_step(write_image_recipe, terminate_at, capfd):
     assert [entry["step"] for entry in history] == [3, 6, 9]
 
 
+def test_sigterm_in_the_last_evaluation(write_image_recipe, monkeypatch, capfd):
+    recipe = write_image_recipe(num_train_epochs=1)
+    evaluation_loop = Trainer.evaluation_loop
+
+    def loop_under_fire(self, *args, **kwargs):
+        if self.state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation_loop(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluation_loop", loop_under_fire)
+        assert main(["train", str(recipe)]) == 143
+    assert "hf-rskip: stopped by SIGTERM after step 9; go on with" in capfd.readouterr().err
+    assert main(["train", str(recipe), *RESUME]) == 0, capfd.readouterr().err
+    assert [entry["step"] for entry in evaluations(recipe.parent / "output")[0]] == [3, 6, 9]
+
+
+@pytest.mark.parametrize("step", [8, 14])
+def test_an_evaluation_that_is_made_up_for_can_be_the_last(step, write_recipe, terminate_at, capfd):
+    """In the middle and at the end of an epoch; nothing is learned, so that patience ends at the second evaluation."""
+    every = step // 2
+    recipe = write_recipe(
+        learning_rate=0.0,
+        early_stopping_patience=1,
+        load_best_model_at_end=False,
+        eval_steps=every,
+        save_steps=every,
+        max_steps=28,
+    )
+    terminate_at(step)
+    run_until_the_end(recipe, (step,), capfd)
+    state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
+    assert state["global_step"] == step
+    assert [entry["step"] for entry in evaluations(recipe.parent / "output")[0]] == [every, step]
+
+
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, tmp_path):
     """A scheduler tells everybody, data workers included; here, all but the first process."""
