@@ -145,7 +145,7 @@ def _missing(path: Path) -> UserError:
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
-    """What to say where a file or folder could not be read."""
+    """The error for a file or folder that could not be read."""
     return UserError(f"{str(path)!r} cannot be read ({error.strerror})")
 
 

@@ -36,7 +36,7 @@ def create_folder(path: str) -> Path:
 
 
 def open_file(path: str | Path, mode: str) -> BinaryIO:
-    """As `open`; raises a [`UserError`] where that fails."""
+    """Opens a file; raises a [`UserError`] where that fails."""
     try:
         return open(path, mode)
     except OSError as error:
@@ -95,6 +95,6 @@ def read_lines(source: BinaryIO, name: str) -> Iterator[list[str]]:
 
 
 def read_all_lines(path: str) -> list[str]:
-    """As [`read_lines`], all at once."""
+    """Reads all lines of [`read_lines`] at once."""
     with open_file(path, "rb") as file:
         return [line for lines in read_lines(file, path) for line in lines]

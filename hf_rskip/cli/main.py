@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(modules: list[str]) -> None:
-    """What every command needs; not done at import, so that `--help` is quick."""
+    """Prepares the libraries for a command; not done at import, so that `--help` is quick."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging

@@ -43,7 +43,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, ensemble: bool = Tru
 
 
 def decoding_kwargs(args: argparse.Namespace) -> dict:
-    """What the command line says of decoding, for [`~hf_rskip.decoding.translate.translate`].
+    """Returns the decoding options as keywords of [`~hf_rskip.decoding.translate.translate`].
 
     Raises:
         [`UserError`]: if it says what a recipe may not say.

@@ -68,7 +68,7 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _name(systems: list[str], names: list[str] | None) -> dict[str, str]:
-    """What the table calls each: by `--names`, or the last part of its path, where that tells them apart."""
+    """Names each system by `--names`, or by the last part of its path where that tells them apart."""
     if names is None:
         return short_names(systems, _last_part)
     check_different(systems)

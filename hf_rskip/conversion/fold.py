@@ -201,7 +201,7 @@ def _is_uniform(w: torch.Tensor) -> bool:
 
 
 def _gains_and_biases(skip: SkipConnection) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each of its norms, in float64, ones and zeros where it has none."""
+    """Gain and bias of each norm, in float64; ones and zeros where it has none."""
     norms = list(skip.norm) if isinstance(skip, RSkip) else [skip.norm]
     if getattr(skip, "affine", None) == "shared":
         norms = norms[:1] * len(norms)

@@ -148,7 +148,7 @@ def _image_graphs(model: PreTrainedModel, processor: BaseImageProcessor) -> dict
 
 
 def _translation_graphs(model: PreTrainedModel) -> dict[str, tuple]:
-    """As [`_image_graphs`]."""
+    """Encoder and decoder graphs of a translation model; see [`_image_graphs`]."""
     # Sizes that the trace cannot take for constants or for one another: 3 sentences of 7 tokens, 5 new tokens after 4.
     tokens = torch.full((3, 7), model.config.decoder_start_token_id, device=model.device)
     source = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

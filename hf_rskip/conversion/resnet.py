@@ -149,7 +149,7 @@ def _convert_folder(source: str) -> tuple[RSkipResNetForImageClassification, Bas
 
 
 def _convert_timm(source: str, config: dict) -> tuple[RSkipResNetForImageClassification, BaseImageProcessor | None]:
-    """What `timm.models.push_to_hf_hub` and `save_for_hf` write: weights, and a configuration of timm's own."""
+    """Converts a folder of `timm.models.push_to_hf_hub` or `save_for_hf`, with a configuration of timm's own."""
     architecture = str(config["architecture"]).partition(".")[0]
     if not _TIMM_ARCHITECTURES.fullmatch(architecture):
         raise UserError(f"timm's architecture {architecture!r} is not a plain ResNet")

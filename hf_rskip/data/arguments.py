@@ -3,6 +3,14 @@
 from dataclasses import dataclass, field
 
 _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+OPTIONAL_COUNTS = (
+    "max_train_samples",
+    "max_eval_samples",
+    "max_predict_samples",
+    "validation_size",
+    "preprocessing_num_workers",
+)
+"""Keys that are whole numbers of at least 1 where they are given."""
 
 
 @dataclass

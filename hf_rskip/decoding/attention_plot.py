@@ -1,4 +1,4 @@
-"""Which source tokens a translation attends to."""
+"""Cross-attention of a translation to its source tokens, and its picture."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -45,7 +45,7 @@ def score_tokens(
     max_batch_tokens: int = 4096,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[list[float]]:
-    """As [`score`], of tokens: the natural logarithm of p(token | source, tokens before it).
+    """Scores tokens, as [`score`] does texts: the natural logarithm of p(token | source, tokens before it).
 
     `progress` is called with the number of sentences of each batch that is done.
     """

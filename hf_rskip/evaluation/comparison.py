@@ -22,7 +22,7 @@ _N_SAMPLES = {"bs": 1_000, "ar": 10_000}
 
 @dataclass(frozen=True)
 class Difference:
-    """How a system's corpus score differs from the baseline's.
+    """Difference between the corpus scores of a system and the baseline.
 
     Attributes:
         score: system minus baseline, in points of 100.

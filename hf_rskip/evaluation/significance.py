@@ -36,7 +36,7 @@ def read_seed() -> int:
 
 
 def draw_resamples(sentences: int, n_samples: int) -> np.ndarray:
-    """How often each sentence stands in each bootstrap resample, `(n_samples, sentences)`; sacreBLEU's resamples."""
+    """Counts of each sentence in each bootstrap resample, `(n_samples, sentences)`; sacreBLEU's resamples."""
     drawn = np.random.default_rng(read_seed()).choice(sentences, size=(n_samples, sentences), replace=True)
     return np.stack([np.bincount(row, minlength=sentences) for row in drawn])
 
@@ -66,7 +66,7 @@ def bootstrap_p_value(samples: np.ndarray) -> float:
 
 
 def randomization_p_value(metric: Metric, first: np.ndarray, second: np.ndarray, n_samples: int) -> float:
-    """How often systems differ by as much or more when each sentence goes to either of them by chance.
+    """Share of random assignments of sentences to two systems with which these differ as much or more.
 
     sacreBLEU's own p-value leaves out the trials that differ by as much, so that systems which differ in a single
     sentence would be told apart.
@@ -86,7 +86,7 @@ def randomization_p_value(metric: Metric, first: np.ndarray, second: np.ndarray,
 
 @dataclass(frozen=True)
 class StandardError:
-    """Of a difference of means, for a t-distribution.
+    """Standard error of a difference of means, with degrees of freedom for a t-distribution.
 
     Attributes:
         error: in the unit of the scores; above 0.
@@ -115,7 +115,7 @@ def _student_tails(t_squared: float, freedom: float) -> float:
 
 
 def welch_error(first: Sequence[float], second: Sequence[float]) -> StandardError | None:
-    """Of the difference between the means of two samples, such as the scores of the seeds of two systems.
+    """Standard error of the difference between the means of two samples, such as scores over seeds.
 
     `None` where there is none: fewer than two values, or no variance in either sample.
 
@@ -132,7 +132,7 @@ def crossed_error(
     second_samples: np.ndarray,
     sentences: int,
 ) -> StandardError | None:
-    """Of the difference between the mean scores of two systems, over seeds and sentences together.
+    """Standard error of the difference between mean scores of two systems, over seeds and sentences.
 
     Sentences are resampled, with the seeds as they are; that seeds are resampled, too, needs no chance: the variance of
     their mean is known (with n - 1 for n, as a bootstrap of few seeds is too narrow). Every seed is tested on the same
@@ -160,7 +160,7 @@ def crossed_error(
 
 
 def _seed_variances(*samples: Sequence[float]) -> list[tuple[float, int]]:
-    """Of the means, with their degrees of freedom."""
+    """Variances of the means over seeds, with their degrees of freedom."""
     return [(statistics.variance(sample) / len(sample), len(sample) - 1) for sample in samples]
 
 

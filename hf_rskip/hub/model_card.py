@@ -109,6 +109,6 @@ def _package() -> str:
 
 
 def _template(name: str):
-    """In an installed package the folder `model_cards` is inside the package, in the repository beside it."""
+    """Finds a template: `model_cards` is inside an installed package, and beside it in the repository."""
     packaged = files("hf_rskip").joinpath("model_cards", name)
     return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / name

@@ -171,7 +171,7 @@ def _check_device(backend, x, branch):
 
 
 def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, axes: str = "channels") -> str:
-    """What `backend="auto"` stands for: the reference, unless another one was measured to be faster.
+    """Chooses the backend of `backend="auto"`: the reference, unless another one was measured to be faster.
 
     One recursion is left to torch, which has kernels of its own for it. Small tensors do not pay for the call, and an
     exported program is to run where there is no operator of ours.

@@ -16,7 +16,7 @@ except ImportError as error:
 
 @triton.jit
 def _row_mean(values, N: tl.constexpr):
-    """Of the first N columns of `values`, (rows, columns), as (rows, 1)."""
+    """Mean of the first N columns of `values`, (rows, columns), as (rows, 1)."""
     if values.shape[1] > N:
         values = tl.where(tl.arange(0, values.shape[1])[None, :] < N, values, 0.0)
     return tl.sum(values, axis=1, keep_dims=True) / N

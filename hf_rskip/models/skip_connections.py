@@ -33,7 +33,7 @@ _REAL_NORMS = tuple(name for name in NORMS if name != "none")
 
 @dataclass(frozen=True)
 class SublayerPosition:
-    """Where a skip connection stands, for kinds whose constants depend on the depth.
+    """Position of a skip connection in its stack, for kinds whose constants depend on the depth.
 
     Args:
         stack: `"encoder"` or `"decoder"`; of a model with one stack, either.
@@ -97,7 +97,7 @@ class SkipConnection(nn.Module):
 
     @classmethod
     def from_config(cls, config, size: int, position: SublayerPosition) -> "SkipConnection":
-        """As `for_position`, with the options that a configuration says."""
+        """Builds the skip connection of a configuration; see `for_position`."""
         options = {_ARGUMENTS[field]: getattr(config, field) for field in cls.options}
         return cls.for_position(size, position, norm=norm_of(config), eps=config.layer_norm_eps, **options)
 

@@ -345,7 +345,7 @@ def _centre(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _angle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """In degrees, row by row; exact for small ones too (Kahan), where the arc cosine is not."""
+    """Angles in degrees, row by row; exact for small ones too (Kahan), where the arc cosine is not."""
     x, y = (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (x, y))
     half = torch.atan2(torch.linalg.vector_norm(x - y, dim=1), torch.linalg.vector_norm(x + y, dim=1))
     return torch.rad2deg(2 * half)

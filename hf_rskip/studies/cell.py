@@ -49,7 +49,7 @@ _PARTS = {
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
-    """What the cell has come to, or `None` if it has not yet; a failure counts until it is tried again.
+    """Reads the result of a cell, or `None` if there is none yet; a failure counts until it is tried again.
 
     Raises:
         [`UserError`]: if the file is torn, or something else.
@@ -86,7 +86,7 @@ def is_done(cell: Cell) -> bool:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a cell's result says of where it was run.
+    """Commit, modules and options with which a cell is run, for its result.
 
     Attributes:
         modules: imported first, as by `--import_module`.
@@ -99,7 +99,7 @@ class Surroundings:
     keep_models: bool = False
 
     def command(self, cell: Cell) -> str:
-        """That trains the cell alone."""
+        """The command that trains the cell alone."""
         words = ["hf-rskip", "train", str(cell.recipe_path)]
         for module in self.modules:
             words += ["--import_module", module]

@@ -1,4 +1,4 @@
-"""How the mean test scores of two forms differ, and how sure that is: over sentences, over seeds, and over both."""
+"""Differences between the mean test scores of two forms, tested over sentences, over seeds, and over both."""
 
 import statistics
 from collections.abc import Sequence
@@ -28,7 +28,9 @@ N_SAMPLES = 1_000
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two forms, in points of 100; "sentences" are images where a study classifies. All p-values are two-sided.
+    """Difference between two forms, in points of 100; all p-values are two-sided.
+
+    "Sentences" are images where a study classifies.
 
     Attributes:
         score: of the means over the finished seeds.

@@ -37,7 +37,7 @@ def _label_value(value) -> str:
 
 
 def _explain(results: Results, width: float, *parts: str) -> str:
-    """What the marks are, in lines that fit."""
+    """Explains the marks, in lines that fit."""
     trains_at = results.study.trains_at
     if trains_at is not None:
         parts = (*parts, f"training means a validation score of at least {trains_at:g} with every seed")
@@ -133,7 +133,7 @@ def _draw_maps(results: Results, unit: str, keys: list[str]):
 
 
 def _choose_shown(groups: list[Group], places: dict[str, list[str]], down: str, across: str) -> dict[tuple, Group]:
-    """What was run, by row and column: where there are several, the best."""
+    """Chooses the cell shown for each row and column: the best of several."""
 
     def rank(group):
         score = _score(group)

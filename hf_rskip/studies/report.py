@@ -47,7 +47,7 @@ def write_report(results: Results, command: str) -> None:
 
 
 def format_tables(results: Results, every_setting: bool = True) -> str:
-    """How much is done, and the tables, in Markdown: of each form at its best, and of every setting of a grid."""
+    """Formats progress and tables in Markdown: of each form at its best, and of every setting of a grid."""
     study = results.study
     states = Counter(result.state for result in results.cells)
     counts = [f"{states[state]} {state}" for state in (FINISHED, DIVERGED, FAILED, "not run") if states[state]]
@@ -68,7 +68,7 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
 
 
 def _format_stages(results: Results) -> list[str]:
-    """Of a study with `tune`: how settings were chosen, and what came of them."""
+    """Formats the stages of a study with `tune`: chosen settings and their scores."""
     study = results.study
     keys, seeds = ", ".join(varying_keys(study.settings)), ", ".join(map(str, study.seeds))
     missing = sum(not is_done(cell) for cell in study.cells)

@@ -1,4 +1,4 @@
-"""What a study has found: its cells, gathered by form and setting, and how the forms differ."""
+"""Results of a study: its cells by form and setting, and the differences between forms."""
 
 import itertools
 import math
@@ -75,14 +75,14 @@ class Group:
 
     @property
     def validation_mean(self) -> float | None:
-        """With 0 for what has diverged."""
+        """Mean validation score; a diverged cell counts as 0."""
         finished = [result.validation for result in self.of_state(FINISHED)]
         if not finished or None in finished:
             return None
         return _mean([*finished, *(0.0 for _ in self.of_state(DIVERGED))])
 
     def validation_rank(self, metric: str) -> tuple[float, ...]:
-        """Where `validation_mean` is not `None`: means of the scores that compare settings, the first one deciding.
+        """Means of the scores that rank settings, the first one deciding; needs a `validation_mean`.
 
         What has diverged has scores of 0 and an infinite loss.
         """

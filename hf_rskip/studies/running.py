@@ -92,14 +92,14 @@ def _lost_server() -> UserError:
 
 
 def _record_crash(cell: Cell, surroundings: Surroundings, code: int) -> None:
-    """For a process that has left no result itself, unless it can go on."""
+    """Writes the result of a process that left none itself, unless it can go on."""
     if read_result(cell) is None and code != Preempted.exit_code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         record(cell, surroundings, {"state": FAILED, "message": f"its process was ended by {how}"})
 
 
 def describe_state(cell: Cell) -> str:
-    """What has become of a cell, in a few words."""
+    """Describes the state of a cell in a few words."""
     result = read_result(cell)
     if result is None:
         return "begun" if cell.recipe_path.exists() else "not run"

@@ -1,4 +1,4 @@
-"""What a study is: one recipe, forms of it, seeds, and perhaps a grid of settings; each combination is a cell.
+"""Studies: one recipe, forms of it, seeds, and perhaps a grid of settings; each combination is a cell.
 
 With `tune` it has two stages: the cells of the grid, and, at the setting that is best for a form, those of the seeds.
 """
@@ -258,7 +258,7 @@ def write_recipe(cell: Cell) -> None:
 
 
 def find_difference(cell: Cell) -> str | None:
-    """In which key the cell's folder was run with another value, as a part of a sentence; `None` if in none."""
+    """Finds a key with which the cell's folder was run otherwise, as a part of a sentence, or `None`."""
     if not cell.recipe_path.exists():
         return None
     if read_yaml(cell.recipe_path) == cell.keys:

@@ -39,7 +39,7 @@ def advance(study: Study) -> Study:
 
 
 def _step_beyond(setting: Setting | None, settings: Sequence[Setting]) -> list[Setting]:
-    """For each value of the setting that is the lowest or highest of several positive numbers: one step beyond it.
+    """Settings one step beyond each value that is the lowest or highest of several positive numbers.
 
     The step is by the ratio of the value to its neighbour; the other values stay.
     """

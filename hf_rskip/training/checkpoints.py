@@ -166,7 +166,7 @@ def read_step(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What `trainer_state.json` of a checkpoint holds.
+    """Reads `trainer_state.json` of a checkpoint.
 
     Raises:
         [`UserError`]: if it cannot be read, or is not the state of a Trainer.

@@ -72,7 +72,7 @@ class LossGuard:
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """For the last update, after which no loss is computed, and for means of weights; called on every process.
+    """Checks weights after the last update, of which no loss is computed, and means of weights; on every process.
 
     Args:
         model: without the wrappers of accelerate.

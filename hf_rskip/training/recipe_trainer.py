@@ -61,8 +61,8 @@ class RecipeTrainer(Trainer):
     - Logs gain the throughput over all processes, without the time of evaluations.
     """
 
-    throughput_name: str
-    """Its name in the logs: what labels count, a second."""
+    throughput_name = "labels_per_second"
+    """The throughput's name in the logs."""
 
     def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **kwargs):
         super().__init__(callbacks=[BestModelCallback(), *(callbacks or [])], **kwargs)
@@ -100,8 +100,8 @@ class RecipeTrainer(Trainer):
             ) from error
 
     def describe_batch(self, inputs: dict) -> str:
-        """Describes the examples of a batch in a few words."""
-        raise NotImplementedError
+        """Describes the examples of a batch in a few words, for an error."""
+        return f"{len(next(iter(inputs.values())))} examples"
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -116,7 +116,7 @@ class RecipeTrainer(Trainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """As that of the Trainer, but `resume_from_checkpoint` is a path or `None`.
+        """Trains as `Trainer.train` does; `resume_from_checkpoint` is a path or `None`.
 
         Raises:
             [`UserError`]: if the checkpoint was saved under FSDP and this run is not under it, or the reverse; if the

@@ -135,5 +135,6 @@ def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
 
 
 def test_what_is_large_but_was_trained_is_allowed():
-    RSkipConfig(encoder_layers=500, decoder_layers=500, skip_recursions=5)  # as deep as Wang et al. (2022)
-    RSkipConfig(d_model=16384, encoder_ffn_dim=65536, decoder_ffn_dim=65536, vocab_size=256_000)
+    deep = RSkipConfig(encoder_layers=500, decoder_layers=500, skip_recursions=5)  # as deep as Wang et al. (2022)
+    wide = RSkipConfig(d_model=16384, encoder_ffn_dim=65536, decoder_ffn_dim=65536, vocab_size=256_000)
+    assert (deep.encoder_layers, wide.d_model) == (500, 16384)

@@ -6,15 +6,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ...checks import check_count
 from ...errors import UserError
-from ..arguments import DatasetArguments
-
-_OPTIONAL_COUNTS = (
-    "max_train_samples",
-    "max_eval_samples",
-    "max_predict_samples",
-    "validation_size",
-    "preprocessing_num_workers",
-)
+from ..arguments import OPTIONAL_COUNTS, DatasetArguments
 
 
 @dataclass
@@ -75,9 +67,9 @@ class ImageDataArguments(DatasetArguments):
     def __post_init__(self):
         if self.dataset_name is None:
             raise UserError("No dataset is named: set dataset_name.")
-        for name in (*_OPTIONAL_COUNTS, "image_size", "shuffle_buffer_size", "crop_padding"):
+        for name in (*OPTIONAL_COUNTS, "image_size", "shuffle_buffer_size", "crop_padding"):
             value = getattr(self, name)
-            if value is not None or name not in _OPTIONAL_COUNTS:
+            if value is not None or name not in OPTIONAL_COUNTS:
                 check_count(name, value, least=0 if name == "crop_padding" else 1)
         if self.validation_size is not None and self.validation_split is not None:
             raise UserError("validation_size and validation_split are both set: give one or the other.")

@@ -5,15 +5,7 @@ from pathlib import PurePath
 
 from ...checks import check_count
 from ...errors import UserError
-from ..arguments import DatasetArguments
-
-_OPTIONAL_COUNTS = (
-    "max_train_samples",
-    "max_eval_samples",
-    "max_predict_samples",
-    "validation_size",
-    "preprocessing_num_workers",
-)
+from ..arguments import OPTIONAL_COUNTS, DatasetArguments
 
 
 @dataclass
@@ -105,9 +97,9 @@ class DataArguments(DatasetArguments):
             self.validation_split = "validation"
 
         counts = ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
-        for name in (*_OPTIONAL_COUNTS, *counts):
+        for name in (*OPTIONAL_COUNTS, *counts):
             value = getattr(self, name)
-            if value is not None or name not in _OPTIONAL_COUNTS:
+            if value is not None or name not in OPTIONAL_COUNTS:
                 check_count(name, value)
         if self.lowercase and self.tokenizer_name is not None:
             raise UserError("lowercase shapes a tokenizer that is trained, so it cannot be set with tokenizer_name.")

@@ -137,7 +137,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """As [`load_tokenizer`], but `None` if there is none, and whether or not it can serve translation."""
+    """Loads the tokenizer of a folder or Hub id, also one that cannot serve translation; `None` if there is none."""
     check_name(name, "tokenizer")
     if os.path.isfile(name):
         return _load_file(name)
