@@ -88,7 +88,7 @@ def test_a_name_that_is_gone_is_said():
 
 def package_modules():
     for info in pkgutil.walk_packages([str(ROOT)], "hf_rskip."):
-        if "triton" not in info.name and not info.name.endswith("__main__"):
+        if not info.name.endswith("__main__"):
             yield importlib.import_module(info.name)
 
 
@@ -145,7 +145,7 @@ def upstream_imports():
 
 def test_every_imported_name_exists():
     """Also those that are imported inside functions, where a release that moves one would show only at their call."""
-    optional = {"triton", "tensorboard", "onnxruntime", "onnx_ir", "onnx"}
+    optional = {"tensorboard", "onnxruntime", "onnx_ir", "onnx"}
     for path, module, name in upstream_imports():
         if module.split(".")[0] not in optional:
             found = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The K steps over rows as operators of torch, one a direction, with a kernel for CPUs and one for CUDA.
+"""The K steps over rows as operators of torch, one a direction, for CPUs.
 
 Kept for the backward pass are x, F and 2 K + 2 float32 numbers a row, from which it rebuilds y_1 ... y_K. x and F are
 `(rows, size)`, gains and biases `(K, size)`, all contiguous; `dtype` is the precision of y.
@@ -25,13 +25,6 @@ def forward(
     return cpu.forward(x, branch, weight, bias, centred, eps, dtype)
 
 
-@forward.register_kernel("cuda")
-def _(x, branch, weight, bias, centred, eps, dtype):
-    from . import triton
-
-    return triton.forward(x, branch, weight, bias, centred, eps, dtype)
-
-
 @forward.register_fake
 def _(x, branch, weight, bias, centred, eps, dtype):
     stats = x.new_empty(x.shape[0], 2 * weight.shape[0] + 2, dtype=torch.float32)
@@ -53,13 +46,6 @@ def backward(
     from . import cpu
 
     return cpu.backward(gradient.contiguous(), x, branch, weight, bias, stats, centred, eps)
-
-
-@backward.register_kernel("cuda")
-def _(gradient, x, branch, weight, bias, stats, centred, eps):
-    from . import triton
-
-    return triton.backward(gradient.contiguous(), x, branch, weight, bias, stats, centred, eps)
 
 
 @backward.register_fake

@@ -4,8 +4,6 @@ y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K. LN goes over the features of
 for feature maps, over whole samples (`axes="sample"`).
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +15,7 @@ from .operators import forward
 from .reference import reference
 
 BACKENDS = {
-    "channels": ("auto", "reference", "cpp", "triton"),
+    "channels": ("auto", "reference", "cpp"),
     "sample": ("auto", "reference", "closed_form"),
 }
 """The implementations by what the norms go over: the last dimension, or all but the first (`skip_norm_axes`)."""
@@ -49,7 +47,7 @@ def rskip_layer_norm(
         affine: `"per_step"`, `"shared"` (one gain and bias for all steps) or `"last"` (only at step K), as in
             [`RSkip`].
         eps: added to the variance.
-        backend: `"auto"`, `"reference"`, over channels `"cpp"` or `"triton"`, over samples `"closed_form"`: see
+        backend: `"auto"`, `"reference"`, over channels `"cpp"`, over samples `"closed_form"`: see
             `hf_rskip/kernels/README.md`.
         axes: `"channels"`, or `"sample"` for layer normalisation over all dimensions but the first, still with gains
             and biases of the size of the last. Maps `(batch, channels, height, width)` are given as the view
@@ -152,22 +150,19 @@ def run(
     )
     if backend == "closed_form":
         return ClosedFormOverMaps.apply(x, branch, weight, bias, centred, eps, dtype)
-    _check_device(backend, x, branch)
+    _check_cpp(x, branch)
     rows = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
     y, _ = forward(*rows, weight, bias, centred, eps, dtype)
     return y.view(x.shape)
 
 
-def _check_device(backend, x, branch):
+def _check_cpp(x, branch):
     if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
-        raise ValueError(f"backend={backend!r} takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
-    device = "cpu" if backend == "cpp" else "cuda"
-    if x.device.type != device:
-        raise ValueError(f"backend={backend!r} runs on {device}, and x is on {x.device.type}")
-    if backend == "cpp" and not has_cpp(x.dtype, branch.dtype):
+        raise ValueError(f"backend='cpp' takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"backend='cpp' runs on cpu, and x is on {x.device.type}")
+    if not has_cpp(x.dtype, branch.dtype):
         raise ValueError("backend='cpp' could not be built; the log says why")
-    if backend == "triton" and not has_triton():
-        raise ValueError("backend='triton' needs the package triton")
 
 
 def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, axes: str = "channels") -> str:
@@ -188,11 +183,6 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, axes:
         # the reference at K = 8, and .5 to 1.1 at K = 3 and 4; .7 on 64 positions.
         pays = recursions >= 8 and x.shape[1:-1].numel() >= 512 and x.numel() >= 2**20
         return "closed_form" if x.device.type == "cpu" and pays else "reference"
-    # The kernels keep K rows in registers. Compiled for an H100, up to here nothing spills, and at 16 recursions of
-    # 512 features, 8 of 2048 and 2 of 8192, 40 to 256 bytes of a thread do.
-    fits = recursions <= 8 and size * recursions <= 8192
-    if x.is_cuda and x.numel() >= 2**20 and fits and wants_triton():
-        return "triton"
     # What a call costs of itself is not shared among threads. Measured with one thread, forward and backward, K = 2
     # and 4: from 64 features on 1.02 to 4.7 times the reference's speed; at half as many values or 16 features down to
     # .9 of it. Rows whose end does not fill a vector had .74 to .98 of it, and float16, which compilers widen value by
@@ -212,24 +202,6 @@ def _is_transformed() -> bool:
 @torch.compiler.assume_constant_result
 def cpu_threads() -> int:
     return torch.get_num_threads()
-
-
-@torch.compiler.assume_constant_result
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@torch.compiler.assume_constant_result
-def wants_triton() -> bool:
-    """Whether the environment asks for Triton where `auto` would leave rows to torch.
-
-    Raises:
-        `ValueError`: if `HF_RSKIP_TRITON` is neither 0 nor 1.
-    """
-    value = os.environ.get("HF_RSKIP_TRITON", "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"The environment variable HF_RSKIP_TRITON must be 0 or 1, not {value!r}")
-    return value == "1"
 
 
 @torch.compiler.assume_constant_result

@@ -7,17 +7,14 @@ features, and feature maps, whose norms go over whole samples. The training step
 GPU compiled and in bfloat16. All implementations and K take turns, in an order that rotates from round to round;
 reported are medians. On a GPU each call is replayed from a CUDA graph, which leaves out what Python takes to launch it
 (`--no_graphs` leaves that in), with cold caches, and times are those of its events; on a CPU with one thread they are
-processor time, which other processes disturb less than the clock. Liger's and flash-attention's add and layer norm take
-part at K = 1 where they are installed. `forward_of_copy_bandwidth` is what x, F and y (3 tensors) take of the bytes a
-second that copying a tensor of that size reaches.
+processor time, which other processes disturb less than the clock. `forward_of_copy_bandwidth` is what x, F and y (3
+tensors) take of the bytes a second that copying a tensor of that size reaches.
 """
 
 import argparse
 import math
 import statistics
 import time
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -69,35 +66,14 @@ class Skip(nn.Module):
 
 def make_skips(size, recursions, affine, axes, device):
     """Skip connections by the name of their implementation."""
-    fused = "closed_form" if axes == "sample" else "triton" if device == "cuda" else "cpp"
-    skips = {name: Skip(size, recursions, affine, axes, name) for name in ("reference", fused)}
+    skips = {"reference": Skip(size, recursions, affine, axes, "reference")}
+    fused = "closed_form" if axes == "sample" else "cpp" if device == "cpu" else None
     skips["auto"] = RSkip(size, recursions, SampleLayerNorm if axes == "sample" else "layer_norm", affine)
     skips["compile"] = torch.compile(Skip(size, recursions, affine, axes, "reference"))
-    skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, axes, fused))
-    if recursions == 1 and device == "cuda" and axes == "channels":
-        skips |= make_peers(size)
+    if fused:
+        skips[fused] = Skip(size, recursions, affine, axes, fused)
+        skips[f"compile {fused}"] = torch.compile(Skip(size, recursions, affine, axes, fused))
     return skips
-
-
-def make_peers(size):
-    peers = {}
-    if find_spec("liger_kernel"):
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
-        class Liger(nn.LayerNorm):
-            def forward(self, x, branch):
-                return LigerLayerNormFunction.apply(x + branch, self.weight, self.bias, self.eps)
-
-        peers["liger"] = Liger(size)
-    if find_spec("flash_attn"):
-        from flash_attn.ops.triton.layer_norm import layer_norm_fn
-
-        class FlashAttention(nn.LayerNorm):
-            def forward(self, x, branch):
-                return layer_norm_fn(branch, self.weight, self.bias, residual=x, eps=self.eps)
-
-        peers["flash_attn"] = FlashAttention(size)
-    return peers
 
 
 class Case:
@@ -197,7 +173,7 @@ def make_cases(args, shape, device, dtype):
                     continue
                 skip.to(device, dtype)
                 cases["skip", name, affine, recursions] = Case(skip, inputs, upstream)
-                if args.layer and axes == "channels" and name in ("reference", "cpp", "triton", "auto"):
+                if args.layer and axes == "channels" and name in ("reference", "cpp", "auto"):
                     skips = nn.ModuleList([make_skips(size, recursions, affine, axes, device)[name] for _ in range(2)])
                     layer = EncoderLayer(size, skips).to(device, dtype)
                     cases["layer", name, affine, recursions] = Case(layer, (x,), upstream)
@@ -254,8 +230,7 @@ def main():
     parser.add_argument("--channels_last", action="store_true", help="memory format of the maps")
     parser.add_argument("--recursions", type=int, nargs="+", default=RECURSIONS)
     parser.add_argument("--affines", nargs="+", default=["per_step", "last"])
-    fused = "triton" if torch.cuda.is_available() else "cpp", "closed_form"
-    names = ("reference", *fused, "auto", "compile", *(f"compile {name}" for name in fused), "liger", "flash_attn")
+    names = "reference", "cpp", "closed_form", "auto", "compile", "compile cpp", "compile closed_form"
     parser.add_argument("--implementations", nargs="+", choices=names, help="only these; `reference` is eager")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on a GPU, else float32")
     parser.add_argument("--rounds", type=int, help="measured calls of each: 100 on a GPU, 7 on a CPU")
@@ -308,8 +283,7 @@ def main():
                     "kept_MiB": f"{cases[key].kept_bytes() / 2**20:.2f}",
                 }
             )
-    triton = version("triton") if find_spec("triton") else ""
-    about = {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds, **describe_run(device), "triton": triton}
+    about = {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds, **describe_run(device)}
     print_table([{name: str(value) for name, value in row.items()} for row in rows], about)
     of_steps = [] if args.step == "none" else measure_training_steps(args, device)
     append_csv([row | about for row in rows] + of_steps, args.output)

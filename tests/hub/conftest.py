@@ -458,11 +458,11 @@ def hub_environment(server, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def plain_site(tmp_path_factory):
-    """A folder of installed packages in which this one and triton are missing, for a machine without a compiler."""
+    """A folder of installed packages in which this one is missing, for a machine without a compiler."""
     folder = tmp_path_factory.mktemp("site")
     for path in map(Path, sys.path):
         for entry in path.iterdir() if path.name == "site-packages" else ():
-            is_left_out = entry.name.lower().startswith(("hf_rskip", "__editable__", "triton"))
+            is_left_out = entry.name.lower().startswith(("hf_rskip", "__editable__"))
             if not is_left_out and not (folder / entry.name).exists():
                 (folder / entry.name).symlink_to(entry)
     return folder
@@ -470,7 +470,7 @@ def plain_site(tmp_path_factory):
 
 @pytest.fixture
 def run_without_package(hub_environment, plain_site, tmp_path):
-    """Runs Python code where neither this package nor triton is installed, and no compiler is on the path; returns
+    """Runs Python code where this package is not installed, and no compiler is on the path; returns
     `code`, `out` and `err`."""
 
     def run(code: str) -> SimpleNamespace:

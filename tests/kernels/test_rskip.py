@@ -19,7 +19,6 @@ from skip_kernel_cases import (
     random_leaves,
     results,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_rskip import NORMS, RSkip, rskip_layer_norm, rskip_rms_norm
 from hf_rskip.kernels import cpu, hook, operators, rskip
@@ -294,26 +293,6 @@ def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
     assert not [node for node in program.graph.nodes if "rskip" in str(node.target)]
 
 
-def test_auto_takes_triton_where_the_environment_says_so(monkeypatch):
-    """And rows fit registers."""
-    with FakeTensorMode():
-
-        def chosen(shape, recursions, dtype=torch.bfloat16):
-            x = torch.empty(shape, device="cuda", dtype=dtype)
-            return rskip.choose_backend(x, x, recursions)
-
-        assert chosen((2048, 512), 4) == "reference"
-        monkeypatch.setenv("HF_RSKIP_TRITON", "1")
-        for size, recursions in ((16, 8), (512, 8), (1024, 8), (2048, 4), (4096, 2)):
-            assert chosen((2**20 // size, size), recursions) == "triton"
-            assert chosen((2**20 // size - 1, size), recursions) == "reference"
-            assert chosen((2**20 // size, size), recursions + 1) == "reference"
-        assert chosen((1024, 1024), 2, dtype=torch.float64) == "reference"
-        monkeypatch.setenv("HF_RSKIP_TRITON", "yes")
-        with pytest.raises(ValueError, match="^The environment variable HF_RSKIP_TRITON must be 0 or 1, not 'yes'$"):
-            chosen((2048, 512), 4)
-
-
 @pytest.mark.parametrize(
     ("branch", "weight", "arguments", "message"),
     [
@@ -327,9 +306,8 @@ def test_auto_takes_triton_where_the_environment_says_so(monkeypatch):
         ((4, 16), (3, 16), {}, "`weight` must have shape (2, 16), not (3, 16)"),
         ((4, 16), (16,), {}, "`weight` must have shape (2, 16), not (16,)"),
         ((4, 16), (2, 16), {"affine": "last"}, "`weight` must have shape (1, 16) or (16,), not (2, 16)"),
-        ((4, 16), None, {"backend": "cuda"}, "`backend` must be one of auto, reference, cpp, triton for"),
+        ((4, 16), None, {"backend": "cuda"}, "`backend` must be one of auto, reference, cpp for"),
         ((4, 16), None, {"backend": "cpp", "axes": "sample"}, "`backend` must be one of auto, reference, closed_form"),
-        ((4, 16), None, {"backend": "triton"}, "backend='triton' runs on cuda, and x is on cpu"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_one_sentence(branch, weight, arguments, message):
