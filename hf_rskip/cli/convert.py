@@ -13,7 +13,7 @@ _PAIRS = {
     "test_files": None,
     "source_lang": None,
     "target_lang": None,
-    "split": "test",
+    "split": None,
     "max_samples": None,
     "bleu_tokenize": None,
 }
@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip_recursions", type=int, help="K of marian; more than 1 is for fine-tuning (default: 1, the same output)"
     )
-    group = parser.add_argument_group("sentence pairs of fold, on which it measures and compares (not the test set)")
+    group = parser.add_argument_group("sentence pairs of fold, on which it measures and compares")
     add_test_set_arguments(group, required=False)
+    parser.set_defaults(split=None)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -88,6 +89,7 @@ def _fold(args: argparse.Namespace) -> None:
     if frozen and not has_pairs:
         raise UserError("K > 1 is folded with means over data: give sentence pairs by --dataset_name or --test_files")
     if has_pairs:
+        args.split = args.split or ("validation" if args.dataset_name else "test")  # files are always the test split
         languages = find_languages(args, {args.source: config})
         tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
         sources, references = load_test_set(args, *languages, args.max_samples)
