@@ -30,13 +30,6 @@ from .skip_connections import SKIP_CONNECTIONS, SkipConnection, SublayerPosition
 from .skip_norms import norm_of
 
 
-def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """The decoder's input for `labels` `(batch, length)`: start token first, last token off, -100 read as padding."""
-    shifted = labels.new_full(labels.shape, decoder_start_token_id)
-    shifted[:, 1:] = labels[:, :-1]
-    return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -149,7 +142,7 @@ class RSkipMLP(nn.Module):
 
 
 class RSkipLayer(GradientCheckpointingLayer):
-    """Base class of the layers of both stacks: each branch `name` has a skip connection `name`_skip.
+    """A layer of either stack: each of its branches has a skip connection, `self_attn` has `self_attn_skip`.
 
     Args:
         config: the configuration.
@@ -175,6 +168,32 @@ class RSkipLayer(GradientCheckpointingLayer):
             self.add_module(f"{name}_skip", skip)
         self.layer_skip = kind.around_layer(config.d_model, norm_of(config), config.layer_norm_eps)
 
+    def _residual_block(
+        self, name: str, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, *args, **kwargs
+    ) -> torch.Tensor:
+        branch, skip = getattr(self, name), getattr(self, f"{name}_skip")
+        output = branch(skip.before(hidden_states, token_mask), *args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output  # attention returns its weights, too
+        return skip(hidden_states, self.dropout(output), token_mask)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """`kwargs` are those of attention, with the `cache`."""
+        layer_input = hidden_states
+        hidden_states = self._residual_block("self_attn", hidden_states, token_mask, attention_mask, **kwargs)
+        if encoder_hidden_states is not None:
+            encoded = encoder_attention_mask, encoder_hidden_states
+            hidden_states = self._residual_block("encoder_attn", hidden_states, token_mask, *encoded, **kwargs)
+        hidden_states = self._residual_block("mlp", hidden_states, token_mask)
+        return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
+
 
 class RSkipEncoderLayer(RSkipLayer):
     def __init__(self, config: RSkipConfig, layer_idx: int):
@@ -183,21 +202,6 @@ class RSkipEncoderLayer(RSkipLayer):
             "mlp": RSkipMLP(config, config.encoder_ffn_dim),
         }
         super().__init__(config, "encoder", layer_idx, branches)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        token_mask: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        layer_input = hidden_states
-        branch, _ = self.self_attn(self.self_attn_skip.before(hidden_states, token_mask), attention_mask, **kwargs)
-        hidden_states = self.self_attn_skip(hidden_states, self.dropout(branch), token_mask)
-
-        branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
-        hidden_states = self.mlp_skip(hidden_states, self.dropout(branch), token_mask)
-        return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
 
 
 class RSkipDecoderLayer(RSkipLayer):
@@ -209,29 +213,6 @@ class RSkipDecoderLayer(RSkipLayer):
             "mlp": RSkipMLP(config, config.decoder_ffn_dim),
         }
         super().__init__(config, "decoder", layer_idx, branches)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        encoder_hidden_states: torch.Tensor,
-        encoder_attention_mask: torch.Tensor | None,
-        token_mask: torch.Tensor | None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        layer_input = hidden_states
-        branch = self.self_attn_skip.before(hidden_states, token_mask)
-        branch, _ = self.self_attn(branch, attention_mask, cache=cache, **kwargs)
-        hidden_states = self.self_attn_skip(hidden_states, self.dropout(branch), token_mask)
-
-        branch = self.encoder_attn_skip.before(hidden_states, token_mask)
-        branch, _ = self.encoder_attn(branch, encoder_attention_mask, encoder_hidden_states, cache=cache, **kwargs)
-        hidden_states = self.encoder_attn_skip(hidden_states, self.dropout(branch), token_mask)
-
-        branch = self.mlp(self.mlp_skip.before(hidden_states, token_mask))
-        hidden_states = self.mlp_skip(hidden_states, self.dropout(branch), token_mask)
-        return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
 
 
 class RSkipPreTrainedModel(PreTrainedModel):
@@ -431,9 +412,9 @@ class RSkipDecoder(RSkipStack):
             hidden_states = layer(
                 hidden_states,
                 causal_mask,
+                token_mask,
                 encoder_hidden_states,
                 encoder_attention_mask,
-                token_mask,
                 cache=cache,
                 **kwargs,
             )
@@ -524,8 +505,10 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """The decoder's input for `labels`; see [`shift_tokens_right`]."""
-        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+        """The decoder's input for `labels` `(batch, length)`: start token first, last token off, -100 as padding."""
+        shifted = labels.new_full(labels.shape, self.config.decoder_start_token_id)
+        shifted[:, 1:] = labels[:, :-1]
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     @can_return_tuple
     def forward(
@@ -582,17 +565,8 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.decoder_vocab_size, **kwargs)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **others)
 
 
 __all__ = ["RSkipForConditionalGeneration", "RSkipModel", "RSkipPreTrainedModel"]
