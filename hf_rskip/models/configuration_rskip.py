@@ -3,12 +3,13 @@
 from transformers import PreTrainedConfig
 
 from .checks import (
+    ACTIVATION,
+    COUNT,
     MOST_LAYERS,
+    RATE,
+    at_most,
     check,
-    check_activation,
-    check_counts,
     check_num_labels,
-    check_rates,
     check_size,
     check_skip_fields,
     is_count,
@@ -122,17 +123,16 @@ class RSkipConfig(PreTrainedConfig):
         return all(token is None or self._is_token(token) for token in (value if isinstance(value, list) else [value]))
 
     def _check_values(self) -> None:
-        check_counts(self, ["vocab_size", "decoder_vocab_size", "d_model", "max_position_embeddings"])
-        check_counts(self, ["encoder_attention_heads", "encoder_ffn_dim", "decoder_attention_heads", "decoder_ffn_dim"])
-        check_counts(self, ["encoder_layers", "decoder_layers"], MOST_LAYERS)
-        check_rates(self, ["dropout", "attention_dropout", "activation_dropout"])
-        check_activation(self, "activation_function")
+        check(self, "vocab_size decoder_vocab_size d_model max_position_embeddings", COUNT, at_most())
+        check(self, "encoder_attention_heads encoder_ffn_dim", COUNT, at_most())
+        check(self, "decoder_attention_heads decoder_ffn_dim", COUNT, at_most())
+        check(self, "encoder_layers decoder_layers", COUNT, at_most(MOST_LAYERS))
+        check(self, "dropout attention_dropout activation_dropout", RATE)
+        check(self, "activation_function", ACTIVATION)
         check_skip_fields(self)
         what = f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}"
-        for field in ("pad_token_id", "decoder_start_token_id"):
-            check(self, field, self._is_token, what)
-        for field in ("eos_token_id", "bos_token_id"):
-            check(self, field, self._are_tokens, what)
+        check(self, "pad_token_id decoder_start_token_id", (self._is_token, what))
+        check(self, "eos_token_id bos_token_id", (self._are_tokens, what))
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % getattr(self, field):
                 raise ValueError(

@@ -7,54 +7,36 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .checks import (
+    ACTIVATION,
+    COUNT,
+    COUNTS,
+    FLAG,
+    RATE,
+    at_most,
     check,
-    check_activation,
-    check_counts,
-    check_name,
     check_num_labels,
-    check_rates,
     check_size,
     check_skip_fields,
-    is_count,
+    one_of,
 )
 
-
-def _cifar(depth: int, preactivation: bool = False, bottleneck: bool = False) -> dict:
-    """Section 4.2 of He et al. (2016): three stages of equally many blocks, 16, 32 and 64 channels wide.
-
-    Bottlenecks, four times as wide, are of He et al. (2016b), who project where the width changes.
-    """
-    return {
-        "embedding_size": 16,
-        "hidden_sizes": [64, 128, 256] if bottleneck else [16, 32, 64],
-        "depths": [(depth - 2) // (9 if bottleneck else 6)] * 3,
-        "layer_type": "bottleneck" if bottleneck else "basic",
-        "stem_type": "cifar",
-        "shortcut_type": "B" if bottleneck else "A",
-        "preactivation": preactivation,
-        "num_labels": 10,
-    }
-
-
-def _imagenet(depths: list[int], layer_type: str) -> dict:
-    """Table 1 of He et al. (2016)."""
-    expansion = {"basic": 1, "bottleneck": 4}[layer_type]
-    return {
-        "hidden_sizes": [width * expansion for width in (64, 128, 256, 512)],
-        "depths": depths,
-        "layer_type": layer_type,
-        "num_labels": 1000,
-    }
-
+# Section 4.2 of He et al. (2016): three stages of equally many blocks.
+_CIFAR = {"stem_type": "cifar", "embedding_size": 16, "num_labels": 10}
+_BASIC = {**_CIFAR, "layer_type": "basic", "hidden_sizes": [16, 32, 64], "shortcut_type": "A"}
+# He et al. (2016b) project where the width changes.
+_BOTTLENECK = {**_CIFAR, "layer_type": "bottleneck", "hidden_sizes": [64, 128, 256], "shortcut_type": "B"}
+# Table 1 of He et al. (2016).
+_IMAGENET_BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "num_labels": 1000}
+_IMAGENET = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048], "num_labels": 1000}
 
 ARCHITECTURES: dict[str, dict] = {
-    **{f"resnet{depth}_cifar": _cifar(depth) for depth in (20, 32, 44, 56, 110)},
-    **{f"preact_resnet{depth}_cifar": _cifar(depth, preactivation=True) for depth in (20, 56, 110)},
-    "preact_resnet164_cifar": _cifar(164, preactivation=True, bottleneck=True),
-    "resnet18": _imagenet([2, 2, 2, 2], "basic"),
-    "resnet34": _imagenet([3, 4, 6, 3], "basic"),
-    "resnet50": _imagenet([3, 4, 6, 3], "bottleneck"),
-    "resnet101": _imagenet([3, 4, 23, 3], "bottleneck"),
+    **{f"resnet{6 * n + 2}_cifar": {**_BASIC, "depths": [n] * 3} for n in (3, 5, 7, 9, 18)},
+    **{f"preact_resnet{6 * n + 2}_cifar": {**_BASIC, "depths": [n] * 3, "preactivation": True} for n in (3, 9, 18)},
+    "preact_resnet164_cifar": {**_BOTTLENECK, "depths": [18] * 3, "preactivation": True},
+    "resnet18": {**_IMAGENET_BASIC, "depths": [2, 2, 2, 2]},
+    "resnet34": {**_IMAGENET_BASIC, "depths": [3, 4, 6, 3]},
+    "resnet50": {**_IMAGENET, "depths": [3, 4, 6, 3]},
+    "resnet101": {**_IMAGENET, "depths": [3, 4, 23, 3]},
 }
 """Fields of [`RSkipResNetConfig`] by the name of an architecture, for [`RSkipResNetConfig.from_name`]."""
 
@@ -179,29 +161,22 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         return cls(**fields)
 
     def _check_values(self) -> None:
-        check_counts(self, ["num_channels", "embedding_size"])
-        for field in ("hidden_sizes", "depths"):
-            check(
-                self,
-                field,
-                lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_count, value)),
-                "a list of integers of at least 1",
-            )
+        check(self, "num_channels embedding_size", COUNT, at_most())
+        check(self, "hidden_sizes depths", COUNTS)
         if len(self.hidden_sizes) != len(self.depths):
             raise ValueError(
                 f"`depths` must have a number for each of the {len(self.hidden_sizes)} `hidden_sizes`, not "
                 f"{list(self.depths)!r}"
             )
-        check_name(self, "layer_type", ("basic", "bottleneck"))
-        check_name(self, "stem_type", ("imagenet", "cifar"))
-        check_name(self, "shortcut_type", ("A", "B"))
-        check_activation(self, "hidden_act")
-        for field in ("preactivation", "downsample_in_first_stage", "downsample_in_bottleneck", "zero_init_last_gain"):
-            check(self, field, lambda value: isinstance(value, bool), "true or false")
-        check_rates(self, ["drop_path_rate"])
+        check(self, "layer_type", one_of(("basic", "bottleneck")))
+        check(self, "stem_type", one_of(("imagenet", "cifar")))
+        check(self, "shortcut_type", one_of(("A", "B")))
+        check(self, "hidden_act", ACTIVATION)
+        check(self, "preactivation downsample_in_first_stage downsample_in_bottleneck zero_init_last_gain", FLAG)
+        check(self, "drop_path_rate", RATE)
         if self.problem_type is not None:
             problems = ("regression", "single_label_classification", "multi_label_classification")
-            check_name(self, "problem_type", problems)
+            check(self, "problem_type", one_of(problems))
         check_skip_fields(self)
         if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
             raise ValueError(f"`hidden_sizes` must be multiples of 4 with bottlenecks, not {list(self.hidden_sizes)!r}")
