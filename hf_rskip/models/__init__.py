@@ -2,6 +2,7 @@
 
 Importing it registers the models with the Auto classes.
 """
+# ruff: noqa: F403, F405
 
 from transformers import (
     AutoBackbone,
@@ -11,27 +12,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from .configuration_rskip import RSkipConfig
-from .configuration_rskip_resnet import RSkipResNetConfig
-from .modeling_rskip import RSkipForConditionalGeneration, RSkipModel
-from .modeling_rskip_resnet import RSkipResNetBackbone, RSkipResNetForImageClassification, RSkipResNetModel
-from .skip_connections import (
-    B2T,
-    SKIP_CONNECTIONS,
-    Admin,
-    DeepNorm,
-    DetachedRSkip,
-    FixedAdmin,
-    Keel,
-    PeriNorm,
-    PreNorm,
-    ReZero,
-    RSkip,
-    SkipConnection,
-    SublayerPosition,
-    XSkip,
-)
-from .skip_norms import NORMS, SampleLayerNorm, SampleRMSNorm, make_norm
+from .configuration_rskip import *
+from .configuration_rskip_resnet import *
+from .modeling_rskip import *
+from .modeling_rskip_resnet import *
+from .skip_connections import *
+from .skip_norms import *
 
 AutoConfig.register(RSkipConfig.model_type, RSkipConfig)
 AutoModel.register(RSkipConfig, RSkipModel)
@@ -41,31 +27,3 @@ AutoConfig.register(RSkipResNetConfig.model_type, RSkipResNetConfig)
 AutoModel.register(RSkipResNetConfig, RSkipResNetModel)
 AutoModelForImageClassification.register(RSkipResNetConfig, RSkipResNetForImageClassification)
 AutoBackbone.register(RSkipResNetConfig, RSkipResNetBackbone)
-
-__all__ = [
-    "B2T",
-    "NORMS",
-    "SKIP_CONNECTIONS",
-    "Admin",
-    "DeepNorm",
-    "DetachedRSkip",
-    "FixedAdmin",
-    "Keel",
-    "PeriNorm",
-    "PreNorm",
-    "RSkip",
-    "RSkipConfig",
-    "RSkipForConditionalGeneration",
-    "RSkipModel",
-    "RSkipResNetBackbone",
-    "RSkipResNetConfig",
-    "RSkipResNetForImageClassification",
-    "RSkipResNetModel",
-    "ReZero",
-    "SampleLayerNorm",
-    "SampleRMSNorm",
-    "SkipConnection",
-    "SublayerPosition",
-    "XSkip",
-    "make_norm",
-]

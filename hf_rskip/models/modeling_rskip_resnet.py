@@ -31,7 +31,7 @@ def _norm_activation(channels: int, activation: str) -> nn.Sequential:
     return nn.Sequential(OrderedDict(normalization=nn.BatchNorm2d(channels), activation=ACT2FN[activation]))
 
 
-class RSkipResNetConvLayer(nn.Module):
+class RSkipResNetConvLayer(nn.Sequential):
     """A convolution that keeps height and width up to its stride; then normalisation and activation, where wanted."""
 
     def __init__(
@@ -48,9 +48,6 @@ class RSkipResNetConvLayer(nn.Module):
         self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.normalization = nn.BatchNorm2d(out_channels) if normalize else nn.Identity()
         self.activation = nn.Identity() if activation is None else ACT2FN[activation]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.normalization(self.convolution(hidden_states)))
 
 
 class RSkipResNetEmbeddings(nn.Module):

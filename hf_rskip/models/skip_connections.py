@@ -4,8 +4,7 @@ A skip connection has a step before the branch and a step after it, so that one 
 
     x = skip(x, branch(skip.before(x)))
 
-The method of the paper, [`RSkip`], is y_1 = LN(x + F), y_k = LN(x + y_{k-1}), output y_K; [`SKIP_CONNECTIONS`], at the
-end of this file, lists the formulas of all kinds. LN may be any norm of [`NORMS`]. To add a kind, subclass
+[`SKIP_CONNECTIONS`], at the end of this file, lists the formulas of all kinds. To add a kind, subclass
 [`SkipConnection`] and enter the class there. A second stream beside x, as in ResiDual, is not supported.
 
 Features come last: tokens are `(batch, length, features)`, and feature maps, `(batch, channels, height, width)` in a
@@ -67,17 +66,12 @@ class SublayerPosition:
         return self.num_layers * self.num_sublayers
 
 
-_ARGUMENTS = {"skip_recursions": "recursions", "skip_norm_affine": "affine", "skip_scale": "scale"}
-"""The arguments of a skip connection by the fields of a configuration."""
-
-
 class SkipConnection(nn.Module):
     """Base class: joins the input x of a residual block to the output of its branch.
 
-    Subclasses define `forward` (the step after the branch) and, where they differ from the defaults here, the other
-    methods. `x` and `branch` have shape `(..., size)`; `mask` has shape `(...)` and is true at real tokens, or is
-    `None` when all tokens are real. Only norms with statistics over tokens look at it. The first line of the docstring
-    of a subclass is its formula, for model cards.
+    Subclasses define `forward`, the step after the branch. `x` and `branch` have shape `(..., size)`; `mask` has shape
+    `(...)` and is true at real tokens, or is `None` when all are. Only norms with statistics over tokens look at it.
+    The first line of the docstring of a subclass is its formula, for model cards.
     """
 
     norms: tuple[str, ...] = tuple(NORMS)
@@ -98,7 +92,8 @@ class SkipConnection(nn.Module):
     @classmethod
     def from_config(cls, config, size: int, position: SublayerPosition) -> "SkipConnection":
         """Builds the skip connection of a configuration; see `for_position`."""
-        options = {_ARGUMENTS[field]: getattr(config, field) for field in cls.options}
+        names = {"skip_recursions": "recursions", "skip_norm_affine": "affine", "skip_scale": "scale"}
+        options = {names[field]: getattr(config, field) for field in cls.options}
         return cls.for_position(size, position, norm=norm_of(config), eps=config.layer_norm_eps, **options)
 
     @classmethod
@@ -156,12 +151,8 @@ class RSkip(SkipConnection):
             raise ValueError(f"`recursions` must be an integer of at least 1, not {recursions!r}")
         if affine not in AFFINES:
             raise ValueError(f"`affine` must be one of {', '.join(AFFINES)}, not {affine!r}")
-        has_affine = {
-            "per_step": [True] * recursions,
-            "shared": [True] + [False] * (recursions - 1),
-            "last": [False] * (recursions - 1) + [True],
-        }[affine]
-        self.norm = nn.ModuleList(make_norm(norm, size, eps, elementwise_affine=flag) for flag in has_affine)
+        with_affine = {"per_step": range(recursions), "shared": [0], "last": [recursions - 1]}[affine]
+        self.norm = nn.ModuleList(make_norm(norm, size, eps, step in with_affine) for step in range(recursions))
         self.affine = affine
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -438,3 +429,20 @@ SKIP_CONNECTIONS: dict[str, type[SkipConnection]] = {
     "keel": Keel,  # LN(alpha x + F(LN(x))), alpha by depth
 }
 """Every kind of skip connection by its configuration name (`skip_type`)."""
+
+__all__ = [
+    "B2T",
+    "SKIP_CONNECTIONS",
+    "Admin",
+    "DeepNorm",
+    "DetachedRSkip",
+    "FixedAdmin",
+    "Keel",
+    "PeriNorm",
+    "PreNorm",
+    "RSkip",
+    "ReZero",
+    "SkipConnection",
+    "SublayerPosition",
+    "XSkip",
+]

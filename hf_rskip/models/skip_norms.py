@@ -171,3 +171,6 @@ def make_norm(norm: Norm, size: int, eps: float = 1e-5, elementwise_affine: bool
 def norm_of(config) -> type[nn.Module]:
     """The class of norm that `config` asks for: its `skip_norm`, for images over its `skip_norm_axes`."""
     return NORM_AXES[getattr(config, "skip_norm_axes", "channels")][config.skip_norm]
+
+
+__all__ = ["NORMS", "SampleLayerNorm", "SampleRMSNorm", "make_norm"]
