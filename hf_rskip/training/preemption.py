@@ -4,7 +4,7 @@ import copy
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -32,23 +32,24 @@ class StopOnSignal(TrainerCallback):
         self._received: int | None = None
 
     @contextmanager
-    def caught(self):
+    def caught(self) -> Iterator[None]:
         """Remembers SIGTERM and the first Ctrl-C inside this context, where otherwise they end the process at once; the
-        second Ctrl-C does. Signals can be caught in the main thread only.
+        second Ctrl-C does.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         self._received = self.due = None
-        previous = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number in _SIGNALS:
-            if previous[number] != signal.SIG_IGN:  # a study's Ctrl-C is not for its cells
-                signal.signal(number, self._handle)
-        try:
+        with _handled(_SIGNALS, self._handle):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+    @contextmanager
+    def raised(self, step: int) -> Iterator[None]:
+        """SIGTERM raises [`Preempted`] at once inside this context, which begins after the last `step`."""
+
+        def stop(signum, frame):
+            self._received = signum
+            raise self.preempted(step)
+
+        with _handled([signal.SIGTERM], stop):
+            yield
 
     def _handle(self, signum, frame) -> None:
         self._received = signum
@@ -60,11 +61,9 @@ class StopOnSignal(TrainerCallback):
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.is_told_to_stop(args):
-            self.due = copy.copy(control)
-            if float(state.epoch).is_integer():  # what is due at the end of the epoch is due now
-                DefaultFlowCallback().on_epoch_end(args, state, self.due)
-            control.should_evaluate, control.should_save = False, True
+        self.on_epoch_end(args, state, control)
+        if self.due is not None and float(state.epoch).is_integer():  # what is due at the end of the epoch is due now
+            DefaultFlowCallback().on_epoch_end(args, state, self.due)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.is_told_to_stop(args):
@@ -87,6 +86,23 @@ class StopOnSignal(TrainerCallback):
             numbers = gather(torch.tensor([self._received or 0], device=args.device))
             self._received = int(numbers.max()) or None
         return self._received is not None
+
+
+@contextmanager
+def _handled(numbers: Sequence[int], handler: Callable) -> Iterator[None]:
+    """Handles signals inside this context, if in the main thread; one that is ignored stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A study's Ctrl-C is not for its cells.
+    previous = {number: old for number in numbers if (old := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def outlive_signal(dataloader: DataLoader) -> None:

@@ -81,23 +81,24 @@ def _train(recipe: Recipe) -> dict[str, float | str]:
             print(f"resuming from {checkpoint}, {describe_resumption(record['resumed'][-1])}", flush=True)
 
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if checkpoint:
-        complete_metrics(trained.metrics, recipe, record, trainer.state.global_step)
-    trainer.use_average()
-    trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
-    trainer.save_state()
-    tested = task.test(trainer)
-    trainer.log_metrics("test", tested.metrics)
-    metrics = {**trained.metrics, **tested.metrics}
-    for part, values in {"train": trained.metrics, "test": tested.metrics, "all": metrics}.items():
-        trainer.save_metrics(part, values, combined=False)  # which would keep what an earlier run left
-    if trainer.is_world_process_zero():
-        write_predictions(training.output_dir, tested.predictions, tested.references)
-        task.write_card(trainer, metrics)
-        write_record(training.output_dir, record, trainer.state.global_step)
-        print(f"model, card and scores: {training.output_dir}", flush=True)
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    with trainer.stop.raised(trainer.state.global_step):
+        if checkpoint:
+            complete_metrics(trained.metrics, recipe, record, trainer.state.global_step)
+        trainer.use_average()
+        trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
+        trainer.save_state()
+        tested = task.test(trainer)
+        trainer.log_metrics("test", tested.metrics)
+        metrics = {**trained.metrics, **tested.metrics}
+        for part, values in {"train": trained.metrics, "test": tested.metrics, "all": metrics}.items():
+            trainer.save_metrics(part, values, combined=False)  # which would keep what an earlier run left
+        if trainer.is_world_process_zero():
+            write_predictions(training.output_dir, tested.predictions, tested.references)
+            task.write_card(trainer, metrics)
+            write_record(training.output_dir, record, trainer.state.global_step)
+            print(f"model, card and scores: {training.output_dir}", flush=True)
+        if training.push_to_hub:
+            trainer.push_to_hub()
     return metrics
 
 

@@ -121,14 +121,15 @@ def test_sigterm_in_the_last_step(write_image_recipe, terminate_at, capfd):
     assert [entry["step"] for entry in history] == [3, 6, 9]
 
 
-def test_sigterm_in_the_last_evaluation(write_image_recipe, monkeypatch, capfd):
+@pytest.mark.parametrize("prefix", ["eval", "test"])
+def test_sigterm_in_the_last_evaluation(prefix, write_image_recipe, monkeypatch, capfd):
     recipe = write_image_recipe(num_train_epochs=1)
     evaluation_loop = Trainer.evaluation_loop
 
-    def loop_under_fire(self, *args, **kwargs):
-        if self.state.global_step == 9:
+    def loop_under_fire(self, *args, metric_key_prefix, **kwargs):
+        if self.state.global_step == 9 and metric_key_prefix == prefix:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluation_loop(self, *args, **kwargs)
+        return evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluation_loop", loop_under_fire)
