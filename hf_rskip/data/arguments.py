@@ -2,15 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from ..checks import check_count
+
 _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
-OPTIONAL_COUNTS = (
-    "max_train_samples",
-    "max_eval_samples",
-    "max_predict_samples",
-    "validation_size",
-    "preprocessing_num_workers",
-)
-"""Keys that are whole numbers of at least 1 where they are given."""
 
 
 @dataclass
@@ -39,6 +33,12 @@ class DatasetArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Number of processes that prepare the dataset."}
     )
+
+    def check_counts(self, *required: str) -> None:
+        """Raises a [`UserError`] unless each of `required`, and of the optional counts where given, is at least 1."""
+        for name in (*_SAMPLE_LIMITS.values(), "validation_size", "preprocessing_num_workers", *required):
+            if name in required or getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
 
     def sample_limit(self, split: str) -> int | None:
         """Returns the largest number of examples of a split; `None` for all."""

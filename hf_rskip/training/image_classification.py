@@ -10,8 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data.images.loading import ImageDatasets, load_image_dataset
-from ..data.images.pixels import CroppedImages, decode_images, stream_images
-from ..data.images.processor import make_image_processor
+from ..data.images.pixels import CroppedImages, decode_images, make_image_processor, stream_images
 from ..decoding.loading import load_config
 from ..errors import UserError
 from ..hub.image_model_card import write_image_model_card

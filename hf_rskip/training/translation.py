@@ -86,7 +86,7 @@ class Translation(Task):
 
     def describe(self, trainer: RSkipTrainer) -> None:
         sampler = trainer.make_sampler()
-        print(describe_dropped(self.dropped, len(self.train_set), "train"))
+        print(describe_dropped(self.dropped, len(self.train_set)))
         describe_model(trainer.model, self.recipe, f"vocabulary of {trainer.model.config.vocab_size:,}")
         print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
 

@@ -99,7 +99,7 @@ def run_stage(stage: str, folder: Path, values: dict) -> dict:
     start = time.perf_counter()
     train_set, unclean = clean_corpus(train_set, data)
     if stage == "clean":
-        return finish(kept=describe_dropped(unclean, len(train_set), "train"))
+        return finish(kept=describe_dropped(unclean, len(train_set)))
     start = time.perf_counter()
     if stage == "tokenizer":
         sentences = iterate_sentences(train_set, data, data.tokenizer_train_samples)
@@ -109,7 +109,7 @@ def run_stage(stage: str, folder: Path, values: dict) -> dict:
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     train_set, dropped = filter_by_length(tokenize_corpus(train_set, tokenizer, data), data)
     if stage == "tokenize":
-        return finish(kept=describe_dropped(dropped, len(train_set), "train"))
+        return finish(kept=describe_dropped(dropped, len(train_set)))
     width = {f"{side}_{part}": 1 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
     width |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "d_model": 32}
     model = RSkipForConditionalGeneration(RSkipConfig(vocab_size=len(tokenizer), **width))

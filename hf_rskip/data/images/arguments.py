@@ -6,7 +6,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ...checks import check_count
 from ...errors import UserError
-from ..arguments import OPTIONAL_COUNTS, DatasetArguments
+from ..arguments import DatasetArguments
 
 
 @dataclass
@@ -67,10 +67,8 @@ class ImageDataArguments(DatasetArguments):
     def __post_init__(self):
         if self.dataset_name is None:
             raise UserError("No dataset is named: set dataset_name.")
-        for name in (*OPTIONAL_COUNTS, "image_size", "shuffle_buffer_size", "crop_padding"):
-            value = getattr(self, name)
-            if value is not None or name not in OPTIONAL_COUNTS:
-                check_count(name, value, least=0 if name == "crop_padding" else 1)
+        self.check_counts("image_size", "shuffle_buffer_size")
+        check_count("crop_padding", self.crop_padding, least=0)
         if self.validation_size is not None and self.validation_split is not None:
             raise UserError("validation_size and validation_split are both set: give one or the other.")
         if self.validation_size is not None and self.streaming:

@@ -31,9 +31,7 @@ def random_flip(images: torch.Tensor, generator: torch.Generator | None = None) 
     return torch.where(flipped, images.flip(-1), images)
 
 
-def normalize(
-    images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Computes `(images / 255 - mean) / std` by channel, of bytes `(batch, channels, height, width)`."""
-    mean, std = (torch.tensor(values, dtype=dtype, device=images.device).view(-1, 1, 1) for values in (mean, std))
-    return (images.to(dtype) / 255 - mean) / std
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Computes `(images / 255 - mean) / std` by channel, of bytes `(batch, channels, height, width)`, in float32."""
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - mean) / std

@@ -10,12 +10,12 @@ from datasets.fingerprint import Hasher
 from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 from torch.utils.data import default_collate
-from transformers.image_utils import load_image
+from transformers import BitImageProcessorPil
+from transformers.image_utils import PILImageResampling, load_image
 
 from ...errors import UserError
 from .arguments import ImageDataArguments
 from .loading import name_row
-from .processor import make_image_processor
 
 
 class ImageTensors(torch.utils.data.Dataset):
@@ -51,6 +51,20 @@ def collate(examples: dict[str, torch.Tensor] | list[dict]) -> dict[str, torch.T
         return examples
     return default_collate(
         [{name: example[name] for name in ("pixel_values", "labels", "row")} for example in examples]
+    )
+
+
+def make_image_processor(args: ImageDataArguments) -> BitImageProcessorPil:
+    """The processor with which evaluation prepares an image: resizes the shorter edge, crops the centre, normalises.
+
+    It is Pillow's, so that it loads with `AutoImageProcessor` where torchvision is not installed.
+    """
+    return BitImageProcessorPil(
+        size={"shortest_edge": int(args.image_size / args.crop_pct)},
+        crop_size={"height": args.image_size, "width": args.image_size},
+        resample=PILImageResampling.BILINEAR,
+        image_mean=list(args.image_mean),
+        image_std=list(args.image_std),
     )
 
 

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from ...checks import check_count
 from ...errors import UserError
-from ..arguments import OPTIONAL_COUNTS, DatasetArguments
+from ..arguments import DatasetArguments
 
 
 @dataclass
@@ -96,11 +95,7 @@ class DataArguments(DatasetArguments):
         if self.dataset_name is not None and self.validation_size is None and self.validation_split is None:
             self.validation_split = "validation"
 
-        counts = ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
-        for name in (*OPTIONAL_COUNTS, *counts):
-            value = getattr(self, name)
-            if value is not None or name not in OPTIONAL_COUNTS:
-                check_count(name, value)
+        self.check_counts("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
         if self.lowercase and self.tokenizer_name is not None:
             raise UserError("lowercase shapes a tokenizer that is trained, so it cannot be set with tokenizer_name.")
         ratio = self.max_length_ratio

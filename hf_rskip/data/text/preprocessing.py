@@ -123,13 +123,12 @@ def drop_pairs(
         counts[reason] = int(np.count_nonzero(kept & applies))
         kept &= ~applies
     if not kept.any():
-        raise UserError(f"No training pair is left after {step} ({describe_dropped(counts, 0, 'train')}).")
+        raise UserError(f"No training pair is left after {step} ({describe_dropped(counts, 0)}).")
     return keep_rows(dataset, kept, args.preprocessing_num_workers), counts
 
 
-def describe_dropped(counts: dict[str, int], kept: int, split: str) -> str:
-    """Returns one line that says how many pairs of `split` are kept and, by reason, how many were dropped."""
-    total = kept + sum(counts.values())
-    line = f"{split}: {kept:,} of {total:,} pairs kept"
+def describe_dropped(counts: dict[str, int], kept: int) -> str:
+    """Describes in one line how many training pairs are kept and, by reason, how many were dropped."""
+    line = f"train: {kept:,} of {kept + sum(counts.values()):,} pairs kept"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
     return f"{line}; dropped {dropped}" if dropped else line

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ...atomic import write_then_rename
 from ...errors import UserError
 from ...manifest import TOKENIZER_FILES, check_model
 from ..names import check_name
@@ -63,9 +64,8 @@ def train_tokenizer(
     if tokenizer is None:
         tokenizer = _train_backend(texts, vocab_size, lowercase)
         if cache_file is not None:
-            staged = cache_file.with_suffix(f".{os.getpid()}")
-            tokenizer.save(str(staged))
-            staged.replace(cache_file)
+            with write_then_rename(cache_file) as part:
+                tokenizer.save(str(part))
     return _wrap(
         tokenizer,
         **{kind: names[0] for kind, names in _USUAL_NAMES.items()},

@@ -66,4 +66,3 @@ def test_normalize():
     for channel in range(3):
         expected[:, channel] = (expected[:, channel] - mean[channel]) / std[channel]
     torch.testing.assert_close(normalize(images, mean, std).double(), expected, rtol=1e-6, atol=1e-6)
-    assert normalize(images, mean, std, torch.bfloat16).dtype == torch.bfloat16

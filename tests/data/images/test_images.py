@@ -17,10 +17,10 @@ from hf_rskip.data.images.pixels import (
     ImageTensors,
     collate,
     decode_images,
+    make_image_processor,
     random_resized_crop,
     stream_images,
 )
-from hf_rskip.data.images.processor import make_image_processor
 from hf_rskip.errors import UserError
 
 NAMES = ["ant", "bee", "cat"]

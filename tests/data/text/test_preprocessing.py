@@ -107,7 +107,7 @@ def test_pairs_are_dropped_for_the_first_reason_that_applies():
     }
     remaining = list(zip(kept["source_length"], kept["target_length"], strict=True))
     assert remaining == [(5, 5), (20, 30), (4, 12), (12, 4)]
-    assert describe_dropped(counts, len(kept), "train") == (
+    assert describe_dropped(counts, len(kept)) == (
         "train: 4 of 10 pairs kept; dropped 2 empty, 1 source longer than 20 tokens, 1 target longer than 30 tokens, "
         "2 length ratio above 3.0"
     )
@@ -118,7 +118,7 @@ def test_no_ratio_is_no_limit():
     kept, counts = filter_by_length(dataset, arguments())
     assert kept is dataset
     assert counts == {"empty": 0, "source longer than 256 tokens": 0, "target longer than 256 tokens": 0}
-    assert describe_dropped(counts, 29_000, "train") == "train: 29,000 of 29,000 pairs kept"
+    assert describe_dropped(counts, 29_000) == "train: 29,000 of 29,000 pairs kept"
 
 
 def test_lines_that_are_blank_on_one_side_are_dropped(tokenizer):
