@@ -1,6 +1,7 @@
 """Proof that a folder holds what was written: a list of its files with size and checksum."""
 
 import json
+import os
 import zlib
 from collections.abc import Collection
 from fnmatch import fnmatch
@@ -87,10 +88,7 @@ def check_model(name: str | Path, patterns: Collection[str] = MODEL_FILES) -> No
             continue
         path = Path(name, file)
         if file in CONFIGURATIONS:
-            try:
-                _read_json(path)
-            except FileNotFoundError as error:
-                raise _missing(path) from error
+            read_json(path)
             continue
         try:
             _check_file(path, listed[file])
@@ -99,15 +97,14 @@ def check_model(name: str | Path, patterns: Collection[str] = MODEL_FILES) -> No
             raise UserError(f"{error}; {hint}") from error
 
 
-def _read_manifest(folder: str | Path) -> dict[str, tuple[int, str]] | None:
+def _read_manifest(folder: str | Path) -> dict[str, dict] | None:
     """Size and checksum of each file, or `None` where there is no manifest."""
     path = Path(folder, MANIFEST_NAME)
-    try:
-        content = _read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path):
         return None
+    content = read_json(path)
     try:
-        listed = {name: (file["size"], file["crc32"]) for name, file in content["files"].items()}
+        listed = {name: {key: file[key] for key in ("size", "crc32")} for name, file in content["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(path)!r} is damaged") from error
     if not listed:
@@ -115,33 +112,28 @@ def _read_manifest(folder: str | Path) -> dict[str, tuple[int, str]] | None:
     return listed
 
 
-def _read_json(path: Path):
+def read_json(path: Path):
+    """Reads a JSON file; raises a [`UserError`] that names it if it cannot be read or is not JSON."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged: it is not JSON") from error
 
 
-def _check_file(path: Path, expected: tuple[int, str]) -> None:
+def _check_file(path: Path, expected: dict) -> None:
     try:
-        size = path.stat().st_size
-        checksum = _describe(path)["crc32"] if size == expected[0] else None
+        found = _describe(path)
     except FileNotFoundError as error:
-        raise _missing(path) from error
+        raise UserError(f"{str(path)!r} is missing") from error
     except OSError as error:
         raise unreadable(path, error) from error
-    if size != expected[0]:
-        raise UserError(f"{str(path)!r} is not as it was written: it has {size:,} bytes, not {expected[0]:,}")
-    if checksum != expected[1]:
+    if found["size"] != expected["size"]:
+        sizes = f"it has {found['size']:,} bytes, not {expected['size']:,}"
+        raise UserError(f"{str(path)!r} is not as it was written: {sizes}")
+    if found != expected:
         raise UserError(f"{str(path)!r} is not as it was written: its checksum is another")
-
-
-def _missing(path: Path) -> UserError:
-    return UserError(f"{str(path)!r} is missing")
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:

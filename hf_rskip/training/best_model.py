@@ -38,10 +38,13 @@ class BestModelCallback(TrainerCallback):
     """
 
     def __init__(self):
+        self.resumed: str | None = None
+        """Where the best model of a run that is resumed lies now."""
         self._is_training = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._is_training = True
+        state.best_model_checkpoint = self.resumed or state.best_model_checkpoint
 
     def on_evaluate(self, args, state, control, **kwargs):
         metric = args.metric_for_best_model

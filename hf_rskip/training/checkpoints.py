@@ -1,6 +1,5 @@
 """Checkpoints on disk: published when complete, rotated, checked, and found for resuming."""
 
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..errors import UserError
-from ..manifest import MANIFEST_NAME, check_manifest, unreadable, write_manifest
+from ..manifest import MANIFEST_NAME, check_manifest, read_json, unreadable, write_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -172,12 +171,7 @@ def read_state(checkpoint: Path) -> dict:
         [`UserError`]: if it cannot be read, or is not the state of a Trainer.
     """
     path = checkpoint / TRAINER_STATE_NAME
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged") from error
+    state = read_json(path)
     if not isinstance(state, dict) or "global_step" not in state:
         raise UserError(f"{str(path)!r} is not the state of a training")
     return state

@@ -7,7 +7,6 @@ import torch
 from accelerate.utils import reduce
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -16,7 +15,7 @@ from ..data.images.augmentation import normalize, random_crop, random_flip
 from ..data.images.pixels import collate
 from ..errors import UserError
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
-from .recipe_trainer import RecipeTrainer, replaced
+from .recipe_trainer import RecipeTrainer
 
 
 class ImageTrainer(RecipeTrainer):
@@ -74,14 +73,6 @@ class ImageTrainer(RecipeTrainer):
         self._batch_of_step = (self.state.global_step, batch)
         entropy = (self.args.seed, self.state.global_step, batch, self.args.process_index)
         self._generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
-
-    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
-        with replaced(self.args, dataloader_drop_last=False):  # which is for training: an evaluation is of all images
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
-        with replaced(self.args, dataloader_drop_last=False):
-            return super().get_test_dataloader(*args, **kwargs)
 
     def describe_batch(self, inputs: dict) -> str:
         return f"rows {', '.join(map(str, inputs['row'].tolist()))} of the training split"

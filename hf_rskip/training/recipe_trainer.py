@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -65,7 +65,8 @@ class RecipeTrainer(Trainer):
     """The throughput's name in the logs."""
 
     def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **kwargs):
-        super().__init__(callbacks=[BestModelCallback(), *(callbacks or [])], **kwargs)
+        self._best_model = BestModelCallback()
+        super().__init__(callbacks=[self._best_model, *(callbacks or [])], **kwargs)
         args = self.args
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingLog if args.disable_tqdm else TrainingBar)
@@ -158,7 +159,7 @@ class RecipeTrainer(Trainer):
         if best.is_dir():
             if self.args.load_best_model_at_end:
                 check_manifest(best)
-            self.add_callback(_RememberBest(str(best)))
+            self._best_model.resumed = str(best)
         elif self.args.load_best_model_at_end:
             raise UserError(f"The best model is lost: there is no {str(best)!r}.")
 
@@ -199,7 +200,7 @@ class RecipeTrainer(Trainer):
     # Evaluation
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self._averaged(), torch.random.fork_rng([]):  # data loaders draw a seed for their workers
+        with self._evaluating(), torch.random.fork_rng([]):  # data loaders draw a seed for their workers
             metrics = super().evaluate(*args, **kwargs)
         if self._is_overdue:
             self._is_overdue = False
@@ -219,11 +220,15 @@ class RecipeTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._checkpoint())
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
-        with self._averaged():
+        with self._evaluating():
             return super().predict(*args, **kwargs)
 
-    def _averaged(self) -> AbstractContextManager:
-        return nullcontext() if self.moving_average is None else self.moving_average.swapped_in()
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model has the averaged weights, and incomplete batches are not dropped."""
+        averaged = nullcontext() if self.moving_average is None else self.moving_average.swapped_in()
+        with averaged, replaced(self.args, dataloader_drop_last=False):
+            yield
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if model.training or "labels" not in inputs:
@@ -409,11 +414,3 @@ class _EndAtOnce(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.is_over:
             control.should_log = control.should_evaluate = control.should_save = False
-
-
-class _RememberBest(TrainerCallback):
-    def __init__(self, best: str):
-        self.best = best
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.best_model_checkpoint = self.best
