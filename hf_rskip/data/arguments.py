@@ -1,6 +1,8 @@
 """The keys of a dataset that all tasks share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_count
 
@@ -11,28 +13,22 @@ _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples"
 class DatasetArguments:
     """A dataset and its splits, which are "train", "validation" and "test" here, whatever the dataset calls them."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or local folder of a dataset."})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset, such as `de-en` for `wmt/wmt14`."}
+    dataset_name: str | None = HfArg(default=None, help="Hub id or local folder of a dataset.")
+    dataset_config_name: str | None = HfArg(
+        default=None, help="Configuration of the dataset, such as `de-en` for `wmt/wmt14`."
     )
-    train_split: str = field(default="train", metadata={"help": "Name the dataset gives its training split."})
-    validation_split: str | None = field(default=None, metadata={"help": "Name of its validation split, if any."})
-    validation_size: int | None = field(
-        default=None, metadata={"help": "Hold out so many training examples, drawn at random, for validation."}
+    train_split: str = HfArg(default="train", help="Name the dataset gives its training split.")
+    validation_split: str | None = HfArg(default=None, help="Name of its validation split, if any.")
+    validation_size: int | None = HfArg(
+        default=None, help="Hold out so many training examples, drawn at random, for validation."
     )
-    test_split: str = field(default="test", metadata={"help": "Name of its test split."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many examples of the training split."}
+    test_split: str = HfArg(default="test", help="Name of its test split.")
+    max_train_samples: int | None = HfArg(
+        default=None, help="Use only the first so many examples of the training split."
     )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many examples of the validation split."}
-    )
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many examples of the test split."}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Number of processes that prepare the dataset."}
-    )
+    max_eval_samples: int | None = HfArg(default=None, help="Use only so many examples of the validation split.")
+    max_predict_samples: int | None = HfArg(default=None, help="Use only so many examples of the test split.")
+    preprocessing_num_workers: int | None = HfArg(default=None, help="Number of processes that prepare the dataset.")
 
     def check_counts(self, *required: str) -> None:
         """Raises a [`UserError`] unless each of `required`, and of the optional counts where given, is at least 1."""

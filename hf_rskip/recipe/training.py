@@ -5,11 +5,12 @@ import inspect
 import math
 import re
 import sys
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Literal
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -25,9 +26,9 @@ def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> t
         name,
         [
             # A tuple is no default of a command line: `None` stands for that of the configuration.
-            (part.name, list[int] | None, field(default=None, metadata={"help": about[part.name]}))
+            (part.name, list[int] | None, HfArg(default=None, help=about[part.name]))
             if isinstance(part.default, tuple)
-            else (part.name, part.type, field(default=part.default, metadata={"help": about[part.name]}))
+            else (part.name, part.type, HfArg(default=part.default, help=about[part.name]))
             for part in own
             if part.name not in excluded
         ],
@@ -52,49 +53,42 @@ DEFAULT_LOGGING_STEPS = 50
 class CommonTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the keys that all tasks add."""
 
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many evaluations without a better metric_for_best_model."
     )
-    average_checkpoints: int | None = field(
-        default=None,
-        metadata={"help": "End with the mean of so many checkpoints, which are kept whatever save_total_limit says."},
+    average_checkpoints: int | None = HfArg(
+        default=None, help="End with the mean of so many checkpoints, which are kept whatever save_total_limit says."
     )
-    average_checkpoints_by: Literal["last", "best"] = field(
-        default="last", metadata={"help": "Which: the last, or the best by metric_for_best_model."}
+    average_checkpoints_by: Literal["last", "best"] = HfArg(
+        default="last", help="Which: the last, or the best by metric_for_best_model."
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Evaluate and save an exponential moving average of the weights, with this decay a step."},
+    ema_decay: float | None = HfArg(
+        default=None, help="Evaluate and save an exponential moving average of the weights, with this decay a step."
     )
-    loss_spike_factor: float | None = field(
-        default=None,
-        metadata={"help": "Stop before an update whose loss or gradient norm exceeds its median so many times."},
+    loss_spike_factor: float | None = HfArg(
+        default=None, help="Stop before an update whose loss or gradient norm exceeds its median so many times."
     )
-    loss_spike_window: int = field(default=100, metadata={"help": "Steps of which that median is."})
-    probe_steps: int | None = field(
-        default=None,
-        metadata={"help": "Probe the skip connections every so many steps, on 32 training examples, into probe.csv."},
+    loss_spike_window: int = HfArg(default=100, help="Steps of which that median is.")
+    probe_steps: int | None = HfArg(
+        default=None, help="Probe the skip connections every so many steps, on 32 training examples, into probe.csv."
     )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Start from this model, with all that belongs to it; model keys override its configuration."},
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Start from this model, with all that belongs to it; model keys override its configuration."
     )
-    eval_strategy: Literal["no", "steps", "epoch"] = field(
-        default="epoch", metadata={"help": "When to evaluate, if there is validation data."}
+    eval_strategy: Literal["no", "steps", "epoch"] = HfArg(
+        default="epoch", help="When to evaluate, if there is validation data."
     )
-    save_strategy: Literal["no", "steps", "epoch", "best"] = field(default="epoch", metadata={"help": "When to save."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
-    logging_steps: float = field(
+    save_strategy: Literal["no", "steps", "epoch", "best"] = HfArg(default="epoch", help="When to save.")
+    save_total_limit: int | None = HfArg(default=2, help="Number of checkpoints to keep.")
+    logging_steps: float = HfArg(
         default=DEFAULT_LOGGING_STEPS,
-        metadata={"help": "Log every so many steps, or this fraction of all; the default, 50, is less in a short run."},
+        help="Log every so many steps, or this fraction of all; the default, 50, is less in a short run.",
     )
-    eval_steps: float | None = field(
-        default=None,
-        metadata={"help": "Evaluate every so many steps, or this fraction of all, by eval_strategy steps."},
+    eval_steps: float | None = HfArg(
+        default=None, help="Evaluate every so many steps, or this fraction of all, by eval_strategy steps."
     )
-    disable_tqdm: bool | None = field(
-        default=None,
-        metadata={"help": "Print lines in place of a progress bar; unless given, where there is no terminal."},
+    disable_tqdm: bool | None = HfArg(
+        default=None, help="Print lines in place of a progress bar; unless given, where there is no terminal."
     )
     restore_callback_states_from_checkpoint: bool = True
 

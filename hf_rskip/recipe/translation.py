@@ -1,9 +1,10 @@
 """The training keys of translation."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import SchedulerType, Seq2SeqTrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..errors import UserError
 from ..evaluation.bleu import create_bleu
@@ -31,25 +32,20 @@ ModelArguments = make_model_arguments("ModelArguments", RSkipConfig, _NOT_IN_REC
 class GenerationArguments:
     """Keys of generation, saved in `generation_config.json`."""
 
-    num_beams: int = field(default=5, metadata={"help": "Number of beams; 1 is greedy search."})
-    length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length by which scores are divided."})
-    gnmt_length_penalty: float | None = field(
-        default=None, metadata={"help": "In place of length_penalty: alpha of ((5 + length) / 6) ** alpha."}
+    num_beams: int = HfArg(default=5, help="Number of beams; 1 is greedy search.")
+    length_penalty: float = HfArg(default=1.0, help="Exponent of the length by which scores are divided.")
+    gnmt_length_penalty: float | None = HfArg(
+        default=None, help="In place of length_penalty: alpha of ((5 + length) / 6) ** alpha."
     )
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Longest translation, in tokens; max_target_length unless this or max_len_a or _b is given."},
+    max_new_tokens: int | None = HfArg(
+        default=None, help="Longest translation, in tokens; max_target_length unless this or max_len_a or _b is given."
     )
-    max_len_a: float | None = field(
-        default=None, metadata={"help": "A sentence of n tokens gets at most max_len_a * n + max_len_b tokens."}
+    max_len_a: float | None = HfArg(
+        default=None, help="A sentence of n tokens gets at most max_len_a * n + max_len_b tokens."
     )
-    max_len_b: int | None = field(default=None, metadata={"help": "See max_len_a."})
-    early_stopping: bool = field(
-        default=False, metadata={"help": "Whether a beam search ends when num_beams candidates have ended."}
-    )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "Longest n-gram that may occur once only; 0 is off."}
-    )
+    max_len_b: int | None = HfArg(default=None, help="See max_len_a.")
+    early_stopping: bool = HfArg(default=False, help="Whether a beam search ends when num_beams candidates have ended.")
+    no_repeat_ngram_size: int = HfArg(default=0, help="Longest n-gram that may occur once only; 0 is off.")
 
     def __post_init__(self):
         check_ranges(self)
@@ -65,55 +61,46 @@ class GenerationArguments:
 class RSkipTrainingArguments(CommonTrainingArguments, Seq2SeqTrainingArguments):
     """Training keys of translation, with its usual defaults."""
 
-    per_device_train_batch_tokens: int = field(
-        default=4096,
-        metadata={"help": "Budget of a batch on one device: padded tokens of the source, and of the target."},
+    per_device_train_batch_tokens: int = HfArg(
+        default=4096, help="Budget of a batch on one device: padded tokens of the source, and of the target."
     )
-    chunked_cross_entropy: bool = field(
-        default=True,
-        metadata={"help": "Compute the loss in chunks, without the logits of a whole batch: less memory and time."},
+    chunked_cross_entropy: bool = HfArg(
+        default=True, help="Compute the loss in chunks, without the logits of a whole batch: less memory and time."
     )
-    global_batch_tokens: int | None = field(
+    global_batch_tokens: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Budget of an optimizer step over all processes: the same sentences form a step on any number of "
-            "them. Decides gradient_accumulation_steps, so that no device exceeds its budget by more than a sentence."
-        },
+        help="Budget of an optimizer step over all processes: the same sentences form a step on any number of "
+        "them. Decides gradient_accumulation_steps, so that no device exceeds its budget by more than a sentence.",
     )
-    pad_to_multiple_of: int = field(
-        default=1,
-        metadata={"help": "Pad batches to such lengths, which tensor cores and compiled kernels divide evenly."},
+    pad_to_multiple_of: int = HfArg(
+        default=1, help="Pad batches to such lengths, which tensor cores and compiled kernels divide evenly."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for parameters that a step did not use: there are none."}
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False, help="Whether DDP looks for parameters that a step did not use: there are none."
     )
-    attn_implementation: str = field(
-        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."}
+    attn_implementation: str = HfArg(
+        default="sdpa", help="eager, sdpa, flash_attention_2, flex_attention, or a kernel of the Hub."
     )
-    bleu_tokenize: str | None = field(
+    bleu_tokenize: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "sacreBLEU's `tokenize`, by default that of the target language; `none` for text that is tokenized "
-            "already."
-        },
+        help="sacreBLEU's `tokenize`, by default that of the target language; `none` for text that is tokenized "
+        "already.",
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate, reached after warmup_steps."})
-    lr_scheduler_type: SchedulerType = field(
-        default=SchedulerType.INVERSE_SQRT, metadata={"help": "Learning-rate schedule."}
+    learning_rate: float = HfArg(default=5e-4, help="Peak learning rate, reached after warmup_steps.")
+    lr_scheduler_type: SchedulerType = HfArg(default=SchedulerType.INVERSE_SQRT, help="Learning-rate schedule.")
+    warmup_steps: float = HfArg(
+        default=0.1, help="Steps in which the learning rate rises to its peak, or this fraction of all."
     )
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps in which the learning rate rises to its peak, or this fraction of all."}
+    adam_beta2: float = HfArg(default=0.98, help="Beta2 of Adam.")
+    adam_epsilon: float = HfArg(default=1e-9, help="Epsilon of Adam.")
+    label_smoothing_factor: float = HfArg(default=0.1, help="Label smoothing.")
+    load_best_model_at_end: bool = HfArg(default=True, help="Whether to end with the best model.")
+    metric_for_best_model: str = HfArg(default="bleu", help="By which metric the best model is chosen.")
+    predict_with_generate: bool = HfArg(
+        default=True, help="Whether evaluation during training translates, for BLEU and chrF."
     )
-    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of Adam."})
-    adam_epsilon: float = field(default=1e-9, metadata={"help": "Epsilon of Adam."})
-    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether to end with the best model."})
-    metric_for_best_model: str = field(default="bleu", metadata={"help": "By which metric the best model is chosen."})
-    predict_with_generate: bool = field(
-        default=True, metadata={"help": "Whether evaluation during training translates, for BLEU and chrF."}
-    )
-    generation_num_beams: int = field(default=1, metadata={"help": "Number of beams of evaluation during training."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sentences in an evaluation batch."})
+    generation_num_beams: int = HfArg(default=1, help="Number of beams of evaluation during training.")
+    per_device_eval_batch_size: int = HfArg(default=64, help="Sentences in an evaluation batch.")
 
     def __post_init__(self):
         super().__post_init__()

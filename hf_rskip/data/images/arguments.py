@@ -1,7 +1,8 @@
 """The keys of a dataset of images, checked before anything is read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ...checks import check_count
@@ -17,52 +18,40 @@ class ImageDataArguments(DatasetArguments):
         UserError: if a value is not allowed; the message names the field and what is allowed.
     """
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or local folder of a dataset with images and labels."}
+    dataset_name: str | None = HfArg(default=None, help="Hub id or local folder of a dataset with images and labels.")
+    image_column: str | None = HfArg(default=None, help="The only column of images unless given.")
+    label_column: str | None = HfArg(
+        default=None, help="The only column of class labels, or that called label, unless given."
     )
-    image_column: str | None = field(default=None, metadata={"help": "The only column of images unless given."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "The only column of class labels, or that called label, unless given."}
+    validation_size: int | None = HfArg(
+        default=None, help="Hold out so many training images for validation, in the proportions of the classes."
     )
-    validation_size: int | None = field(
+    max_train_samples: int | None = HfArg(
         default=None,
-        metadata={"help": "Hold out so many training images for validation, in the proportions of the classes."},
+        help="Use so many images of the training split only: the first, or where these lack classes some at "
+        "even distances (of a stream always the first).",
     )
-    max_train_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Use so many images of the training split only: the first, or where these lack classes some at "
-            "even distances (of a stream always the first)."
-        },
+    streaming: bool = HfArg(default=False, help="Read images while training, rather than all of them before.")
+    shuffle_buffer_size: int = HfArg(default=1000, help="Streaming draws the next image from so many at random.")
+    image_size: int = HfArg(default=32, help="Height and width of the images, in pixels.")
+    crop_pct: float = HfArg(
+        default=1.0, help="Resize the shorter edge to image_size / crop_pct, then take the centre (evaluation)."
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read images while training, rather than all of them before."}
+    image_mean: list[float] = HfArg(
+        default_factory=lambda: list(IMAGENET_DEFAULT_MEAN), help="Mean of each channel, from 0 to 1."
     )
-    shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Streaming draws the next image from so many at random."}
+    image_std: list[float] = HfArg(
+        default_factory=lambda: list(IMAGENET_DEFAULT_STD), help="Standard deviation of each channel."
     )
-    image_size: int = field(default=32, metadata={"help": "Height and width of the images, in pixels."})
-    crop_pct: float = field(
-        default=1.0,
-        metadata={"help": "Resize the shorter edge to image_size / crop_pct, then take the centre (evaluation)."},
+    crop_padding: int = HfArg(
+        default=4, help="Train on random crops of images with so many pixels of padding; 0 is off."
     )
-    image_mean: list[float] = field(
-        default_factory=lambda: list(IMAGENET_DEFAULT_MEAN), metadata={"help": "Mean of each channel, from 0 to 1."}
-    )
-    image_std: list[float] = field(
-        default_factory=lambda: list(IMAGENET_DEFAULT_STD), metadata={"help": "Standard deviation of each channel."}
-    )
-    crop_padding: int = field(
-        default=4, metadata={"help": "Train on random crops of images with so many pixels of padding; 0 is off."}
-    )
-    random_resized_crop: bool = field(
+    random_resized_crop: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Train on random parts, 8% to 100% of the area, resized to image_size, in place of crop_padding; a "
-            "resumed run draws other ones."
-        },
+        help="Train on random parts, 8% to 100% of the area, resized to image_size, in place of crop_padding; a "
+        "resumed run draws other ones.",
     )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+    horizontal_flip: bool = HfArg(default=True, help="Mirror half of the training images.")
 
     def __post_init__(self):
         if self.dataset_name is None:

@@ -1,7 +1,9 @@
 """The keys of a parallel corpus, checked before anything is read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
+
+from transformers.hf_argparser import HfArg
 
 from ...errors import UserError
 from ..arguments import DatasetArguments
@@ -18,51 +20,38 @@ class DataArguments(DatasetArguments):
         UserError: if a value is not allowed; the message names the field and what is allowed.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or local folder of a dataset with a `translation` column, or `cldr`."},
+    dataset_name: str | None = HfArg(
+        default=None, help="Hub id or local folder of a dataset with a `translation` column, or `cldr`."
     )
-    source_lang: str | None = field(default=None, metadata={"help": "Code of the language translated from."})
-    target_lang: str | None = field(default=None, metadata={"help": "Code of the language translated into."})
-    train_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "Two UTF-8 text files for training, source then target, one sentence a line."},
+    source_lang: str | None = HfArg(default=None, help="Code of the language translated from.")
+    target_lang: str | None = HfArg(default=None, help="Code of the language translated into.")
+    train_files: list[str] | None = HfArg(
+        default=None, help="Two UTF-8 text files for training, source then target, one sentence a line."
     )
-    validation_files: list[str] | None = field(
-        default=None, metadata={"help": "Two UTF-8 text files for validation, source then target."}
+    validation_files: list[str] | None = HfArg(
+        default=None, help="Two UTF-8 text files for validation, source then target."
     )
-    test_files: list[str] | None = field(
-        default=None, metadata={"help": "Two UTF-8 text files for the test, source then target."}
+    test_files: list[str] | None = HfArg(default=None, help="Two UTF-8 text files for the test, source then target.")
+    validation_split: str | None = HfArg(
+        default=None, help="Name of its validation split; validation unless there is a validation_size."
     )
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Name of its validation split; validation unless there is a validation_size."}
+    max_characters: int = HfArg(
+        default=10_000, help="Drop training pairs with a side of more characters, before tokenization."
     )
-    max_characters: int = field(
-        default=10_000, metadata={"help": "Drop training pairs with a side of more characters, before tokenization."}
+    remove_duplicates: bool = HfArg(default=False, help="Drop training pairs whose source and target both came before.")
+    max_source_length: int = HfArg(default=256, help="Drop training pairs whose source has more tokens than this.")
+    max_target_length: int = HfArg(default=256, help="Drop training pairs whose target has more tokens than this.")
+    max_length_ratio: float | None = HfArg(
+        default=None, help="Drop training pairs whose longer side has more than this many times the other's tokens."
     )
-    remove_duplicates: bool = field(
-        default=False, metadata={"help": "Drop training pairs whose source and target both came before."}
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Folder or Hub id of an existing tokenizer; without it one is trained on the corpus."
     )
-    max_source_length: int = field(
-        default=256, metadata={"help": "Drop training pairs whose source has more tokens than this."}
+    tokenizer_train_samples: int = HfArg(
+        default=1_000_000, help="Train the tokenizer on at most so many pairs, taken at even distances from the corpus."
     )
-    max_target_length: int = field(
-        default=256, metadata={"help": "Drop training pairs whose target has more tokens than this."}
-    )
-    max_length_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Drop training pairs whose longer side has more than this many times the other's tokens."},
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of an existing tokenizer; without it one is trained on the corpus."},
-    )
-    tokenizer_train_samples: int = field(
-        default=1_000_000,
-        metadata={"help": "Train the tokenizer on at most so many pairs, taken at even distances from the corpus."},
-    )
-    lowercase: bool = field(
-        default=False, metadata={"help": "Lower-case all text, in the normalizer of the tokenizer that is trained."}
+    lowercase: bool = HfArg(
+        default=False, help="Lower-case all text, in the normalizer of the tokenizer that is trained."
     )
 
     def __post_init__(self):
