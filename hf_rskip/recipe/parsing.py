@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import torch
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..checks import did_you_mean
 from ..data.images.arguments import ImageDataArguments
 from ..data.text.arguments import DataArguments
 from ..decoding.loading import load_config
 from ..errors import UserError
-from ..models import RSkipConfig, RSkipForConditionalGeneration, RSkipResNetConfig
+from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .images import ImageModelArguments, ImageTrainingArguments
 from .keys import is_supported, why_refused
 from .translation import GenerationArguments, ModelArguments, RSkipTrainingArguments
@@ -59,7 +60,7 @@ TASKS: dict[str, dict[str, type]] = {
 class TaskArguments:
     """The key that decides which other keys there are."""
 
-    task: str = field(default="translation", metadata={"help": "translation or image-classification."})
+    task: str = HfArg(default="translation", help="translation or image-classification.")
 
 
 _NOT_REPEATED = {"output_dir", "resume_from_checkpoint", "hub_token"}
@@ -188,20 +189,14 @@ def check_configuration(recipe: Recipe) -> None:
     """Raises a [`UserError`] if the model keys do not make a configuration, where no other model completes them."""
     if recipe.training.model_name_or_path is not None:
         return
-    said = {key: value for key, value in asdict(recipe.model).items() if value is not None}
-    architecture = said.pop("architecture", None)
     try:
         if recipe.task == "translation":
-            config = RSkipConfig(**said)
+            config = RSkipConfig(**asdict(recipe.model))
             check_lengths(recipe, config.max_position_embeddings)
             with torch.device("meta"):
                 RSkipForConditionalGeneration(config).set_attn_implementation(recipe.training.attn_implementation)
-        elif architecture is None:
-            RSkipResNetConfig(**said)
         else:
-            RSkipResNetConfig.from_name(
-                architecture, **{key: value for key, value in said.items() if key in recipe.keys}
-            )
+            recipe.model.make_config(recipe.keys)
     except (ValueError, ImportError) as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
 
@@ -309,8 +304,6 @@ def _as_command_line(values: dict) -> list[str]:
     """Converts a recipe to words of a command line, so that one parser reads both."""
     words = []
     for key, value in values.items():
-        if value is None:
-            continue
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         else:

@@ -1,6 +1,5 @@
 """The task of image classification: from images to accuracies on their test split."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -107,14 +106,9 @@ def _prepare(images: ImageDatasets, split: str, recipe: Recipe, checkpoint: Path
 
 def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageClassification:
     """A new model of the recipe's configuration, or the one that it starts from."""
-    start, architecture = recipe.training.model_name_or_path, recipe.model.architecture
-    if start and architecture:
+    start = recipe.training.model_name_or_path
+    if start and recipe.model.architecture:
         raise UserError("architecture cannot be set with model_name_or_path, which brings its own.")
-    fields = {
-        key: value
-        for key, value in asdict(recipe.model).items()
-        if value is not None and key != "architecture" and (key in recipe.keys or not (start or architecture))
-    }
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     labels |= {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
     try:
@@ -125,13 +119,12 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
                 raise UserError(
                     f"{start!r} is a model of type {model_type!r}, not {RSkipResNetConfig.model_type!r}{hint}."
                 )
+            changes = {**recipe.model.config_fields(recipe.keys), **labels}
             model, info = RSkipResNetForImageClassification.from_pretrained(
-                start, **fields, **labels, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+                start, **changes, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
             )
-        elif architecture:
-            return RSkipResNetForImageClassification(RSkipResNetConfig.from_name(architecture, **fields, **labels))
         else:
-            return RSkipResNetForImageClassification(RSkipResNetConfig(**fields, **labels))
+            return RSkipResNetForImageClassification(recipe.model.make_config(recipe.keys, **labels))
     except UserError:
         raise
     except SafetensorError as error:
