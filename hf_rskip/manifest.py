@@ -8,30 +8,16 @@ from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 
-from transformers.utils import (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-)
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .atomic import replace_text
 from .errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "source.spm",
-    "target.spm",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+    *("source.spm", "target.spm", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
 CONFIGURATIONS = (CONFIG_NAME, GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME)
 MODEL_FILES = (*CONFIGURATIONS, SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors", *TOKENIZER_FILES)

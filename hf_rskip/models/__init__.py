@@ -4,13 +4,7 @@ Importing it registers the models with the Auto classes.
 """
 # ruff: noqa: F403, F405
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-)
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
 from .configuration_rskip import *
 from .configuration_rskip_resnet import *

@@ -353,9 +353,4 @@ class RSkipResNetBackbone(BackboneMixin, RSkipResNetPreTrainedModel):
         return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)
 
 
-__all__ = [
-    "RSkipResNetBackbone",
-    "RSkipResNetForImageClassification",
-    "RSkipResNetModel",
-    "RSkipResNetPreTrainedModel",
-]
+__all__ = ["RSkipResNetBackbone", "RSkipResNetForImageClassification", "RSkipResNetModel", "RSkipResNetPreTrainedModel"]

@@ -14,15 +14,8 @@ from .training import CommonTrainingArguments, make_model_arguments
 
 # Set by the tokenizer and the data, or fixed.
 _NOT_IN_RECIPES = {
-    "decoder_vocab_size",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-    "is_encoder_decoder",
-    "use_cache",
-    "source_lang",
-    "target_lang",
+    *("decoder_vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("is_encoder_decoder", "use_cache", "source_lang", "target_lang"),
 }
 
 ModelArguments = make_model_arguments("ModelArguments", RSkipConfig, _NOT_IN_RECIPES)

@@ -94,9 +94,9 @@ def _open(stack: ExitStack, files: dict[str, Path]) -> dict[str, safe_open]:
 
 def _check_alike(folder: Path, files: dict[str, Path], first: Path, first_files: dict[str, Path]) -> None:
     configs = [json.loads(found[CONFIG_NAME].read_text(encoding="utf-8")) for found in (files, first_files)]
-    for key in sorted(configs[0].keys() | configs[1].keys() - {"transformers_version"}):
+    for key in sorted((configs[0].keys() | configs[1].keys()) - {"transformers_version"}):
         value, expected = (config.get(key) for config in configs)
-        if key != "transformers_version" and value != expected:
+        if value != expected:
             raise UserError(f"{str(folder)!r} has {key} {value!r}, but {str(first)!r} has {expected!r}")
     tokenizers = [found.get("tokenizer.json") for found in (files, first_files)]
     if None not in tokenizers and tokenizers[0].read_bytes() != tokenizers[1].read_bytes():

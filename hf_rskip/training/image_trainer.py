@@ -7,7 +7,6 @@ import torch
 from accelerate.utils import reduce
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.images.arguments import ImageDataArguments
@@ -38,7 +37,9 @@ class ImageTrainer(RecipeTrainer):
     def __init__(self, *, data_args: ImageDataArguments, **kwargs):
         super().__init__(
             data_collator=collate,
-            compute_metrics=_compute_metrics,
+            compute_metrics=lambda prediction: ImageClassificationMetric().compute(
+                predictions=prediction.predictions, references=prediction.label_ids
+            ),
             preprocess_logits_for_metrics=lambda logits, labels: rank_classes(logits),
             **kwargs,
         )
@@ -119,7 +120,3 @@ class ImageTrainer(RecipeTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.average_running_statistics()
         super().save_model(output_dir, _internal_call=_internal_call)
-
-
-def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return ImageClassificationMetric().compute(predictions=prediction.predictions, references=prediction.label_ids)

@@ -56,12 +56,8 @@ class MovingAverage(TrainerCallback):
 
     def save(self, folder: str | Path) -> None:
         """Writes the average into a checkpoint."""
-        save_model(self.average, str(_path(folder)))  # tied weights once
+        save_model(self.average, str(Path(folder, AVERAGE_NAME)))  # tied weights once
 
     def load(self, folder: str | Path) -> None:
         """Goes on from the average of a checkpoint."""
-        load_model(self.average, _path(folder))
-
-
-def _path(folder: str | Path) -> Path:
-    return Path(folder, AVERAGE_NAME)
+        load_model(self.average, Path(folder, AVERAGE_NAME))

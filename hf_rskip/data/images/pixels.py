@@ -47,11 +47,7 @@ class ImageTensors(torch.utils.data.Dataset):
 
 def collate(examples: dict[str, torch.Tensor] | list[dict]) -> dict[str, torch.Tensor]:
     """Stacks examples to a batch; those of [`ImageTensors`] are one already."""
-    if isinstance(examples, dict):
-        return examples
-    return default_collate(
-        [{name: example[name] for name in ("pixel_values", "labels", "row")} for example in examples]
-    )
+    return examples if isinstance(examples, dict) else default_collate(examples)
 
 
 def make_image_processor(args: ImageDataArguments) -> BitImageProcessorPil:

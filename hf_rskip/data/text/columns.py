@@ -4,8 +4,6 @@ A formatted column, `Dataset.select` and `Dataset.filter` make a Python object o
 by index are then looked up one by one.
 """
 
-from functools import partial
-
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
@@ -21,20 +19,13 @@ def keep_rows(dataset: Dataset, kept: np.ndarray, num_proc: int | None = None) -
     """Copies the rows where `kept`, `(rows,)` of booleans, is true; cached like the result of `map`."""
     if kept.all():
         return dataset
-    return (
-        dataset.with_format("arrow")
-        .map(
-            partial(_filter_table, kept=kept),
-            batched=True,
-            batch_size=10_000,
-            with_indices=True,
-            num_proc=num_proc,
-            features=dataset.features,
-            desc="Dropping",
-        )
-        .with_format(None)
+    filtered = dataset.with_format("arrow").map(
+        lambda table, indices: table.filter(pa.array(kept[indices])),
+        batched=True,
+        batch_size=10_000,
+        with_indices=True,
+        num_proc=num_proc,
+        features=dataset.features,
+        desc="Dropping",
     )
-
-
-def _filter_table(table: pa.Table, indices: list[int], kept: np.ndarray) -> pa.Table:
-    return table.filter(pa.array(kept[indices]))
+    return filtered.with_format(None)

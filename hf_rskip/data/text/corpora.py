@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -108,15 +107,13 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
         _check_every_row(dataset, pair, where)
     if found.keys() == set(pair):
         return dataset
-    return (
-        dataset.with_format("arrow")
-        .map(
-            partial(_select_fields, names=tuple(pair)),
-            batched=True,
-            features=Features({"translation": Translation(pair)}),
-        )
-        .with_format(None)
-    )
+
+    def select(table: pa.Table) -> pa.Table:
+        sides = [pc.struct_field(table["translation"], language).combine_chunks() for language in pair]
+        return pa.table({"translation": pa.StructArray.from_arrays(sides, pair)})
+
+    features = Features({"translation": Translation(pair)})
+    return dataset.with_format("arrow").map(select, batched=True, features=features).with_format(None)
 
 
 def _check_every_row(dataset: Dataset, languages: Iterable[str], where: str) -> None:
@@ -125,11 +122,6 @@ def _check_every_row(dataset: Dataset, languages: Iterable[str], where: str) -> 
         row = pc.index(pc.is_null(pc.struct_field(pairs, language)), True).as_py()
         if row >= 0:
             raise UserError(f"{where} row {row} (counted from 0) has no text for language {language!r}.")
-
-
-def _select_fields(table: pa.Table, names: tuple[str, str]) -> pa.Table:
-    sides = [pc.struct_field(table["translation"], name).combine_chunks() for name in names]
-    return pa.table({"translation": pa.StructArray.from_arrays(sides, names)})
 
 
 def iterate_sentences(dataset: Dataset, args: DataArguments, max_pairs: int) -> Iterator[str]:
