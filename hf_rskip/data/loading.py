@@ -13,11 +13,7 @@ from .names import check_name
 def load_named_dataset(
     name: str, config_name: str | None = None, streaming: bool = False
 ) -> DatasetDict | IterableDatasetDict:
-    """Loads all splits of a Hub id or local folder.
-
-    Raises:
-        UserError: if there is none, or it cannot be read.
-    """
+    """Loads all splits of a Hub id or local folder; raises a [`UserError`] if there is none, or it cannot be read."""
     check_name(name, "dataset")
     try:
         return load_dataset(name, config_name, streaming=streaming)
@@ -31,11 +27,7 @@ def load_named_dataset(
 
 
 def select_split(corpus: DatasetDict | IterableDatasetDict, args: DatasetArguments, split: str):
-    """Returns the split "train", "validation" or "test" under the name that `args` gives.
-
-    Raises:
-        UserError: if there is none; the message says which key to set.
-    """
+    """Returns the split that `args` names; raises a [`UserError`], which says what to set, if there is none."""
     name = getattr(args, f"{split}_split")
     if name in corpus:
         return corpus[name]

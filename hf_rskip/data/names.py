@@ -34,11 +34,7 @@ def check_different(names: Sequence[str]) -> None:
 
 
 def short_names(names: Sequence[str], shorten: Callable[[str], str]) -> dict[str, str]:
-    """Each of the paths and ids shortened, or all as they are where two would be the same.
-
-    Raises:
-        [`UserError`]: if one is given twice.
-    """
+    """Each of the paths and ids shortened, or all as they are where two would be the same; see [`check_different`]."""
     check_different(names)
     short = list(map(shorten, names))
     return dict(zip(names, short if len(set(short)) == len(short) else names, strict=True))

@@ -215,10 +215,7 @@ def check_lengths(recipe: Recipe, positions: int) -> None:
 def check_values(values: dict[str, Any], where: str, task: str | None = None) -> None:
     """Raises a [`UserError`] if a key is unknown to the task, or has a list of values where one is meant.
 
-    Args:
-        values: some keys of a recipe, maybe not all that one needs.
-        where: their place, as errors name it.
-        task: the default unless given.
+    The `values` need not make a recipe; `where` is their place, as errors name it.
     """
     task = _check_task(task)
     for key, value in values.items():
@@ -247,10 +244,9 @@ def _plain(value):
 
 
 def describe_keys(task: str, word: str | None = None) -> str:
-    """Describes the keys of a task with default, meaning and choices; with a `word`, only those in which it occurs.
+    """Describes the keys of a task with default, meaning and choices, or those in which `word` occurs.
 
-    Raises:
-        [`UserError`]: if it occurs in none.
+    Raises a [`UserError`] if it occurs in none.
     """
     lines = []
     for title, part in {"task": TaskArguments, **TASKS[task]}.items():

@@ -18,11 +18,9 @@ TIE_BREAKERS = ("chrf", "accuracy", "loss")
 
 
 def rank_scores(scores: Mapping[str, float], metric: str) -> tuple[float, ...]:
-    """Returns a tuple that is greater for better scores; a score that is not a number is the worst.
+    """Returns a tuple that is greater for better scores, by `metric` first; not a number is the worst.
 
-    Args:
-        scores: by name, with or without `eval_`.
-        metric: that decides first.
+    Names of scores may begin with `eval_`.
     """
     scores = {name.removeprefix("eval_"): value for name, value in scores.items()}
     names = [metric.removeprefix("eval_"), *TIE_BREAKERS]

@@ -23,11 +23,7 @@ _KINDS = {"model": "*model*", "optimizer": "*optim*", "scheduler": "*scheduler*"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Lists the checkpoints of a run in the order of their steps.
-
-    Raises:
-        [`UserError`]: if the folder cannot be read, which is not the same as one without checkpoints.
-    """
+    """Lists the checkpoints of a run in the order of their steps; raises a [`UserError`] if it cannot be read."""
     names = [name for name in _list_names(output_dir) if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
     return sorted((Path(output_dir, name) for name in names), key=checkpoint_step)
 
@@ -38,10 +34,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def publish_checkpoint(staged: Path, final: Path) -> None:
-    """Gives a finished checkpoint its manifest and, once all of it has reached the disk, its name.
-
-    One of that name is replaced.
-    """
+    """Gives a finished checkpoint its manifest and, once all is on the disk, its name, which an older one loses."""
     write_manifest(staged)
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
@@ -165,11 +158,7 @@ def read_step(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Reads `trainer_state.json` of a checkpoint.
-
-    Raises:
-        [`UserError`]: if it cannot be read, or is not the state of a Trainer.
-    """
+    """Reads `trainer_state.json` of a checkpoint; raises a [`UserError`] unless it is the state of a Trainer."""
     path = checkpoint / TRAINER_STATE_NAME
     state = read_json(path)
     if not isinstance(state, dict) or "global_step" not in state:
@@ -187,11 +176,7 @@ def _list_names(folder: str | Path) -> list[str]:
 
 
 def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterable[str]) -> None:
-    """Refuses to resume with another model configuration, which the weights may fit all the same.
-
-    Raises:
-        [`UserError`]: if one of `fields` is another in the configuration of the checkpoint.
-    """
+    """Raises a [`UserError`] if one of `fields`, which the weights may fit all the same, is another in a checkpoint."""
     before = type(config).from_pretrained(checkpoint)
     for field in fields:
         old, new = getattr(before, field), getattr(config, field)

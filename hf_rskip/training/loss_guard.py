@@ -72,14 +72,9 @@ class LossGuard:
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """Checks weights after the last update, of which no loss is computed, and means of weights; on every process.
+    """Raises [`Diverged`] if a weight or a running statistic is not finite; to be called on every process.
 
-    Args:
-        model: without the wrappers of accelerate.
-        step: of the last update.
-
-    Raises:
-        [`Diverged`]: if a weight or a running statistic is not finite.
+    No loss is computed of the weights after the last update, at `step`, and of means of weights.
     """
     tensors = model.state_dict()
     is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())

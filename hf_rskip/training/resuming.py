@@ -47,11 +47,7 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
 
 
 def check_data(record: dict[str, Any], checksums: dict[str, int]) -> None:
-    """Adds the checksums of the data, by split, to a record.
-
-    Raises:
-        [`UserError`]: if the run was trained on other data before it was resumed.
-    """
+    """Adds the checksums of the data, by split, to a record; raises a [`UserError`] if it has others already."""
     for split, before in record["data"].items():
         if checksums.get(split) != before:
             raise UserError(
@@ -70,8 +66,7 @@ def write_record(folder: str | Path, record: dict[str, Any], step: int) -> None:
 def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the results of a finished run that is to be resumed, or `None` if there is something to train.
 
-    Raises:
-        [`UserError`]: if the recipe asks a finished run for something else than a longer training.
+    Raises a [`UserError`] if the recipe asks a finished run for something else than a longer training.
     """
     training = recipe.training
     folder, resume = Path(training.output_dir), str(training.resume_from_checkpoint or "false").lower()

@@ -158,8 +158,7 @@ class _Decoder:
 def open_image(image: dict | None, where: str) -> PilImage.Image:
     """Decodes `{"bytes": ..., "path": ...}`, upright and in RGB as a pipeline of Transformers does.
 
-    Raises:
-        UserError: if that is not possible; the sentence begins with `where`.
+    Raises a [`UserError`] that begins with `where` if that is not possible.
     """
     if image is None:
         raise UserError(f"{where} has no image.")

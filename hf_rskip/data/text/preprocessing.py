@@ -115,8 +115,7 @@ def drop_pairs(
 ) -> tuple[Dataset, dict[str, int]]:
     """Drops the pairs to which a reason applies, `(pairs,)` of booleans each; returns the others and the counts.
 
-    Raises:
-        UserError: if no pair remains after this `step`.
+    Raises a [`UserError`] if no pair remains after this `step`.
     """
     kept, counts = np.ones(len(dataset), dtype=bool), {}
     for reason, applies in reasons.items():
