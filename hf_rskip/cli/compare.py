@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     """
     from transformers import AutoModelForSeq2SeqLM
 
-    from ..decoding.loading import load_config, load_model
+    from ..decoding.loading import load_config, load_translator
     from ..decoding.translate import translate
     from ..evaluation.bleu import choose_tokenizer
     from ..evaluation.comparison import check_translations, compare_systems
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         if system in files:
             translations[names[system]] = files[system]
         else:
-            model, tokenizer = load_model(system)
+            model, tokenizer = load_translator(system)
             lowercase = lowercase or lowercases(tokenizer)
             translations[names[system]] = translate(model, tokenizer, sources, **decoding)
     comparison = compare_systems(sources, references, translations, args.n_samples, bleu_tokenize, lowercase)

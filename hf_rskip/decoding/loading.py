@@ -24,6 +24,7 @@ from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..manifest import check_model
 from ..models import RSkipResNetConfig
+from .ctranslate2 import CTranslate2Model, is_ctranslate2
 from .ensemble import Ensemble
 
 _TASKS = {
@@ -101,21 +102,31 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_complete(AutoModelForSeq2SeqLM, name), load_tokenizer(name)
 
 
+def load_translator(name: str) -> tuple[PreTrainedModel | CTranslate2Model, PreTrainedTokenizerBase]:
+    """What [`load_model`] gives, or an export to another engine, which translates and scores in the same way."""
+    if is_ctranslate2(name):
+        return CTranslate2Model(name, load_config(name)), load_tokenizer(name)
+    return load_model(name)
+
+
 def load_image_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A model that classifies images and its image processor; see [`load_complete`]."""
     return load_complete(AutoModelForImageClassification, name), load_image_processor(name)
 
 
-def load_ensemble(names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_ensemble(names: Sequence[str]) -> tuple[PreTrainedModel | CTranslate2Model, PreTrainedTokenizerBase]:
     """The model of one name, or the [`Ensemble`] of several, and the tokenizer that they share.
 
     Raises:
         [`UserError`]: if one is given twice, cannot be loaded, or has another vocabulary than the first.
     """
     check_different(names)
-    loaded = [load_model(name) for name in names]
+    loaded = [load_translator(name) for name in names]
     (first, tokenizer), *others = loaded
-    for name, (_, other) in zip(names[1:], loaded[1:], strict=True):
+    for name, (model, _) in zip(names, loaded, strict=True):
+        if others and isinstance(model, CTranslate2Model):
+            raise UserError(f"{name!r} is an export to CTranslate2, which translates alone")
+    for name, (_, other) in zip(names[1:], others, strict=True):
         if other.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{name!r} has another vocabulary than {names[0]!r}: they cannot translate together")
     return (Ensemble([model for model, _ in loaded]) if others else first), tokenizer

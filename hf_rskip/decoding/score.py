@@ -7,6 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
+from .ctranslate2 import CTranslate2Model
 
 
 def score(
@@ -53,19 +54,26 @@ def score_tokens(
     log_probs = [[] for _ in lengths]
     model.eval()
     for batch in batches_by_length(dict(enumerate(lengths)), max_batch_tokens):
-        inputs = tokenizer.pad({"input_ids": [sources[index] for index in batch]}, return_tensors="pt")
-        labels = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(targets[index]) for index in batch], batch_first=True, padding_value=-100
-        ).to(model.device)
-        with torch.inference_mode():
-            decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
-            logits = model(**inputs.to(model.device), decoder_input_ids=decoder_input_ids, use_cache=False).logits
-            # Cross-entropy is 0 where the label is -100.
-            values = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-        for index, row in zip(batch, values.tolist(), strict=True):
+        pairs = [sources[index] for index in batch], [targets[index] for index in batch]
+        is_torch = not isinstance(model, CTranslate2Model)
+        rows = _score_in_torch(model, tokenizer, *pairs) if is_torch else model.score_tokens(*pairs)
+        for index, row in zip(batch, rows, strict=True):
             log_probs[index] = row[: len(targets[index])]
         progress(len(batch))
     return log_probs
+
+
+def _score_in_torch(model, tokenizer, sources, targets) -> list[list[float]]:
+    """The log-probabilities of a batch, and zeros after the end of a target."""
+    inputs = tokenizer.pad({"input_ids": sources}, return_tensors="pt").to(model.device)
+    labels = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, targets)), batch_first=True, padding_value=-100)
+    labels = labels.to(model.device)
+    with torch.inference_mode():
+        decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
+        logits = model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
+        # Cross-entropy is 0 where the label is -100.
+        values = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return values.tolist()
 
 
 def batches_by_length(lengths: Mapping[int, int], max_tokens: int) -> Iterator[list[int]]:

@@ -47,6 +47,11 @@ def find_length_penalty(kwargs: dict, configs: list[GenerationConfig]) -> float:
     return 1.0
 
 
+def length_limits(lengths: torch.Tensor, a: float | None, b: int | None, most: int) -> torch.LongTensor:
+    """`a` times the source length plus `b`, from 1 to `most`: the limit of new tokens of each sentence."""
+    return ((a or 0) * lengths + (b or 0)).clamp(1, most).long()
+
+
 class SourceLengthCriteria(StoppingCriteria):
     """Ends each row at a length of its own.
 
@@ -94,8 +99,8 @@ class TranslationGenerationMixin(GenerationMixin):
         if (find_option("num_beams", kwargs, configs) or 1) > 1:
             changes["length_penalty"] = find_length_penalty(kwargs, configs)
         if a is not None or b is not None:
-            limits = (a or 0) * self._source_lengths(inputs, **kwargs) + (b or 0)
-            limits = limits.clamp(1, self.config.max_position_embeddings).long()
+            lengths = self._source_lengths(inputs, **kwargs)
+            limits = length_limits(lengths, a, b, self.config.max_position_embeddings)
             longest, most = limits.max().item(), find_option("max_new_tokens", kwargs, configs)
             changes["max_new_tokens"] = longest if most is None else min(longest, most)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])

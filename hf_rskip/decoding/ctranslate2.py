@@ -1,0 +1,148 @@
+"""Translates and scores with CTranslate2 what `hf-rskip export --format ctranslate2` wrote."""
+
+import json
+import os
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedConfig
+
+from ..errors import UserError
+from ..models.generation_rskip import GNMTLengthPenalty, find_length_penalty, find_option, length_limits
+
+_SAME = {"num_beams", "num_return_sequences", "length_penalty", "gnmt_length_penalty", "early_stopping", "use_cache"}
+_SAME |= {"max_new_tokens", "max_length", "max_len_a", "max_len_b"}
+_SAME |= {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"}
+"""Options of `generate` that have the same effect here, or none in either."""
+_NEUTRAL = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+
+
+def import_ctranslate2():
+    """The package; raises a [`UserError`] if it is not installed."""
+    try:
+        import ctranslate2
+    except ImportError as error:
+        raise UserError("CTranslate2 needs `pip install 'hf_rskip[ctranslate2]'`") from error
+    return ctranslate2
+
+
+def is_ctranslate2(name: str | os.PathLike) -> bool:
+    """Whether that is a folder with a model of CTranslate2."""
+    return Path(name, "model.bin").is_file()
+
+
+class CTranslate2Model:
+    """A model in CTranslate2 with the calls that [`translate`] and [`score_tokens`] make.
+
+    Its beam search is that of Transformers with `early_stopping` true: a sentence ends once it has `num_beams`
+    hypotheses that have ended. It runs on the GPU if there is one, else on as many threads as torch.
+
+    Args:
+        folder: an exported one.
+        config: its configuration.
+
+    Raises:
+        [`UserError`]: if ctranslate2 is missing, or cannot load the model.
+    """
+
+    device = torch.device("cpu")
+    """Where the tensors are that it takes and gives."""
+
+    def __init__(self, folder: str, config: PreTrainedConfig):
+        ctranslate2 = import_ctranslate2()
+        self.config = config
+        try:
+            self.generation_config = GenerationConfig.from_pretrained(folder)
+            self.translator = ctranslate2.Translator(folder, device="auto", intra_threads=torch.get_num_threads())
+            self.source_tokens, self.target_tokens = (_read_vocabulary(folder, side) for side in ("source", "target"))
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(f"{folder!r} is not a complete export to CTranslate2: {reason}") from error
+        self.target_ids = {token: index for index, token in enumerate(self.target_tokens)}
+
+    def eval(self) -> "CTranslate2Model":
+        return self
+
+    def generate(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, custom_generate=None, **kwargs
+    ) -> torch.LongTensor:
+        """Searches as `generate` of a model in torch does.
+
+        Args:
+            input_ids, attention_mask: source tokens, and 1 at the real ones, `(sentences, length)`.
+            custom_generate: ignored; the search in torch, in place of which this one stands.
+            kwargs: options of `generate`, over the generation configuration.
+
+        Returns:
+            The start token and those of the translations, padded, `(sentences * num_return_sequences, length)`.
+
+        Raises:
+            [`UserError`]: if an option would have another effect than in torch.
+        """
+        configs = [self.generation_config]
+        option = partial(find_option, kwargs=kwargs, configs=configs)
+        beams, penalty = option("num_beams") or 1, find_length_penalty(kwargs, configs)
+        self._check(kwargs, beams, penalty)
+        ends = option("eos_token_id")
+        sources = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        limits = self._limits([len(source) for source in sources], option)
+        hypotheses = [None] * len(sources)
+        for limit, group in groupby(sorted(range(len(sources)), key=limits.__getitem__), limits.__getitem__):
+            group = list(group)
+            results = self.translator.translate_batch(
+                [[self.source_tokens[token] for token in sources[index]] for index in group],
+                beam_size=beams,
+                num_hypotheses=option("num_return_sequences") or 1,
+                length_penalty=penalty or 1e-9,  # with 0 it would end a sentence with its first hypothesis
+                max_decoding_length=limit,
+                max_input_length=0,
+                end_token=ends if isinstance(ends, list) else [ends],
+                return_end_token=True,  # so that the length counts it
+            )
+            for index, result in zip(group, results, strict=True):
+                hypotheses[index] = result.hypotheses
+        start = self.config.decoder_start_token_id
+        rows = [[start, *map(self.target_ids.get, tokens)] for several in hypotheses for tokens in several]
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=self.config.pad_token_id)
+
+    def score_tokens(self, sources: list[list[int]], targets: list[list[int]]) -> list[list[float]]:
+        """The log-probability of every token of targets that end with the end token, or before it."""
+        end = self.target_ids[self.config.eos_token]
+        texts = [target[:-1] if target[-1] == end else target for target in targets]
+        results = self.translator.score_batch(
+            [[self.source_tokens[token] for token in source] for source in sources],
+            [[self.target_tokens[token] for token in text] for text in texts],
+            max_input_length=0,
+        )
+        return [result.log_probs[: len(target)] for result, target in zip(results, targets, strict=True)]
+
+    def _check(self, kwargs: dict, beams: int, penalty: float) -> None:
+        """Raises a [`UserError`] that names an option of another effect."""
+        for name, value in {**self.generation_config.to_diff_dict(), **kwargs}.items():
+            if name not in _SAME and value is not None and value is not False and _NEUTRAL.get(name) != value:
+                raise UserError(f"`{name}` {value!r} has no counterpart in CTranslate2")
+        if beams > 1 and isinstance(penalty, GNMTLengthPenalty):
+            raise UserError("`gnmt_length_penalty` does not exist in CTranslate2: give a `length_penalty`")
+        early = find_option("early_stopping", kwargs, [self.generation_config])
+        if beams > 1 and early is not None and early is not True:
+            raise UserError(f"`early_stopping` is always true in CTranslate2, not {early!r}")
+
+    def _limits(self, lengths: list[int], option) -> list[int]:
+        """The most new tokens of each sentence, of which those are the source lengths."""
+        a, b, most = option("max_len_a"), option("max_len_b"), option("max_new_tokens")
+        positions = self.config.max_position_embeddings
+        if most is None and a is None and b is None:
+            most = (option("max_length") or 21) - 1  # which counts the start token; 21 as in Transformers
+        most = min(most or positions, positions)
+        if a is None and b is None:
+            return [most] * len(lengths)
+        return length_limits(torch.tensor(lengths), a, b, most).tolist()
+
+
+def _read_vocabulary(folder: str, side: str) -> list[str]:
+    """The tokens of one side, in the order of their ids."""
+    shared, own = (Path(folder, f"{name}_vocabulary.json") for name in ("shared", side))
+    return json.loads((shared if shared.exists() else own).read_text(encoding="utf-8"))
