@@ -136,7 +136,8 @@ def _stack_spec(model: PreTrainedModel, name: str):
         **({"external_pre_post_encoder_layers": is_peri} if is_decoder else {}),
     )
     spec.scale_embeddings = config.scale_embedding
-    (spec.embeddings if is_decoder else spec.embeddings[0]).weight = stack.embed_tokens.weight
+    # A copy, since CTranslate2 quantizes in place.
+    (spec.embeddings if is_decoder else spec.embeddings[0]).weight = stack.embed_tokens.weight.clone()
     spec.position_encodings.encodings = stack.embed_positions.weight
     if spec.pre_norm:
         _set_norm(spec.layer_norm, stack.final_norm)

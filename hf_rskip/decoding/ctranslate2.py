@@ -98,6 +98,7 @@ class CTranslate2Model:
                 num_hypotheses=option("num_return_sequences") or 1,
                 length_penalty=penalty or 1e-9,  # with 0 it would end a sentence with its first hypothesis
                 max_decoding_length=limit,
+                min_decoding_length=0,  # not 1: the end token may come first
                 max_input_length=0,
                 end_token=ends if isinstance(ends, list) else [ends],
                 return_end_token=True,  # so that the length counts it
@@ -122,7 +123,8 @@ class CTranslate2Model:
     def _check(self, kwargs: dict, beams: int, penalty: float) -> None:
         """Raises a [`UserError`] that names an option of another effect."""
         for name, value in {**self.generation_config.to_diff_dict(), **kwargs}.items():
-            if name not in _SAME and value is not None and value is not False and _NEUTRAL.get(name) != value:
+            is_off = value is None or value is False or _NEUTRAL.get(name) == value
+            if name not in _SAME and not name.startswith("_") and not is_off:
                 raise UserError(f"`{name}` {value!r} has no counterpart in CTranslate2")
         if beams > 1 and isinstance(penalty, GNMTLengthPenalty):
             raise UserError("`gnmt_length_penalty` does not exist in CTranslate2: give a `length_penalty`")

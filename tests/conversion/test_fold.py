@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from plain_transformers import EMBEDDINGS, EXACT, make_model
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
@@ -12,46 +13,6 @@ from hf_rskip.conversion.fold import fold, is_frozen, measured
 from hf_rskip.errors import UserError
 from hf_rskip.models import SKIP_CONNECTIONS
 from hf_rskip.models.skip_connections import RSkip
-
-EXACT = [
-    pytest.param({"skip_type": "rskip", "skip_recursions": 1}, id="rskip"),
-    pytest.param({"skip_type": "rskip", "skip_recursions": 1, "skip_norm_affine": "last"}, id="rskip-last"),
-    pytest.param({"skip_type": "rskip_detached", "skip_recursions": 1}, id="rskip_detached"),
-    pytest.param({"skip_type": "xskip", "skip_scale": 3.0}, id="xskip"),
-    pytest.param({"skip_type": "xskip", "skip_scale": -0.5, "lm_head_bias": True}, id="xskip-negative"),
-    pytest.param({"skip_type": "xskip", "skip_scale": 2.0, "skip_norm": "rms_norm"}, id="xskip-rms"),
-    pytest.param({"skip_type": "deep_norm"}, id="deep_norm"),
-    pytest.param({"skip_type": "admin"}, id="admin"),
-    pytest.param({"skip_type": "admin", "skip_norm": "rms_norm", "scale_embedding": False}, id="admin-rms"),
-    pytest.param({"skip_type": "admin_fixed"}, id="admin_fixed"),
-    pytest.param({"skip_type": "rezero"}, id="rezero"),
-]
-EMBEDDINGS = [
-    pytest.param({}, id="shared"),
-    pytest.param({"tie_word_embeddings": False}, id="shared-untied"),
-    pytest.param({"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 33}, id="separate"),
-]
-
-
-def make_model(seed=0, **values) -> RSkipForConditionalGeneration:
-    """A model none of whose parameters are at their initial values, in evaluation mode."""
-    tiny = {
-        "vocab_size": 40,
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 24,
-        "decoder_ffn_dim": 32,
-        "max_position_embeddings": 30,
-    }
-    torch.manual_seed(seed)
-    model = RSkipForConditionalGeneration(RSkipConfig(**(tiny | values)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def random_batch(config, rows=200, seed=1) -> dict[str, torch.Tensor]:
