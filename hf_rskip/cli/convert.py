@@ -79,12 +79,10 @@ def _fold(args: argparse.Namespace) -> None:
     from ..evaluation.bleu import choose_tokenizer
     from ..evaluation.evaluate import evaluate_translation
     from ..manifest import MODEL_FILES, write_manifest
-    from ..models import SKIP_CONNECTIONS, RSkipConfig
+    from ..models import SKIP_CONNECTIONS
     from .corpus import find_languages, load_test_set
 
     output, config = new_folder(args.output), load_config(args.source)
-    if config.model_type != RSkipConfig.model_type:
-        raise UserError(f"{args.source!r} is of type {config.model_type!r}, and fold takes {RSkipConfig.model_type!r}")
     has_pairs, frozen = bool(args.dataset_name or args.test_files), is_frozen(config)
     if frozen and not has_pairs:
         raise UserError("K > 1 is folded with means over data: give sentence pairs by --dataset_name or --test_files")

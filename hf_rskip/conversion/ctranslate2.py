@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..decoding.ctranslate2 import import_ctranslate2
 from ..errors import UserError
 from ..models import RSkipConfig
-from .fold import fold, is_frozen
+from .fold import fold_exactly
 from .output import new_folder
 
+_PRE_LN = ("pre_norm", "peri_norm")
 _ACTIVATIONS = {
     "relu": "RELU",
     "gelu": "GELU",
@@ -89,26 +90,12 @@ def as_plain_transformer(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         [`UserError`]: if there is no such form.
     """
-    config = model.config
-    if config.model_type != RSkipConfig.model_type:
-        raise UserError(f"A model of type {config.model_type!r} is not exported to CTranslate2, only 'rskip' is")
-    if config.activation_function not in _ACTIVATIONS:
-        raise UserError(f"`activation_function` {config.activation_function!r} does not exist in CTranslate2")
-    if config.skip_type in ("pre_norm", "peri_norm"):
-        if config.skip_norm not in ("layer_norm", "rms_norm"):
-            raise UserError(f"`skip_norm` {config.skip_norm!r} does not exist in CTranslate2")
-        return model
-    return fold_exactly(model)
-
-
-def fold_exactly(model: PreTrainedModel) -> PreTrainedModel:
-    """The folded model; raises a [`UserError`] if it is not the same function, or cannot be folded."""
-    if is_frozen(model.config):
-        raise UserError(
-            f"`skip_type` {model.config.skip_type!r} with `skip_recursions` {model.config.skip_recursions} is not a "
-            "plain Transformer: `hf-rskip convert fold` makes it one"
-        )
-    return fold(model)
+    if getattr(model.config, "skip_type", None) not in _PRE_LN:
+        model = fold_exactly(model)
+    for name, known in (("skip_norm", ("layer_norm", "rms_norm")), ("activation_function", _ACTIVATIONS)):
+        if getattr(model.config, name) not in known:
+            raise UserError(f"`{name}` {getattr(model.config, name)!r} does not exist in CTranslate2")
+    return model
 
 
 def _vocabularies(config: RSkipConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
@@ -129,7 +116,7 @@ def _stack_spec(model: PreTrainedModel, name: str):
     spec = (transformer_spec.TransformerDecoderSpec if is_decoder else transformer_spec.TransformerEncoderSpec)(
         len(stack.layers),
         getattr(config, f"{name}_attention_heads"),
-        pre_norm=config.skip_type in ("pre_norm", "peri_norm"),
+        pre_norm=config.skip_type in _PRE_LN,
         activation=common_spec.Activation[_ACTIVATIONS[config.activation_function]],
         rms_norm=config.skip_norm == "rms_norm",
         pre_post_layer_norm=is_peri,

@@ -69,6 +69,10 @@ def is_frozen(config: RSkipConfig) -> bool:
     Raises:
         [`UserError`]: if it cannot be folded, which names why.
     """
+    if config.model_type != RSkipConfig.model_type:
+        raise UserError(
+            f"A model of type {config.model_type!r} cannot be folded into post-LN, only one of type 'rskip'"
+        )
     kind, norm = config.skip_type, config.skip_norm
     reason = _NOT_LINEAR.get(kind)
     if reason is None and kind not in (*_SCALED, *_RECURSIVE, "rezero"):
@@ -166,6 +170,16 @@ def fold(
         _fold_stack(f"model.{stack}", folded, skips, linear)
     folded.generation_config = copy.deepcopy(model.generation_config)
     return folded.to(model.dtype).eval()
+
+
+def fold_exactly(model: RSkipForConditionalGeneration) -> RSkipForConditionalGeneration:
+    """[`fold`] for other software: raises a [`UserError`] where it would be an approximation, or is not possible."""
+    if is_frozen(model.config):
+        raise UserError(
+            f"`skip_type` {model.config.skip_type!r} with `skip_recursions` {model.config.skip_recursions} is not a "
+            "plain Transformer: `hf-rskip convert fold` makes it one"
+        )
+    return fold(model)
 
 
 def _fold_stack(stack_name: str, folded: RSkipForConditionalGeneration, skips: dict, linear: dict) -> None:

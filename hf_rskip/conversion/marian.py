@@ -1,10 +1,11 @@
-"""MarianMT checkpoints as post-LN models of this package, which compute the same."""
+"""MarianMT checkpoints as post-LN models of this package, which compute the same, and the way back."""
 
+import copy
 import os
 import re
 
 import torch
-from transformers import GenerationConfig, MarianConfig, MarianMTModel
+from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checks import check_count
@@ -13,6 +14,8 @@ from ..decoding.loading import load_config, not_loaded
 from ..errors import UserError
 from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipConfig, RSkipForConditionalGeneration
+from ..models.generation_rskip import TRANSLATION_OPTIONS
+from .fold import fold_exactly
 from .growth import grow_recursions
 from .output import new_folder
 
@@ -133,6 +136,53 @@ def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions
     else:
         tokenizer.save_pretrained(output)
     write_manifest(output, MODEL_FILES)
+
+
+@torch.no_grad()
+def create_marian_model(model: RSkipForConditionalGeneration) -> MarianMTModel:
+    """The same function as a `MarianMTModel`, in evaluation mode: the inverse of [`convert_marian_model`].
+
+    A kind that folds exactly into post-LN is folded. Options of generation that a `MarianMTModel` does not know are
+    dropped with a warning.
+
+    Raises:
+        [`UserError`]: if a `MarianMTModel` cannot compute it.
+    """
+    model = fold_exactly(model)
+    config, only = model.config, {"skip_norm": "layer_norm", "layer_norm_eps": 1e-5, "learned_positions": False}
+    for name, value in only.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"`{name}` of a MarianMT model is always {value!r}, and here it is {getattr(config, name)!r}"
+            )
+    # By default it ends what reaches the maximum length with token 0, which is for the vocabularies of OPUS-MT.
+    fields = {field: getattr(config, field) for field in _SAME_FIELDS} | {"forced_eos_token_id": None}
+    marian = MarianMTModel(MarianConfig(**fields)).to(model.dtype)
+    weights = model.state_dict()
+    if config.share_encoder_decoder_embeddings:
+        weights["model.shared.weight"] = weights["model.encoder.embed_tokens.weight"]
+    for name, weight in marian.state_dict().items():
+        if name not in (_BIAS, *_POSITIONS):
+            weight.copy_(weights[_new_name(name)])
+    if config.lm_head_bias:
+        marian.final_logits_bias.copy_(model.lm_head.bias)
+    marian.generation_config = copy.deepcopy(model.generation_config)
+    for name in TRANSLATION_OPTIONS:
+        if getattr(marian.generation_config, name, None) is not None:
+            logger.warning(f"`{name}` is dropped: a MarianMT model does not know it")
+            delattr(marian.generation_config, name)
+    if marian.generation_config.max_new_tokens is None and marian.generation_config.max_length is None:
+        marian.generation_config.max_new_tokens = config.max_position_embeddings - 1
+    return marian.eval()
+
+
+def export_marian(
+    model: RSkipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
+) -> None:
+    """Writes the [`create_marian_model`] of a model, and its tokenizer, to a new or empty folder."""
+    folder = new_folder(folder)
+    create_marian_model(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _new_name(name: str) -> str:

@@ -6,7 +6,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
-_OPTIONS = ("max_len_a", "max_len_b", "gnmt_length_penalty")
+TRANSLATION_OPTIONS = ("max_len_a", "max_len_b", "gnmt_length_penalty")
+"""What `generate` of other models does not know."""
 
 
 class GNMTLengthPenalty(float):
@@ -104,7 +105,7 @@ class TranslationGenerationMixin(GenerationMixin):
             longest, most = limits.max().item(), find_option("max_new_tokens", kwargs, configs)
             changes["max_new_tokens"] = longest if most is None else min(longest, most)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])
-        for name in _OPTIONS:
+        for name in TRANSLATION_OPTIONS:
             kwargs.pop(name, None)
         if generation_config is None:
             kwargs |= changes
@@ -115,7 +116,7 @@ class TranslationGenerationMixin(GenerationMixin):
 
     def _check_options(self, kwargs: dict, configs: list[GenerationConfig]) -> tuple[float | None, int | None]:
         """`max_len_a` and `max_len_b`; raises a `ValueError` if an option is wrong or would have no effect."""
-        values = {name: find_option(name, kwargs, configs) for name in _OPTIONS}
+        values = {name: find_option(name, kwargs, configs) for name in TRANSLATION_OPTIONS}
         for name, value in values.items():
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, not {value}")

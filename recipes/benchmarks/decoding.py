@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/decoding.py MODEL DATASET --output decoding.csv
 
-MODEL is a trained model of this package that Marian can compute too: `rskip`, K = 1, `layer_norm`. Its weights are put
-into a `MarianMTModel`, which translates as its documentation shows: batches of `--batch_size` sentences in the order of
-the corpus, padded, through `generate`. The model itself goes through `hf_rskip.decoding.translate`. Both tokenize,
+MODEL is a trained model of this package that `hf-rskip export --format marian` takes. As a `MarianMTModel` it
+translates as its documentation shows: batches of `--batch_size` sentences in the order of the corpus, padded, through
+`generate`. The model itself goes through `hf_rskip.decoding.translate`. Both tokenize,
 search with the same options, and decode; they take turns for `--rounds` rounds. Reported are median seconds, the median
 of the ratio Marian / ours, above 1 where ours is faster, and how many translations agree token by token.
 """
@@ -17,28 +17,12 @@ from pathlib import Path
 import torch
 import transformers
 from report import append_csv, describe_run, print_row
-from transformers import MarianConfig, MarianMTModel
 
-from hf_rskip.conversion.marian import _SAME_FIELDS, _new_name
+from hf_rskip.conversion.marian import create_marian_model
 from hf_rskip.data.text.arguments import DataArguments
 from hf_rskip.data.text.corpora import load_translation_dataset
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.decoding.translate import search
-
-
-def create_marian(model):
-    """The MarianMT model of the same function: what `hf-rskip convert marian` would convert into `model`."""
-    config = model.config
-    if (config.skip_type, config.skip_norm, config.skip_recursions) != ("rskip", "layer_norm", 1):
-        raise SystemExit("Marian computes rskip with layer_norm and K = 1 only")
-    # Its default, to end what reaches the maximum length with token 0, is for the vocabularies of OPUS-MT.
-    fields = {field: getattr(config, field) for field in _SAME_FIELDS} | {"forced_eos_token_id": None}
-    marian = MarianMTModel(MarianConfig(**fields))
-    weights = model.state_dict()
-    own = {name: weights.get(_new_name(name), tensor) for name, tensor in marian.state_dict().items()}
-    own["model.shared.weight"] = weights["model.encoder.embed_tokens.weight"]
-    marian.load_state_dict(own)
-    return marian.to(model.device).eval()
 
 
 def translate_stock(marian, tokenizer, sentences, batch_size, **options):
@@ -83,7 +67,7 @@ def main():
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     model, tokenizer = load_model(args.model)
-    marian = create_marian(model)
+    marian = create_marian_model(model).to(model.device)
     data = DataArguments(
         dataset_name=args.dataset,
         source_lang=model.config.source_lang,

@@ -44,3 +44,15 @@ def make_model(seed=0, **values) -> RSkipForConditionalGeneration:
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+def random_batch(config, rows=200, seed=1) -> dict[str, torch.Tensor]:
+    """Sources and targets of 1 to 12 tokens, padded on the right."""
+    torch.manual_seed(seed)
+    sides = []
+    for size in (config.vocab_size, config.decoder_vocab_size):
+        mask = (torch.arange(12) < torch.randint(1, 13, (rows, 1))).long()
+        sides.append((torch.randint(3, size, mask.shape) * mask, mask))
+    (source, mask), (target, _) = sides
+    target[:, 0] = config.decoder_start_token_id
+    return {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from plain_transformers import EMBEDDINGS, EXACT, make_model
+from plain_transformers import EMBEDDINGS, EXACT, make_model, random_batch
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
@@ -13,18 +13,6 @@ from hf_rskip.conversion.fold import fold, is_frozen, measured
 from hf_rskip.errors import UserError
 from hf_rskip.models import SKIP_CONNECTIONS
 from hf_rskip.models.skip_connections import RSkip
-
-
-def random_batch(config, rows=200, seed=1) -> dict[str, torch.Tensor]:
-    """Sources and targets of 1 to 12 tokens, padded on the right."""
-    torch.manual_seed(seed)
-    sides = []
-    for size in (config.vocab_size, config.decoder_vocab_size):
-        mask = (torch.arange(12) < torch.randint(1, 13, (rows, 1))).long()
-        sides.append((torch.randint(3, size, mask.shape) * mask, mask))
-    (source, mask), (target, _) = sides
-    target[:, 0] = config.decoder_start_token_id
-    return {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
 
 
 @torch.no_grad()
@@ -185,7 +173,7 @@ def test_command_refuses(trained, trained_resnet, corpus_folder, tmp_path, capsy
     new = tmp_path / "new"
     for words, message in [
         ([trained.folder, new], "give sentence pairs by --dataset_name or --test_files"),
-        ([trained_resnet.folder, new], "fold takes 'rskip'"),
+        ([trained_resnet.folder, new], "only one of type 'rskip'"),
         ([trained.folder, new, "--max_samples", "3"], "`--max_samples` needs a --dataset_name"),
         ([trained.folder, new, "--skip_recursions", "1"], "`--skip_recursions` is for marian"),
         ([trained.folder, trained.folder], "not an empty folder"),

@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from plain_transformers import EMBEDDINGS, EXACT, make_model, random_batch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, PreTrainedTokenizerFast
 
 from hf_rskip import RSkipForConditionalGeneration
 from hf_rskip.cli import main
-from hf_rskip.conversion.marian import convert_marian_checkpoint, convert_marian_model
+from hf_rskip.conversion.marian import convert_marian_checkpoint, convert_marian_model, create_marian_model
 from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
 
@@ -68,6 +69,76 @@ def test_tokens_of_greedy_and_beam_search(marian_and_model, batch, num_beams):
     assert tokens.shape[1] <= 12  # max_length
     assert 0 not in tokens[:, 1 : tokens.eq(1).int().argmax(1).min()]  # bad_words_ids
     tokens_equal(model, marian, batch, num_beams=num_beams, no_repeat_ngram_size=1, eos_token_id=[1, 2, 3])
+
+
+def test_the_way_back(marian_and_model):
+    marian, model = marian_and_model
+    back = create_marian_model(model)
+    assert back.dtype == marian.dtype
+    assert all(torch.equal(back.state_dict()[name], weight) for name, weight in weights_read(marian).items())
+    assert (back.generation_config.num_beams, back.generation_config.bad_words_ids) == (4, [[0]])
+    again = convert_marian_model(back)
+    assert again.config.to_diff_dict().items() <= model.config.to_diff_dict().items()  # it was not saved
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+def weights_read(marian):
+    """Without positions, whose last bits differ, and, where it is not read, the shared matrix."""
+    return {
+        name: weight
+        for name, weight in marian.state_dict().items()
+        if "embed_positions" not in name and (marian.config.tie_word_embeddings or "shared" not in name)
+    }
+
+
+MARIAN_KINDS = [case for case in EXACT if case.values[0]["skip_type"] != "admin" and "rms" not in case.id]
+
+
+@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+@pytest.mark.parametrize("kind", MARIAN_KINDS)
+def test_other_kinds_as_marian(kind, embeddings):
+    model = make_model(**kind, **embeddings)
+    marian = create_marian_model(model)
+    batch = random_batch(model.config)
+    with torch.no_grad():
+        expected = model(**batch).logits.log_softmax(-1)
+        torch.testing.assert_close(marian(**batch).logits.log_softmax(-1), expected, rtol=0, atol=1e-4)
+    source = {name: batch[name][:8] for name in ("input_ids", "attention_mask")}
+    tokens_equal(model, marian, source, num_beams=2, max_new_tokens=8)
+
+
+def test_exporting_a_folder(tmp_path, capsys):
+    tokenizer = train_tokenizer(["a mouse", "the old cat"], 270)
+    model = make_model(vocab_size=len(tokenizer), skip_type="rezero", source_lang="en", target_lang="de")
+    model.generation_config.update(num_beams=2, gnmt_length_penalty=0.6, max_len_a=1.0)
+    model.save_pretrained(tmp_path / "old")
+    tokenizer.save_pretrained(tmp_path / "old")
+    assert main(["export", str(tmp_path / "old"), str(tmp_path / "new"), "--format", "marian"]) == 0
+    marian, loaded = MarianMTModel.from_pretrained(tmp_path / "new"), AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert marian.generation_config.max_new_tokens == 29
+    assert not hasattr(marian.generation_config, "gnmt_length_penalty")
+    inputs = loaded(["the old cat", "a mouse"], padding=True, return_tensors="pt")
+    expected = model.generate(**inputs, num_beams=2, gnmt_length_penalty=None, length_penalty=1.0, max_new_tokens=29)
+    assert torch.equal(marian.generate(**inputs), expected)
+    words = ["export", str(tmp_path / "old"), str(tmp_path / "other"), "--format", "marian", "--quantization", "int8"]
+    assert main(words) == 2
+    assert "--quantization has no effect with --format marian: leave it out." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({"skip_recursions": 2}, "`skip_type` 'rskip' with `skip_recursions` 2 is not a plain Transformer"),
+        ({"skip_type": "pre_norm"}, "`skip_type` 'pre_norm' cannot be folded"),
+        ({"skip_type": "admin"}, "`learned_positions` of a MarianMT model is always False, and here it is True"),
+        ({"skip_type": "xskip", "skip_norm": "rms_norm"}, "`skip_norm` of a MarianMT model is always 'layer_norm'"),
+        ({"skip_type": "xskip", "layer_norm_eps": 1e-6}, "`layer_norm_eps` of a MarianMT model is always 1e-05"),
+    ],
+)
+def test_models_that_are_no_marian(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_marian_model(make_model(**values))
 
 
 def test_generation_configuration(marian_and_model):

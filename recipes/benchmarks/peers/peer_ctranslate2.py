@@ -22,9 +22,10 @@ import torch
 from environments import Worker, create_environment
 
 sys.path.append(str(Path(__file__).parent.parent))
-from decoding import create_marian, translate_ours, until_end
+from decoding import translate_ours, until_end
 from report import append_csv, describe_run, print_row
 
+from hf_rskip.conversion.marian import create_marian_model
 from hf_rskip.data.text.arguments import DataArguments
 from hf_rskip.data.text.corpora import load_translation_dataset
 from hf_rskip.decoding.loading import load_model
@@ -91,7 +92,7 @@ def main():
     ways = {"hf_rskip": run_ours, "ctranslate2": run_peer}
     seconds, tokens = {way: [] for way in ways}, {}
     with tempfile.TemporaryDirectory() as folder:
-        save_marian(create_marian(model), tokenizer, Path(folder))
+        save_marian(create_marian_model(model), tokenizer, Path(folder))
         worker = Worker(python, Path(__file__).with_name("ctranslate2_worker.py"), folder)
         for number in range(args.rounds):
             for way in list(ways)[:: 1 if number % 2 else -1]:
