@@ -1,9 +1,17 @@
 """The benchmarks of skip connections run, at sizes that say nothing about speed."""
 
 import csv
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
+from hf_rskip.conversion.ctranslate2 import export_ctranslate2
+from hf_rskip.data.text.tokenizer import train_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
@@ -50,3 +58,26 @@ def test_training_step(tmp_path):
     assert [(row["implementation"], row["K"]) for row in rows] == names
     assert all(float(row["total_ms"]) > 0 and float(row["marian_to_this"]) > 0 for row in rows)
     assert rows[0]["total_to_K1"] == rows[-1]["marian_to_this"] == "1.000"
+
+
+def test_serving(corpus_folder, pairs, tmp_path, monkeypatch):
+    tokenizer = train_tokenizer((pair["en"] for pair in pairs["train"]), 300)
+    config = RSkipConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, skip_type="xskip", skip_scale=2.0
+    )
+    config.source_lang, config.target_lang = "en", "de"
+    torch.manual_seed(0)
+    model = RSkipForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export_ctranslate2(model, tokenizer, tmp_path / "exports/ctranslate2")
+    arguments = f"{tmp_path / 'model'} {corpus_folder} --exports {tmp_path / 'exports'} --plot {tmp_path / 'plot.png'}"
+    arguments += " --sentences 5 --num_beams 2 --max_new_tokens 6 --rounds 1"
+    rows = run("serving.py", tmp_path / "rows.csv", arguments)
+    assert [row["engine"] for row in rows] == ["torch", "ctranslate2"]  # of the others there is no export
+    assert all(float(row["tokens_per_second"]) > 0 and row["same"] == "1.000" for row in rows)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    find_folders = runpy.run_path(str(BENCHMARKS / "serving.py"))["find_folders"]
+    with pytest.raises(SystemExit, match="onnx needs an export in"):
+        find_folders(tmp_path / "model", tmp_path / "exports", ["torch", "onnx"])
