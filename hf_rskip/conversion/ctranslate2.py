@@ -63,7 +63,7 @@ def export_ctranslate2(
     import_ctranslate2()
     from ctranslate2.specs import TransformerSpec
 
-    model = as_plain_transformer(model)
+    model = _plain_transformer(model)
     tokens = _vocabularies(model.config, tokenizer)
     spec = TransformerSpec(*(_stack_spec(model, name) for name in ("encoder", "decoder")))
     _set_linear(spec.decoder.projection, model.lm_head)
@@ -84,7 +84,7 @@ def export_ctranslate2(
     tokenizer.save_pretrained(folder)
 
 
-def as_plain_transformer(model: PreTrainedModel) -> PreTrainedModel:
+def _plain_transformer(model: PreTrainedModel) -> PreTrainedModel:
     """The model as CTranslate2 can compute it: folded, or as it is where the kind is pre-LN.
 
     Raises:
