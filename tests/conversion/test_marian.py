@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from plain_transformers import EMBEDDINGS, EXACT, make_model, random_batch
+from plain_transformers import EXACT, make_model, random_batch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, PreTrainedTokenizerFast
 
@@ -95,10 +95,9 @@ def weights_read(marian):
 MARIAN_KINDS = [case for case in EXACT if case.values[0]["skip_type"] != "admin" and "rms" not in case.id]
 
 
-@pytest.mark.parametrize("embeddings", EMBEDDINGS)
 @pytest.mark.parametrize("kind", MARIAN_KINDS)
-def test_other_kinds_as_marian(kind, embeddings):
-    model = make_model(**kind, **embeddings)
+def test_other_kinds_as_marian(kind):
+    model = make_model(**kind)
     marian = create_marian_model(model)
     batch = random_batch(model.config)
     with torch.no_grad():
