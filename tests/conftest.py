@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,20 @@ ARTICLES, NOUNS, VERBS, ADJECTIVES = (
     ["sees", "likes", "hears"],
     ["small", "old", "red"],
 )
+
+
+def pytest_configure(config):
+    """Starts the server of `warm_python.py`, which the processes of pytest-xdist and of torchrun inherit."""
+    if hasattr(config, "workerinput") or not hasattr(os, "pidfd_open"):
+        return
+    server = [sys.executable, str(Path(__file__).with_name("warm_python.py")), f"{_CACHE}/socket"]
+    process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    config.add_cleanup(process.communicate)
+    process.stdout.readline()
+    python = Path(_CACHE, "python")
+    python.write_text(f'#!/bin/sh\nexec {shlex.join([server[0], "-ISE", *server[1:]])} "$@"\n')
+    python.chmod(0o700)
+    os.environ["PYTHON_EXEC"] = str(python)  # torchrun starts its processes with it
 
 
 def pytest_collection_modifyitems(items):
@@ -159,8 +174,8 @@ def start_cli():
     """Starts the console script as a user does; standard streams are pipes of bytes, `environment` replaces ours."""
     script = Path(sysconfig.get_path("scripts"), "hf-rskip")
 
-    def start(*words, python_options=(), environment=None, **kwargs) -> subprocess.Popen:
-        command = [sys.executable, *python_options, script, *words]
+    def start(*words, python=(sys.executable,), environment=None, **kwargs) -> subprocess.Popen:
+        command = [*python, script, *words]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         if environment is None:
             environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
@@ -182,11 +197,18 @@ def shadow_libraries():
 
 
 @pytest.fixture(scope="session")
-def run_cli(start_cli):
-    """Runs the console script to its end; returns `code`, `out` and `err` (decoded), and `raw`, the output's bytes."""
+def warm_python() -> str:
+    """A `python` that has done its imports (see `warm_python.py`), where there is one."""
+    return os.environ.get("PYTHON_EXEC", sys.executable)
 
-    def run(*words, stdin: bytes = b"", **kwargs) -> SimpleNamespace:
-        process = start_cli(*words, **kwargs)
+
+@pytest.fixture(scope="session")
+def run_cli(start_cli, warm_python):
+    """Runs the console script to its end, by [`warm_python`] unless told otherwise; returns `code`, `out` and `err`
+    (decoded), and `raw`, the output's bytes."""
+
+    def run(*words, stdin: bytes = b"", python=(warm_python,), **kwargs) -> SimpleNamespace:
+        process = start_cli(*words, python=python, **kwargs)
         out, err = process.communicate(stdin, timeout=300)
         return SimpleNamespace(code=process.returncode, out=out.decode(), err=err.decode(), raw=out)
 

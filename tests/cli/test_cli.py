@@ -36,7 +36,7 @@ def fail(capfd, caplog):
 
 @pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=" ".join)
 def test_help_imports_nothing_heavy(run_cli, words):
-    result = run_cli(*words, "--help", python_options=["-X", "importtime"])
+    result = run_cli(*words, "--help", python=[sys.executable, "-X", "importtime"])
     assert result.code == 0 and result.out.startswith("usage: hf-rskip")
     imported = set(re.findall(r"\| +(\w+)", result.err))
     assert "argparse" in imported
@@ -50,7 +50,7 @@ def test_no_command_imports_another():
 
 
 def test_version(run_cli):
-    result = run_cli("--version")
+    result = run_cli("--version", python=[sys.executable])
     assert result.code == 0 and re.fullmatch(r"hf-rskip \d+\.\d+\S*\n", result.out)
 
 
@@ -320,8 +320,10 @@ def test_translate_options(trained, model_and_tokenizer, tmp_path):
 def test_libraries_are_not_looked_for_in_the_current_folder(
     run_cli, shadow_libraries, trained, corpus_folder, tmp_path
 ):
+    (tmp_path / "mine.py").touch()
     words = [trained.folder, "--dataset_name", corpus_folder, "--max_samples", "1", "--max_new_tokens", "1"]
-    result = run_cli("evaluate", *words, cwd=shadow_libraries(tmp_path))
+    words += ["--import_module", "mine"]
+    result = run_cli("evaluate", *words, cwd=shadow_libraries(tmp_path), python=[sys.executable])
     assert result.code == 0 and "bleu_signature" in result.out, result.err
 
 
@@ -343,7 +345,7 @@ def test_the_current_folder_is_searched_last_for_modules_of_ones_own(tmp_path, m
     assert found == [False, True] and sys.path == path
 
 
-def test_a_residual_kind_of_ones_own(run_cli, fail, shadow_libraries, write_recipe, tmp_path, monkeypatch):
+def test_a_residual_kind_of_ones_own(run_cli, fail, write_recipe, tmp_path, monkeypatch):
     """A module that registers it is imported first, from the folder where one is."""
     (tmp_path / "my_kinds.py").write_text(
         "from hf_rskip import SKIP_CONNECTIONS, RSkip\n\n\nclass Mine(RSkip):\n    pass\n\n\n"
@@ -351,7 +353,7 @@ def test_a_residual_kind_of_ones_own(run_cli, fail, shadow_libraries, write_reci
     )
     recipe = write_recipe(skip_type="mine", max_steps=4)
     assert "a kind whose module was imported" in fail("train", recipe)
-    result = run_cli("train", recipe, "--import_module", "my_kinds", cwd=shadow_libraries(tmp_path))
+    result = run_cli("train", recipe, "--import_module", "my_kinds", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "model: skip_type: mine, skip_norm: layer_norm, skip_recursions: 2" in result.out
     source, target = tmp_path / "source.txt", tmp_path / "target.txt"

@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -400,11 +399,11 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_tensor_parallelism_in_two_processes(build, batch, tmp_path):
+def test_tensor_parallelism_in_two_processes(build, batch, warm_python, tmp_path):
     build().save_pretrained(tmp_path / "model")
     torch.save(batch, tmp_path / "batch.pt")
     (tmp_path / "program.py").write_text(TENSOR_PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [str(tmp_path / name) for name in ("program.py", "model", "batch.pt")]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -3,7 +3,6 @@
 import csv
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,21 @@ from hf_rskip.data.text.tokenizer import train_tokenizer
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 
-def run(script, output, arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *arguments.split(), "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with output.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
-    return rows
+@pytest.fixture
+def run(warm_python):
+    def run(script, output, arguments):
+        command = [warm_python, str(BENCHMARKS / script), *arguments.split(), "--output", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        with output.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
+        return rows
+
+    return run
 
 
-def test_skip_kernels(tmp_path):
+def test_skip_kernels(run, tmp_path):
     arguments = (
         "--shapes 128x64 16x8x32x32 --channels_last --recursions 1 3 --rounds 2 --warmup 1"
         " --implementations reference closed_form auto --step tiny"
@@ -51,7 +54,7 @@ def test_skip_kernels(tmp_path):
     assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_training_step(tmp_path):
+def test_training_step(run, tmp_path):
     arguments = "--shape tiny --batch_size 2 --length 8 --recursions 1 2 --affines last --rounds 1 --warmup 1 --bf16"
     rows = run("training_step.py", tmp_path / "rows.csv", arguments)
     names = [("fused", "1"), ("fused", "2"), ("eager", "2"), ("marian", "1")]
@@ -60,7 +63,7 @@ def test_training_step(tmp_path):
     assert rows[0]["total_to_K1"] == rows[-1]["marian_to_this"] == "1.000"
 
 
-def test_serving(corpus_folder, pairs, tmp_path, monkeypatch):
+def test_serving(run, corpus_folder, pairs, tmp_path, monkeypatch):
     tokenizer = train_tokenizer((pair["en"] for pair in pairs["train"]), 300)
     config = RSkipConfig(
         vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, skip_type="xskip", skip_scale=2.0

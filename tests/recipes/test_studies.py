@@ -1,7 +1,6 @@
 """The studies run on data as they come."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 
 
 @pytest.mark.slow
-def test_growing_recursions_on_pairs_with_missing_and_long_sides(recipe, pairs, tmp_path):
+def test_growing_recursions_on_pairs_with_missing_and_long_sides(recipe, pairs, warm_python, tmp_path):
     long = {"en": "the cat " * 60, "de": "die Katze"}
     bad = [{"en": None, "de": "die Katze"}, {"en": "the cat", "de": None}, {"en": "", "de": "die Katze"}, long]
     for split, rows in pairs.items():
@@ -36,7 +35,7 @@ def test_growing_recursions_on_pairs_with_missing_and_long_sides(recipe, pairs, 
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     words = [tmp_path / "model", "--recipe", tmp_path / "recipe.yaml", "--gains", 10, "--max_steps", 2]
-    command = [sys.executable, STUDIES / "grow_recursions.py", *words]
+    command = [warm_python, STUDIES / "grow_recursions.py", *words]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     *_, as_it_is, grown = result.stdout.splitlines()

@@ -222,9 +222,9 @@ def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cell_is_run_by_one_process(start_cli, write_recipe, tmp_path, capsys):
+def test_a_cell_is_run_by_one_process(start_cli, warm_python, write_recipe, tmp_path, capsys):
     path = write_study(tmp_path, write_recipe(num_train_epochs=1), forms={"a": {}}, keep_models=True)
-    other = start_cli("study", path, "--cell", "1")
+    other = start_cli("study", path, "--cell", "1", python=[warm_python])
     assert main(["study", str(path), "--cell", "1"]) == 0
     said = [other.communicate(timeout=600)[0].decode(), capsys.readouterr().out]
     assert other.returncode == 0

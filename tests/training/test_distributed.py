@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import time
 from types import SimpleNamespace
@@ -50,13 +49,13 @@ def write(write_recipe):
 
 
 @pytest.fixture(scope="module")
-def train(write, run_cli, shadow_libraries):
+def train(write, run_cli):
     """Trains with launcher options, or in this process; returns what the folder holds afterwards."""
 
     def train(*options, recipe=None, **changes):
         recipe, said = recipe or write(**changes), ""
         if "--accelerate_config" in options:
-            result = run_cli("train", recipe, *options, cwd=shadow_libraries(recipe.parent))
+            result = run_cli("train", recipe, *options)
             assert result.code == 0, result.err
             said = result.out
         else:
@@ -102,7 +101,9 @@ def test_accumulation_gives_the_same_curve(alone, train):
 def module_for(recipe, source):
     """An environment in which `--import_module beside` runs this in every process."""
     (recipe.parent / "beside.py").write_text(textwrap.dedent(source))
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(recipe.parent), os.environ.get("PYTHONPATH", "")])}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(recipe.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
 
 
 # Hard, after the next checkpoint.
@@ -144,13 +145,16 @@ TERMINATE = """
 
 
 @pytest.mark.slow
-def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli):
+def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli, shadow_libraries, tmp_path, monkeypatch):
     """In the middle of an epoch of 14 steps, with dropout, whose random numbers each process has of its own."""
     short = {"dropout": 0.1, "max_steps": 26, "eval_steps": 13, "save_steps": 13}
     whole = train(*launcher("cpu", 2), **short)
     recipe = write(**short)
     words = ("train", recipe, *launcher("cpu", 2), "--import_module", "beside")
-    stopped = run_cli(*words, environment=module_for(recipe, TERMINATE))
+    with monkeypatch.context() as cold:
+        cold.delenv("PYTHON_EXEC", raising=False)
+        environment = module_for(recipe, TERMINATE)
+    stopped = run_cli(*words, environment=environment, cwd=shadow_libraries(tmp_path))
     assert stopped.code == 143, stopped.err
     assert "stopped by SIGTERM after step 21" in stopped.err
     run = train(*launcher("cpu", 2), "--resume_from_checkpoint", "true", recipe=recipe)
@@ -248,14 +252,14 @@ def test_an_error_is_said_once(profile, changes, message, write, run_cli):
 
 
 @pytest.mark.slow
-def test_two_machines(write, start_cli, alone):
+def test_two_machines(write, start_cli, warm_python, alone):
     """Both of them this one."""
     recipe = write(use_cpu=True, max_steps=2, eval_strategy="no", save_strategy="no")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ("train", recipe, *launcher("multi-node", 2), "--main_process_ip", "127.0.0.1", "--main_process_port", port)
-    machines = [start_cli(*words, "--machine_rank", rank) for rank in (0, 1)]
+    machines = [start_cli(*words, "--machine_rank", rank, python=[warm_python]) for rank in (0, 1)]
     errors = [machine.communicate(timeout=200)[1].decode() for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], errors
     state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
@@ -288,7 +292,8 @@ def descendants(pid):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_all_processes(number, code, write, start_cli, tmp_path):
+def test_a_signal_ends_all_processes(number, code, write, start_cli, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHON_EXEC", raising=False)
     recipe = write(
         max_steps=100_000,
         eval_strategy="no",
@@ -311,12 +316,12 @@ def test_a_signal_ends_all_processes(number, code, write, start_cli, tmp_path):
     assert "Traceback" not in log.read_text()
 
 
-def test_accelerate_launch_is_the_same_command(write, alone):
+def test_accelerate_launch_is_the_same_command(write, warm_python, alone):
     """And a profile is a file that accelerate reads."""
     recipe = write(max_steps=1, eval_strategy="no", save_strategy="no")
     command = ["accelerate.commands.launch", "--config_file", str(find_profile("cpu")), "--num_processes", "2"]
     words = ["-m", "hf_rskip.cli", "train", str(recipe), "--use_cpu", "true"]
-    result = subprocess.run([sys.executable, "-m", *command, *words], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([warm_python, "-m", *command, *words], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert all(find_profile(name).is_file() for name in PROFILES)
     state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())

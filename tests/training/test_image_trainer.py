@@ -262,9 +262,9 @@ def run_two(folder):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes(warm_python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, folder]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, folder]
     subprocess.run(list(map(str, command)), check=True, timeout=240)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 

@@ -159,7 +159,7 @@ def test_an_evaluation_that_is_made_up_for_can_be_the_last(step, write_recipe, t
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, tmp_path):
+def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, warm_python, tmp_path):
     """A scheduler tells everybody, data workers included; here, all but the first process."""
     recipe = write_image_recipe(per_device_train_batch_size=16, num_train_epochs=200, dataloader_num_workers=1)
     folder = recipe.parent / "output"
@@ -175,7 +175,7 @@ def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, t
         "    return training_step(self, *args, **kwargs)\n"
         "Trainer.training_step = step\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = ["-m", "hf_rskip.cli", "train", "--import_module", "sender", str(recipe)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(
@@ -239,7 +239,7 @@ def test_a_full_disk(trained, write_recipe, run_cli, capfd):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    stopped = run_cli("train", recipe, "--max_steps", 44, preexec_fn=limit)
+    stopped = run_cli("train", recipe, "--max_steps", 44, python=[sys.executable], preexec_fn=limit)
     assert stopped.code == 2
     assert "checkpoint-4' could not be written (" in stopped.err and "with this mended, go on with" in stopped.err
     assert list_checkpoints(folder) == []

@@ -153,12 +153,12 @@ def work(folder):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes(warm_python, tmp_path_factory):
     """The results of the two processes."""
     folder = tmp_path_factory.mktemp("two-processes")
     # --standalone takes a free port of this machine.
     launcher = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
-    command = [sys.executable, "-m", *launcher, __file__, str(folder)]
+    command = [warm_python, "-m", *launcher, __file__, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
