@@ -286,10 +286,10 @@ def test_fine_tuning_with_other_classes_and_another_skip_connection(
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_as_if_nothing_had_happened(trained_resnet, start_cli, tmp_path, capfd):
+def test_a_killed_run_resumes_as_if_nothing_had_happened(trained_resnet, start_cli, warm_python, tmp_path, capfd):
     """SIGKILL after the second checkpoint; momentum, schedule, crops, flips and drawn depths go on where they were."""
     folder = tmp_path / "output"
-    process = start_cli("train", trained_resnet.recipe, "--output_dir", folder)
+    process = start_cli("train", trained_resnet.recipe, "--output_dir", folder, python=[warm_python])
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint-6" / "trainer_state.json").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()

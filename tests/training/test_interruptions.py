@@ -191,7 +191,7 @@ def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, w
 # SIGKILL
 
 
-def kill_at_random(start_cli, recipe, kills, seed):
+def kill_at_random(start_cli, python, recipe, kills, seed):
     """Kills a run again and again: while it writes a checkpoint, and at any time in the next one and a half seconds.
 
     Returns:
@@ -201,7 +201,7 @@ def kill_at_random(start_cli, recipe, kills, seed):
     staging = folder / ".incomplete"
     for number in range(kills):
         with open(recipe.parent / "log", "wb") as log:
-            process = start_cli("train", recipe, *RESUME, stdout=log, stderr=log)
+            process = start_cli("train", recipe, *RESUME, stdout=log, python=[python])
             before = len(list_checkpoints(folder)) and list_checkpoints(folder)[-1].name
             while process.poll() is None:
                 last = len(list_checkpoints(folder)) and list_checkpoints(folder)[-1].name
@@ -210,7 +210,7 @@ def kill_at_random(start_cli, recipe, kills, seed):
                     break
                 time.sleep(0.005)
             process.kill()
-            process.wait()
+            process.communicate()
         torn += staging.exists() and any(staging.glob("*/*"))
         for checkpoint in list_checkpoints(folder):  # whatever has the name of a checkpoint is one
             assert find_checkpoint(folder, str(checkpoint)) == checkpoint
@@ -220,9 +220,9 @@ def kill_at_random(start_cli, recipe, kills, seed):
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments(trained, write_recipe, start_cli, capfd):
+def test_kills_at_random_moments(trained, write_recipe, start_cli, warm_python, capfd):
     recipe = write_recipe()
-    kill_at_random(start_cli, recipe, kills=2, seed=0)
+    kill_at_random(start_cli, warm_python, recipe, kills=2, seed=0)
     assert main(["train", str(recipe), *RESUME]) == 0, capfd.readouterr().err
     assert_same_end(recipe.parent / "output", trained.folder)
 

@@ -97,7 +97,7 @@ def test_a_new_residual_kind_is_one_row(monkeypatch, write_recipe, capfd):
 @pytest.mark.slow
 def test_it_learns_to_reverse_digits(write_recipe, tmp_path):
     rng = random.Random(0)
-    digits = ["".join(rng.choices("0123456789", k=rng.randint(3, 6))) for _ in range(4000)]
+    digits = ["".join(rng.choices("0123456789", k=rng.randint(3, 5))) for _ in range(4000)]
     for split, rows in {"train": digits[:3900], "validation": digits[3900:3950], "test": digits[3950:]}.items():
         rows = [{"forth": " ".join(row), "back": " ".join(reversed(row))} for row in rows]
         Dataset.from_dict({"translation": rows}).to_parquet(tmp_path / f"{split}.parquet")
@@ -109,11 +109,11 @@ def test_it_learns_to_reverse_digits(write_recipe, tmp_path):
         encoder_ffn_dim=128,
         decoder_ffn_dim=128,
         dropout=0.0,
-        learning_rate="3e-3",
+        learning_rate="5e-3",
         warmup_steps=100,
         lr_scheduler_type="linear",
-        per_device_train_batch_tokens=1024,
-        num_train_epochs=24,
+        num_train_epochs=12,
+        seed=4,
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
@@ -121,7 +121,7 @@ def test_it_learns_to_reverse_digits(write_recipe, tmp_path):
     )
     assert main(["train", str(recipe)]) == 0
     results = json.loads((recipe.parent / "output" / "all_results.json").read_text())
-    assert results["test_bleu"] > 80  # 94 to 97 with three seeds
+    assert results["test_bleu"] > 80  # 86 to 100 with three seeds
 
 
 def test_the_attention_backend_is_a_key(write_recipe, capfd):
