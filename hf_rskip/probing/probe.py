@@ -235,8 +235,9 @@ def _record_calls(model: nn.Module) -> Iterator[list[_Call]]:
     with ExitStack() as stack:
 
         def replace(module: nn.Module, method: str, replacement: Callable) -> None:
-            setattr(module, method, replacement)  # beside the method of the class, until it is deleted
-            stack.callback(delattr, module, method)
+            own = vars(module).get(method)  # `None` where the method is that of the class
+            setattr(module, method, replacement)
+            stack.callback(*((setattr, module, method, own) if own else (delattr, module, method)))
 
         def remove_later(handle: RemovableHandle) -> None:
             stack.callback(handle.remove)

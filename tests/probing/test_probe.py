@@ -340,6 +340,19 @@ def test_a_probe_leaves_the_model_as_it_was_and_says_the_same_twice(task):
     assert all(torch.equal(batch[name], tensor) for name, tensor in given.items())
 
 
+def test_two_skip_connections_may_share_a_norm():
+    rows = []
+    for is_shared in (False, True):
+        model = translation_model()
+        first, second, *_ = (module for module in model.modules() if isinstance(module, RSkip))
+        second.norm.load_state_dict(first.norm.state_dict())
+        if is_shared:
+            second.norm = first.norm
+        rows.append(probe(model, sentences()))
+        assert not any("normalize" in vars(module) for module in model.modules())
+    assert rows[0] == rows[1]
+
+
 def test_mistakes_are_one_sentence():
     with pytest.raises(UserError, match="Linear has no skip connection"):
         probe(nn.Linear(2, 2), {"input": torch.ones(1, 2)})
