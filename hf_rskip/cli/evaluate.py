@@ -67,7 +67,7 @@ def _evaluate_images(args: argparse.Namespace) -> dict:
     """The accuracies."""
     from ..data.images.loading import name_row
     from ..decoding.loading import load_image_classifier
-    from ..evaluation.evaluate_images import evaluate_images
+    from ..evaluation.image_metric import evaluate_images
     from .corpus import load_test_images
 
     if args.dataset_name is None:
