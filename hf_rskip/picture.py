@@ -25,6 +25,13 @@ def style(index: int) -> dict[str, str]:
     return {"color": _COLORS[index], "marker": _MARKERS[index], "linestyle": _LINES[cycle % len(_LINES)]}
 
 
+def new_figure(width: float, height: float):
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def save_figure(figure, path: Path) -> Path:
     """Writes a PNG that is the same each time; what no font has is drawn as boxes."""
     from matplotlib.font_manager import get_font_names

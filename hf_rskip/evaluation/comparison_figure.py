@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..picture import escape, save_figure, style
+from ..picture import escape, new_figure, save_figure, style
 from .comparison import Comparison
 
 _LENGTH_BINS = 6
@@ -17,10 +17,8 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     equal score are counted in the title instead. On the right, for groups of about equally many sentences by source
     length, the mean chrF of a sentence and its 95% interval (1.96 standard errors).
     """
-    from matplotlib.figure import Figure
-
     others = comparison.systems[1:]
-    figure = Figure(figsize=(10, max(4.2, 0.6 + 1.9 * len(others))), layout="constrained")
+    figure = new_figure(10, max(4.2, 0.6 + 1.9 * len(others)))
     figure.get_layout_engine().set(wspace=0.06)
     grid = figure.add_gridspec(len(others), 2)
     _draw_changes([figure.add_subplot(grid[row, 0]) for row in range(len(others))], comparison)

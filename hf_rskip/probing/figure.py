@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..picture import escape, save_figure, style
+from ..picture import escape, new_figure, save_figure, style
 from .probe import SublayerProbe
 from .table import ProbedModel
 
@@ -71,8 +71,6 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
     median over its seeds, with a band from the lowest to the highest, or for one seed, where there are quartiles over
     tokens, between these. Where one was probed at several steps, each model has panels of its own, with a line a step.
     """
-    from matplotlib.figure import Figure
-
     by_model: dict[str, list[ProbedModel]] = {}
     for item in probed:
         by_model.setdefault(item.model, []).append(item)
@@ -89,8 +87,7 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
     paths = []
     for name, quantities in (_PICTURES | {"gains": _gain_quantities(probed)}).items():
         if quantities:
-            size = (max(5.2 * len(panels), 7), 1.6 + 2.6 * len(quantities))
-            figure = Figure(figsize=size, layout="constrained")
+            figure = new_figure(max(5.2 * len(panels), 7), 1.6 + 2.6 * len(quantities))
             grid = figure.subplots(len(quantities), len(panels), squeeze=False, sharex="col", sharey="row")
             draw(figure, grid, quantities, panels)
             _finish(grid, quantities, panels)

@@ -127,7 +127,7 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     """Parses the keys of a YAML file; `where` names the file in errors. See [`parse_recipe`]."""
-    overrides = _group_words(overrides)
+    overrides = group_words(overrides)
     said = {_name_of(key): value for given in (values, overrides) for key, value in given.items()}
     if said.get("test_split", "") is None:
         raise UserError("test_split cannot be null: a run always ends with the scores of its test split.")
@@ -162,7 +162,7 @@ def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -
     return recipe
 
 
-def _group_words(words: Sequence[str]) -> dict[str, str | list[str] | None]:
+def group_words(words: Sequence[str]) -> dict[str, str | list[str] | None]:
     """The values of each `--key` of a command line; `None` for `null`, which unsets a key."""
     groups: dict[str, list[str]] = {}
     for word in words:

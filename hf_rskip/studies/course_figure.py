@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..picture import save_figure
+from ..picture import new_figure, save_figure
 from ..probing.callback import TABLE_NAME
 from ..probing.table import ProbedModel, gradient_ratio, read_table
 from .cell import FINISHED
-from .figure import new_figure, shorten, style_forms
+from .figure import shorten, style_forms
 from .results import Results
 
 _QUANTITIES: dict[str, Callable[[list], float]] = {

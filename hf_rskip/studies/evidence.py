@@ -11,7 +11,7 @@ import pyarrow
 import yaml
 from pyarrow import parquet
 
-from ..atomic import replace_text
+from ..atomic import replace_text, write_then_rename
 from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
@@ -37,10 +37,8 @@ def write_evidence(study: Study) -> None:
     """
     rows = [_pack(cell) for cell in study.cells if is_done(cell)]
     if rows:
-        path = study.output_dir / EVIDENCE_NAME
-        staged = path.with_name(f".{path.name}")
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), staged, compression="zstd")
-        staged.replace(path)
+        with write_then_rename(study.output_dir / EVIDENCE_NAME) as part:
+            parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), part, compression="zstd")
 
 
 def restore_cells(study: Study) -> None:

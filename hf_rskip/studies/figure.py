@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from ..picture import BLACK, BLUE, escape, save_figure, style
+from ..picture import BLACK, BLUE, escape, new_figure, save_figure, style
 from .cell import DIVERGED, FINISHED
 from .results import Group, Results
 from .study import Study, describe_setting
@@ -92,13 +92,6 @@ def _setting_lines(group: Group, width: int) -> list[str]:
     """The setting in lines of that many letters, a key beside its value."""
     pairs = [pair.replace(" ", "\xa0") for pair in describe_setting(group.setting)]
     return [escape(line.replace("\xa0", " ")) for line in textwrap.wrap(", ".join(pairs), width)]
-
-
-def new_figure(width: float, height: float):
-    """An empty figure, in inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def arrange(count: int) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from statistics import fmean
 
 import numpy as np
 
-from ..picture import VERMILLION, escape, save_figure
+from ..picture import VERMILLION, escape, new_figure, save_figure
 from .cell import DIVERGED, FINISHED
-from .figure import arrange, make_panels, new_figure, shorten, style_forms
+from .figure import arrange, make_panels, shorten, style_forms
 from .results import Group, Results
 from .study import varying_keys
 

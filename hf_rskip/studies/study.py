@@ -18,7 +18,7 @@ from ..checks import did_you_mean
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
 from ..models import SKIP_CONNECTIONS
-from ..recipe.parsing import Recipe, check_values, parse_recipe, parse_values, read_yaml
+from ..recipe.parsing import Recipe, check_values, group_words, parse_recipe, parse_values, read_yaml
 
 METRICS = {"translation": ("bleu", "chrf"), "image-classification": ("accuracy",)}
 """By which a study of each task can judge, its default first."""
@@ -145,7 +145,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     path = Path(path)
     file = _check_file(read_yaml(path, "study"), str(path))
     recipe_path = path.parent / file.recipe
-    given = _parse_words(overrides)
+    given = _underscored(group_words(overrides))
     overrides = _underscored(file.overrides or {})
     recipe = _underscored(read_yaml(recipe_path))
     common = {**recipe, **overrides, **given}
@@ -259,9 +259,7 @@ def write_recipe(cell: Cell) -> None:
 
 def find_difference(cell: Cell) -> str | None:
     """Finds a key with which the cell's folder was run otherwise, as a part of a sentence, or `None`."""
-    if not cell.recipe_path.exists():
-        return None
-    if read_yaml(cell.recipe_path) == cell.keys:
+    if not cell.recipe_path.exists() or read_yaml(cell.recipe_path) == cell.keys:
         return None
     before, now = parse_recipe(cell.recipe_path, []).keys, parse_values(cell.keys, [], str(cell)).keys
     for key in [*now, *before]:
@@ -346,23 +344,6 @@ def _underscored(values: dict) -> dict:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _parse_words(words: list[str]) -> dict[str, Any]:
-    """The keys of a command line, their values as they were written."""
-    values: dict[str, Any] = {}
-    key = None
-    for word in words:
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            values[key] = [value] if equals else []
-        elif key is None:
-            raise UserError(f"The command line has {word!r} where a --key was expected.")
-        else:
-            values[key].append(word)
-    single = {key: words[0] if len(words) == 1 else words for key, words in values.items()}
-    return {key: None if value == "null" else value for key, value in single.items()}
-
-
 def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: str) -> None:
     """A key has one place: the forms, the grid, or the overrides of file and command line; some have none of these."""
     by_forms = {key for keys in forms.values() for key in keys}
@@ -380,8 +361,7 @@ def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: 
 def _check_folders(cells: list[Cell]) -> None:
     by_folder: dict[Path, Cell] = {}
     for cell in cells:
-        other = by_folder.setdefault(cell.folder, cell)
-        if other is not cell:
+        if (other := by_folder.setdefault(cell.folder, cell)) is not cell:
             raise UserError(f"The cells {str(other)!r} and {str(cell)!r} would share a folder: give them other names.")
 
 
