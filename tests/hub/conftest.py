@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -468,63 +468,72 @@ def plain_site(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_without_package(hub_environment, plain_site, tmp_path):
-    """Runs Python code where this package is not installed, and no compiler is on the path; returns
-    `code`, `out` and `err`."""
-
-    def run(code: str) -> SimpleNamespace:
-        result = subprocess.run(
-            [sys.executable, "-S", "-c", code],
-            cwd=tmp_path,
-            env=hub_environment | {"PYTHONPATH": str(plain_site), "PATH": ""},
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=300,
-        )
-        return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
-
-    return run
-
-
 WORKER = """
-import contextlib, io, json, sys, traceback
-
+import importlib, json, os, sys, tempfile
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            exec(json.loads(line), {})
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), flush=True)
+    folder, code = json.loads(line)
+    streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    if pid := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        for stream in streams:
+            stream.seek(0)
+        out, err = (stream.read() for stream in streams)
+        print(json.dumps({"code": status, "out": out, "err": err}), file=answers, flush=True)
+        continue
+    for number, stream in enumerate([open(os.devnull), *streams]):
+        os.dup2(stream.fileno(), number)
+    sys.stdin = open(os.devnull)
+    os.chdir(folder)
+    exec(code, {"__name__": "__main__"})
+    sys.exit()
 """
 
 
-@pytest.fixture(scope="session")
-def run_with_package(hub_environment, tmp_path_factory):
-    """Runs Python code in one process for all tests, as starting one takes seconds; returns `code`, `out`, `err`."""
+@contextmanager
+def start_worker(options, modules, environment, folder):
+    """Yields a function that runs Python code in a folder, in a fork of a process that has imported modules, as that
+    takes seconds; it returns `code`, `out` and `err`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        cwd=tmp_path_factory.mktemp("worker"),
-        env=hub_environment,
+        [sys.executable, *options, "-c", WORKER, *modules],
+        cwd=folder,
+        env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
 
-    def run(code: str) -> SimpleNamespace:
-        process.stdin.write(json.dumps(code) + "\n")
+    def run(code: str, folder) -> SimpleNamespace:
+        process.stdin.write(json.dumps([str(folder), code]) + "\n")
         process.stdin.flush()
         return SimpleNamespace(**json.loads(process.stdout.readline()))
 
     yield run
-    process.stdin.close()
-    process.wait()
+    process.communicate()
+
+
+@pytest.fixture(scope="session")
+def worker_without_package(hub_environment, plain_site, tmp_path_factory):
+    environment = hub_environment | {"PYTHONPATH": str(plain_site), "PATH": ""}
+    modules = "transformers.models.auto.modeling_auto", "transformers.trainer"
+    with start_worker(["-S"], modules, environment, tmp_path_factory.mktemp("worker")) as run:
+        yield run
+
+
+@pytest.fixture
+def run_without_package(worker_without_package, tmp_path):
+    """Runs Python code where this package is not installed, and no compiler is on the path; see [`start_worker`]."""
+    return lambda code: worker_without_package(code, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def run_with_package(hub_environment, tmp_path_factory):
+    """Runs Python code in an environment like this one; see [`start_worker`]."""
+    folder = tmp_path_factory.mktemp("worker")
+    with start_worker([], ["hf_rskip.training.train", "hf_rskip.hub.push"], hub_environment, folder) as run:
+        yield lambda code: run(code, folder)
 
 
 @pytest.fixture
