@@ -1,5 +1,7 @@
-"""Fills the templates of model cards, for all tasks."""
+"""The model card of a trained model: fills a template of `model_cards/`, and draws the picture in it."""
 
+import json
+import re
 from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -14,45 +16,68 @@ from ..environment import describe_device, read_versions
 from ..models import SKIP_CONNECTIONS
 from ..recipe.describe import describe_resumption, find_idle_keys
 from ..recipe.parsing import Recipe
-from .training_curve import CURVE_NAME, Curve, draw_training_curve
+from .training_curve import CURVE_NAME, draw_training_curve
+
+_SCORES = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (top-1)", "top5_accuracy": "accuracy (top-5)"}
+_LICENCES = {"cldr": "Made from Unicode CLDR ([Unicode License v3](https://www.unicode.org/license.txt))."}
 
 
-def save_card(
+def write_model_card(
     folder: str | Path,
-    template: str,
     recipe: Recipe,
     model: PreTrainedModel,
     state: TrainerState,
-    *,
-    dataset: str,
-    scores: list[EvalResult],
-    metrics: dict,
+    metrics: dict[str, float | str],
     record: dict,
-    loss: str,
-    curve: Curve,
-    language: list[str] | None = None,
-    **values,
+    example: str | None = None,
 ) -> None:
-    """Fills a template of `model_cards/`, and writes it as `README.md` and the picture in it.
+    """Writes `README.md` and the picture in it: what the model is, how to use it, its scores, and how it was made.
 
     The code of a card loads the model from its folder; [`push_folder`] puts its id on the Hub there.
 
     Args:
-        template: name of the file.
-        dataset: what the model was trained on; a path is shown by its last part.
-        scores: for the metadata, each of [`eval_result`].
-        loss, curve: the two lines of the picture; see [`draw_training_curve`].
-        language: codes of the languages, for the metadata.
-        values: what else the template names. The other arguments are those of the functions that call this one.
+        folder: where the model was saved.
+        recipe, model, state: of the training.
+        metrics: `train_runtime` in seconds and the `test_` scores; BLEU and chrF from 0 to 100 with their signatures,
+            accuracies from 0 to 1.
+        record: of [`~hf_rskip.training.resuming.begin_record`].
+        example: a source sentence for the code to translate.
     """
-    draw_training_curve(state.log_history, Path(folder) / CURVE_NAME, loss, curve)
-    config, name, start = model.config, Path(folder).resolve().name, recipe.training.model_name_or_path
-    skip, seconds = SKIP_CONNECTIONS[config.skip_type], metrics["train_runtime"]
+    data, config, start = recipe.data, model.config, recipe.training.model_name_or_path
+    corpus, test_corpus = _name_data(data, "train_files"), _name_data(data, "test_files")
+    if recipe.task == "translation":
+        template, loss, curve = "translation_template.md", "nats a token", ("eval_bleu", "validation BLEU", 1)
+        languages, digits, kind = [data.source_lang, data.target_lang], 2, "f"
+    else:
+        template, loss, curve = "image_template.md", "nats an image", ("eval_accuracy", "validation accuracy (%)", 100)
+        languages, digits, kind = [], 4, "%"
+    draw_training_curve(state.log_history, Path(folder, CURVE_NAME), f"training loss ({loss})", *curve)
+    split = data.test_split if data.dataset_name else None
+    scores, results = [], []
+    for key, title in _SCORES.items():
+        if f"test_{key}" not in metrics:
+            continue
+        value, signature = metrics[f"test_{key}"], metrics.get(f"test_{key}_signature", "")
+        scores.append(
+            EvalResult(
+                task_type=recipe.task,
+                dataset_type=test_corpus,
+                dataset_name=test_corpus,
+                dataset_split=split,
+                metric_type=key.removeprefix("top5_"),
+                metric_name=f"{title} ({signature})" if signature else title,
+                metric_value=round(value, digits),
+            )
+        )
+        signature = signature.replace("|", "\\|")  # or it would end the cell
+        results.append({"metric": title, "score": f"{value:.2{kind}}", "signature": signature})
+    skip, seconds, name = SKIP_CONNECTIONS[config.skip_type], metrics["train_runtime"], Path(folder).resolve().name
     idle = dict(find_idle_keys(recipe, config))
     keys = {key: value for key, value in recipe.keys.items() if key not in idle}
     card = ModelCard.from_template(
         ModelCardData(
-            language=language,
+            # The Hub refuses a card with anything else.
+            language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)] or None,
             library_name="transformers",
             pipeline_tag=recipe.task,
             tags=["hf_rskip", config.skip_type, "arxiv:2105.07205"],
@@ -65,8 +90,15 @@ def save_card(
         model_name=name,
         model_id=str(folder),
         package=_package(),
-        start=None if start is None else name_dataset(start),
-        corpus=f"`{name_dataset(dataset)}`",
+        start=None if start is None else _name_dataset(start),
+        data=data,
+        config=config,
+        architecture=getattr(recipe.model, "architecture", None),
+        corpus=f"`{corpus}`",
+        licence=_LICENCES.get(data.dataset_name, "Its licence is that of its source."),
+        example=json.dumps(example, ensure_ascii=False),  # JSON writes a string as Python would
+        test_split=split or test_corpus,
+        results=results,
         parameters=f"{model.num_parameters():,}",
         formula=(skip.__doc__ or skip.__name__).strip().splitlines()[0],
         skip_connection=skip.describe(config),
@@ -79,25 +111,18 @@ def save_card(
         device=describe_device(),
         versions=", ".join(f"{package} {version}" for package, version in read_versions().items()),
         recipe=yaml.safe_dump(keys, allow_unicode=True, sort_keys=False).strip(),
-        **values,
     )
     card.save(Path(folder) / "README.md")
 
 
-def eval_result(recipe: Recipe, dataset: str, metric: str, name: str, value: float) -> EvalResult:
-    """A score of the test split of `dataset`, for the metadata."""
-    return EvalResult(
-        task_type=recipe.task,
-        dataset_type=name_dataset(dataset),
-        dataset_name=name_dataset(dataset),
-        dataset_split=recipe.data.test_split if recipe.data.dataset_name else None,
-        metric_type=metric,
-        metric_name=name,
-        metric_value=value,
-    )
+def _name_data(data, files: str) -> str:
+    """The data set, or the files under that key."""
+    if data.dataset_name:
+        return _name_dataset(data.dataset_name)
+    return " and ".join(Path(file).name for file in getattr(data, files))
 
 
-def name_dataset(dataset: str) -> str:
+def _name_dataset(dataset: str) -> str:
     """A Hub id as it is, and of a path the last part."""
     return Path(dataset).name if Path(dataset).exists() else dataset
 

@@ -1,41 +1,36 @@
 """Plots the loss and the validation score of a training by step."""
 
 from pathlib import Path
-from typing import NamedTuple
+
+from ..picture import new_figure
 
 CURVE_NAME = "training_curve.png"
 
 
-class Curve(NamedTuple):
-    """A logged score as a line of the plot."""
-
-    key: str
-    label: str
-    scale: float = 1
-
-
-def draw_training_curve(log_history: list[dict[str, float]], path: str | Path, loss: str, score: Curve) -> None:
+def draw_training_curve(
+    log_history: list[dict[str, float]], path: str | Path, loss: str, score: str, label: str, scale: float
+) -> None:
     """Writes a PNG of the training loss and, where it was measured, the validation score.
 
     Args:
         log_history: of `TrainerState`.
         path: of the picture.
         loss: label of the training loss, with its unit.
-        score: the validation score.
+        score: name of the validation score in the log.
+        label: of its axis.
+        scale: by which it is multiplied.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = new_figure(6, 3.2)
     axes = figure.subplots()
     axes.plot(*_series(log_history, "loss"), color="tab:blue")
     axes.set_xlabel("step")
     axes.set_ylabel(loss, color="tab:blue")
     axes.grid(alpha=0.3)
-    steps, scores = _series(log_history, score.key)
+    steps, scores = _series(log_history, score)
     if steps:
         right = axes.twinx()
-        right.plot(steps, [score.scale * value for value in scores], color="tab:orange", marker=".")
-        right.set_ylabel(score.label, color="tab:orange")
+        right.plot(steps, [scale * value for value in scores], color="tab:orange", marker=".")
+        right.set_ylabel(label, color="tab:orange")
         right.set_ylim(bottom=0)
     # Without the time and version, so that the same run draws the same file.
     figure.savefig(path, dpi=100, metadata={"Software": None})

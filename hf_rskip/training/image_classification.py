@@ -12,7 +12,7 @@ from ..data.images.loading import ImageDatasets, load_image_dataset
 from ..data.images.pixels import CroppedImages, decode_images, make_image_processor, stream_images
 from ..decoding.loading import load_config
 from ..errors import UserError
-from ..hub.image_model_card import write_image_model_card
+from ..hub.model_card import write_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from ..probing.batches import Batch, training_images
 from ..recipe.describe import describe_model
@@ -73,9 +73,7 @@ class ImageClassification(Task):
         return Tested(predicted.metrics, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
 
     def write_card(self, trainer: ImageTrainer, metrics: dict) -> None:
-        write_image_model_card(
-            trainer.args.output_dir, self.recipe, trainer.model, trainer.state, metrics, trainer.record
-        )
+        write_model_card(trainer.args.output_dir, self.recipe, trainer.model, trainer.state, metrics, trainer.record)
 
 
 def _do_without_validation(recipe: Recipe) -> None:

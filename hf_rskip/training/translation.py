@@ -14,7 +14,7 @@ from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer, scored_form
 from ..evaluation.evaluate import evaluate_translation, lowercases, split_languages
-from ..hub.translation_model_card import write_model_card
+from ..hub.model_card import write_model_card
 from ..models import RSkipForConditionalGeneration
 from ..probing.batches import Batch, training_sentences
 from ..recipe.describe import describe_model

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from transformers import TrainerState
 
 from hf_rskip.decoding.loading import load_model
-from hf_rskip.hub.training_curve import Curve, draw_training_curve
-from hf_rskip.hub.translation_model_card import write_model_card
+from hf_rskip.hub.model_card import write_model_card
+from hf_rskip.hub.training_curve import draw_training_curve
 from hf_rskip.recipe.parsing import parse_recipe, parse_values
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def test_the_card_of_a_resnet(hub, cli, run_with_package, run_without_package, t
 
 def test_a_picture_without_scores(tmp_path):
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
-    draw_training_curve(history, tmp_path / "curve.png", loss="loss", score=Curve("eval_bleu", "BLEU"))
+    draw_training_curve(history, tmp_path / "curve.png", "loss", "eval_bleu", "BLEU", 1)
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
