@@ -1,6 +1,9 @@
 """Beam search of Transformers, but a sentence leaves the batch when its search has ended."""
 
+import math
+
 import torch
+from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, generation
 
 from ..models.generation_rskip import SourceLengthCriteria
@@ -32,6 +35,16 @@ _ROW_BY_ROW = {
 def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
     """The chosen beams `(sentences, k)` of a tensor `(sentences, beams, ...)`."""
     return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], beams]
+
+
+def _topk(logits: torch.Tensor, k: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits.topk(k)` of `(rows, words)`: the best of the `k` groups of `size` words with the greatest maxima."""
+    if logits.shape[1] < 2 * k * size:
+        return logits.topk(k)
+    groups = nn.functional.pad(logits, (0, -logits.shape[1] % size), value=-math.inf).view(len(logits), -1, size)
+    chosen = groups.amax(-1).topk(k).indices
+    best, places = _gather(groups, chosen).flatten(1).topk(k)
+    return best, chosen.gather(1, places // size) * size + places % size
 
 
 @torch.no_grad()
@@ -85,6 +98,11 @@ def beam_search(
     all_stay = any(type(rule) not in _ROW_BY_ROW for rule in [*logits_processor, *stopping_criteria])
     encoder_outputs, attention_mask = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
     cache, tokens = model_kwargs.get("cache"), input_ids
+    # Keys and values of the source are computed and kept once a sentence, or where the model cannot, once a beam.
+    shared = getattr(model, "rows_share_sources", False)
+    if shared:
+        encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs[0][::beams])
+        attention_mask = None if attention_mask is None else attention_mask[::beams]
 
     for length in range(prompt, longest):
         output = model(
@@ -101,7 +119,7 @@ def beam_search(
             log_probs = logits_processor(running[:, :, :length].flatten(0, 1), logits.log_softmax(-1))
             best, words = log_probs.topk(width)
         else:
-            best, words = logits.topk(width)
+            best, words = _topk(logits, width)
             best = best - logits.logsumexp(-1, keepdim=True)
         best = (best.view(len(active), beams, width) + scores[:, :, None]).flatten(1)
         best, chosen = best.topk(min(keep, best.shape[1]))
@@ -132,9 +150,9 @@ def beam_search(
         if not unfinished.any():
             break
         going = (unfinished | all_stay).nonzero().squeeze(1)
-        rows = (going[:, None] * beams + torch.arange(beams, device=device)).flatten()
         cache.self_attention_cache.reorder_cache(going.repeat_interleave(beams) * beams + origin[going].flatten())
         if len(going) < len(active):
+            rows = going if shared else (going[:, None] * beams + torch.arange(beams, device=device)).flatten()
             cache.cross_attention_cache.reorder_cache(rows)
             encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs[0][rows])
             attention_mask = None if attention_mask is None else attention_mask[rows]
