@@ -37,14 +37,15 @@ def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
     return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], beams]
 
 
-def _topk(logits: torch.Tensor, k: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits.topk(k)` of `(rows, words)`: the best of the `k` groups of `size` words with the greatest maxima."""
-    if logits.shape[1] < 2 * k * size:
-        return logits.topk(k)
-    groups = nn.functional.pad(logits, (0, -logits.shape[1] % size), value=-math.inf).view(len(logits), -1, size)
+def _topk(scores: torch.Tensor, k: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scores.topk(k)` of `(rows, words)`: the best of the `k` groups of `size` words with the greatest maxima."""
+    words = scores.shape[1]
+    if words < 2 * k * size:
+        return scores.topk(k)
+    groups = nn.functional.pad(scores, (0, -words % size), value=-math.inf).view(len(scores), -1, size)
     chosen = groups.amax(-1).topk(k).indices
     best, places = _gather(groups, chosen).flatten(1).topk(k)
-    return best, chosen.gather(1, places // size) * size + places % size
+    return best, (chosen.gather(1, places // size) * size + places % size).clamp(max=words - 1)
 
 
 @torch.no_grad()
@@ -96,13 +97,12 @@ def beam_search(
     active = torch.arange(sentences, device=device)
     unfinished = torch.ones_like(active, dtype=torch.bool)
     all_stay = any(type(rule) not in _ROW_BY_ROW for rule in [*logits_processor, *stopping_criteria])
-    encoder_outputs, attention_mask = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
-    cache, tokens = model_kwargs.get("cache"), input_ids
-    # Keys and values of the source are computed and kept once a sentence, or where the model cannot, once a beam.
+    # The first step has one row a sentence, as all beams are the same; where the model can, so has the source in all.
     shared = getattr(model, "rows_share_sources", False)
-    if shared:
-        encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs[0][::beams])
-        attention_mask = None if attention_mask is None else attention_mask[::beams]
+    of_beams = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
+    encoder_outputs = type(of_beams[0])(last_hidden_state=of_beams[0][0][::beams])
+    attention_mask = None if of_beams[1] is None else of_beams[1][::beams]
+    cache, tokens = model_kwargs.get("cache"), input_ids[::beams]
 
     for length in range(prompt, longest):
         output = model(
@@ -112,15 +112,17 @@ def beam_search(
             cache=cache,
             use_cache=True,
         )
-        cache, logits = output.cache, output.logits[:, -1].float()
+        cache, log_probs = output.cache, output.logits[:, -1].float().log_softmax(-1)
+        if length == prompt:
+            log_probs = log_probs.repeat_interleave(beams, dim=0)
+            (cache.self_attention_cache if shared else cache).batch_repeat_interleave(beams)
+            if not shared:
+                encoder_outputs, attention_mask = of_beams
         # The best continuations of each beam, then of each sentence.
-        width = min(keep, logits.shape[-1])
+        width = min(keep, log_probs.shape[-1])
         if logits_processor:
-            log_probs = logits_processor(running[:, :, :length].flatten(0, 1), logits.log_softmax(-1))
-            best, words = log_probs.topk(width)
-        else:
-            best, words = _topk(logits, width)
-            best = best - logits.logsumexp(-1, keepdim=True)
+            log_probs = logits_processor(running[:, :, :length].flatten(0, 1), log_probs)
+        best, words = _topk(log_probs, width)
         best = (best.view(len(active), beams, width) + scores[:, :, None]).flatten(1)
         best, chosen = best.topk(min(keep, best.shape[1]))
         origin = chosen // width
