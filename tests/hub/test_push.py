@@ -9,6 +9,7 @@ import shutil
 import sys
 from fnmatch import fnmatch
 
+import onnxruntime
 import pytest
 import torch
 
@@ -178,6 +179,20 @@ def test_without_the_package_it_is_saved_trained_and_pushed_again(
     loaded = run_with_package(back)
     assert loaded.code == 0, loaded.err
     assert without(loaded, "module") == tuned
+
+
+@pytest.mark.slow
+def test_with_onnx_graphs_and_page_go_along(hub, cli, trained):
+    assert cli("push", trained.folder, "tiny", "--with-onnx").code == 0
+    names = {
+        f"onnx/{name}{suffix}.onnx"
+        for name in ("encoder_model", "decoder_model_merged")
+        for suffix in ("", "_quantized")
+    }
+    files = hub.files("user/tiny")
+    assert files.keys() == {".gitattributes", *MODEL, *RESULTS, *names, "index.html"}
+    assert json.loads(files["config.json"])["model_type"] == "rskip"
+    assert all(onnxruntime.InferenceSession(files[name]).get_inputs() for name in names)
 
 
 def test_without_code_there_is_no_mention_of_any(
