@@ -42,6 +42,7 @@ from transformers import (
 
 from ..decoding.onnx import DECODER_NAME, ENCODER_NAME, INSTALL
 from ..errors import UserError
+from ..models import RSkipForConditionalGeneration
 from .output import new_folder
 
 _BATCH_LENGTH = {0: Dim.AUTO, 1: Dim.AUTO}  # of tokens and masks
@@ -114,8 +115,8 @@ def export_onnx(
 ) -> None:
     """Writes the graphs, the processor and the configurations to `folder`; see this module for what they are.
 
-    The model is put into evaluation mode. Each graph is named on standard output before it is traced, which takes some
-    seconds.
+    The model is left in evaluation mode with eager attention. Each graph is named on standard output before it is
+    traced, which takes some seconds.
 
     Args:
         model: one that translates or classifies images.
@@ -124,8 +125,8 @@ def export_onnx(
         quantization: `"int8"` for a model that translates; float32 unless given.
 
     Raises:
-        [`UserError`]: if packages are missing or too old, if the folder is not empty, or if a model that classifies
-            images is to be quantized.
+        [`UserError`]: if packages are missing or too old, if the folder is not empty, if the model is of another
+            package, or if one that classifies images is to be quantized.
     """
     folder = new_folder(folder)
     translates = model.config.is_encoder_decoder
@@ -180,7 +181,13 @@ def _image_graphs(model: PreTrainedModel, processor: BaseImageProcessor) -> dict
 
 
 def translation_graphs(model: PreTrainedModel) -> dict[str, tuple]:
-    """Encoder and decoder graphs of a translation model; see [`_image_graphs`]."""
+    """Encoder and decoder graphs of a translation model; see [`_image_graphs`].
+
+    Raises:
+        [`UserError`]: if it is not a model of this package.
+    """
+    if not isinstance(model, RSkipForConditionalGeneration):
+        raise UserError(f"ONNX graphs are made of models of this package, not of type {model.config.model_type!r}")
     # Sizes that the trace cannot take for constants or for one another: 3 sentences of 7 tokens, 4 of them in the
     # cache, and 2 beams each, with 5 new tokens after 4.
     tokens = torch.full((3, 7), model.config.decoder_start_token_id, device=model.device)

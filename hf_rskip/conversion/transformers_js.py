@@ -33,7 +33,7 @@ _OF_BEAM_SEARCH = ("num_beams", "early_stopping", "length_penalty", "gnmt_length
 def export_transformers_js(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
 ) -> None:
-    """Writes the files of this module's table; the model is put into evaluation mode.
+    """Writes the files of this module's table; the model is left in evaluation mode with eager attention.
 
     Args:
         model: one that translates.
@@ -41,7 +41,8 @@ def export_transformers_js(
         folder: a new or empty one.
 
     Raises:
-        [`UserError`]: if packages are missing or too old, or if the folder is not empty.
+        [`UserError`]: if packages are missing or too old, if the folder is not empty, or if the model is of another
+            package.
     """
     folder = new_folder(folder)
     programs = trace(model, translation_graphs(model))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -29,7 +30,7 @@ from hf_rskip import (
     XSkip,
 )
 from hf_rskip.cli.main import main
-from hf_rskip.conversion.onnx import export_onnx
+from hf_rskip.conversion.onnx import export_onnx, quantize
 from hf_rskip.decoding.beam_search import beam_search
 from hf_rskip.decoding.loading import load_ensemble
 from hf_rskip.decoding.onnx import OnnxTranslationModel
@@ -228,8 +229,9 @@ def test_translations_and_scores(exported, trained, pairs):
             )
 
 
-def test_int8(trained, exported, model_and_tokenizer, pairs, tmp_path):
-    assert main(["export", str(trained.folder), str(tmp_path), "--quantization", "int8"]) == 0
+def test_int8(exported, model_and_tokenizer, tmp_path):
+    for name in ("encoder.onnx", "decoder.onnx"):
+        onnx_ir.save(quantize(onnx_ir.load(exported / name)), tmp_path / name)
     graph = onnx.load(tmp_path / "decoder.onnx").graph
     types = {tuple(each.dims): each.data_type for each in graph.initializer}
     words = model_and_tokenizer[0].config.decoder_vocab_size
@@ -288,6 +290,11 @@ def test_missing_packages(trained, exported, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'hf_rskip\[onnx\]'"):
         OnnxTranslationModel(exported)
+
+
+def test_a_model_of_another_package(make_marian, tmp_path):
+    with pytest.raises(UserError, match="of models of this package, not of type 'marian'"):
+        export_onnx(make_marian(), None, tmp_path)
 
 
 def test_a_folder_without_graphs(exported, tmp_path):
