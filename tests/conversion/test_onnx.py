@@ -2,11 +2,13 @@
 search; and what a user is told when something is missing."""
 
 import contextlib
+import inspect
 import io
 import re
 import shutil
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from hf_rskip import (
     SkipConnection,
     XSkip,
 )
+from hf_rskip.cli.export import FORMATS
 from hf_rskip.cli.main import main
 from hf_rskip.conversion.onnx import export_onnx, quantize
 from hf_rskip.decoding.beam_search import beam_search
@@ -278,6 +281,13 @@ def test_mistakes(trained, tmp_path, capfd):
     for output in (tmp_path, tmp_path / "file"):
         assert f"{str(output)!r} already exists and is not an empty folder" in error_of(capfd, "/no/model", output)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_writer(name):
+    module, _, writer = FORMATS[name].writer.partition(".")
+    parameters = inspect.signature(getattr(import_module(f"hf_rskip.conversion.{module}"), writer)).parameters
+    assert ("quantization" in parameters) == bool(FORMATS[name].quantizations)
 
 
 def test_missing_packages(trained, exported, tmp_path, capfd, monkeypatch):

@@ -13,14 +13,17 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from hf_rskip.cli.main import main
+from hf_rskip.cli import push
 from hf_rskip.decoding.translate import translate
 
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("web") / "model"
-    assert main(["export", str(trained.folder), str(folder), "--format", "transformers.js"]) == 0
+    """An export, which is made to go along with a push; what that takes is its graphs and the page."""
+    folder = tmp_path_factory.mktemp("web")
+    pushed = push._export(str(trained.folder), folder)
+    assert all(path == folder / name for name, path in pushed.items())
+    assert sorted(pushed) == ["index.html", *(f"onnx/{name}" for name in sorted(os.listdir(folder / "onnx")))]
     return folder
 
 
