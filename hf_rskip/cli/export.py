@@ -17,9 +17,10 @@ class _Format(NamedTuple):
 
 
 FORMATS = {
-    "onnx": _Format("onnx.export_onnx", for_images=True),
+    "onnx": _Format("onnx.export_onnx", ("int8",), for_images=True),
     "ctranslate2": _Format("ctranslate2.export_ctranslate2", ("int8", "int8_float32", "int16", "float16", "bfloat16")),
     "marian": _Format("marian.export_marian"),
+    "transformers.js": _Format("transformers_js.export_transformers_js"),
 }
 
 

@@ -24,7 +24,7 @@ COMMANDS = {
     "probe": "measure what skip connections do, and draw it",
     "keys": "print the keys of a recipe with their defaults",
     "convert": "turn a MarianMT or ResNet checkpoint into one of ours, or one of ours into post-LN",
-    "export": "write a model for ONNX, CTranslate2 or Marian",
+    "export": "write a model for ONNX, CTranslate2, Marian or a browser",
     "average": "average checkpoints into one model",
     "push": "send a trained model to the Hugging Face Hub",
     "env": "print versions and devices, for a bug report",

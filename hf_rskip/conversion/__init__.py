@@ -1,1 +1,1 @@
-"""Converts trained models: from other libraries, to more recursions, and to ONNX."""
+"""Converts trained models: from other libraries, to more recursions, and for other engines."""

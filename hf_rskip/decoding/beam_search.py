@@ -1,6 +1,9 @@
 """Beam search of Transformers, but a sentence leaves the batch when its search has ended."""
 
+import math
+
 import torch
+from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, generation
 
 from ..models.generation_rskip import SourceLengthCriteria
@@ -32,6 +35,17 @@ _ROW_BY_ROW = {
 def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
     """The chosen beams `(sentences, k)` of a tensor `(sentences, beams, ...)`."""
     return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], beams]
+
+
+def _topk(scores: torch.Tensor, k: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scores.topk(k)` of `(rows, words)`: the best of the `k` groups of `size` words with the greatest maxima."""
+    words = scores.shape[1]
+    if words < 2 * k * size:
+        return scores.topk(k)
+    groups = nn.functional.pad(scores, (0, -words % size), value=-math.inf).view(len(scores), -1, size)
+    chosen = groups.amax(-1).topk(k).indices
+    best, places = _gather(groups, chosen).flatten(1).topk(k)
+    return best, (chosen.gather(1, places // size) * size + places % size).clamp(max=words - 1)
 
 
 @torch.no_grad()
@@ -83,8 +97,12 @@ def beam_search(
     active = torch.arange(sentences, device=device)
     unfinished = torch.ones_like(active, dtype=torch.bool)
     all_stay = any(type(rule) not in _ROW_BY_ROW for rule in [*logits_processor, *stopping_criteria])
-    encoder_outputs, attention_mask = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
-    cache, tokens = model_kwargs.get("cache"), input_ids
+    # The first step has one row a sentence, as all beams are the same; where the model can, so has the source in all.
+    shared = getattr(model, "rows_share_sources", False)
+    of_beams = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
+    encoder_outputs = type(of_beams[0])(last_hidden_state=of_beams[0][0][::beams])
+    attention_mask = None if of_beams[1] is None else of_beams[1][::beams]
+    cache, tokens = model_kwargs.get("cache"), input_ids[::beams]
 
     for length in range(prompt, longest):
         output = model(
@@ -94,15 +112,17 @@ def beam_search(
             cache=cache,
             use_cache=True,
         )
-        cache, logits = output.cache, output.logits[:, -1].float()
+        cache, log_probs = output.cache, output.logits[:, -1].float().log_softmax(-1)
+        if length == prompt:
+            log_probs = log_probs.repeat_interleave(beams, dim=0)
+            (cache.self_attention_cache if shared else cache).batch_repeat_interleave(beams)
+            if not shared:
+                encoder_outputs, attention_mask = of_beams
         # The best continuations of each beam, then of each sentence.
-        width = min(keep, logits.shape[-1])
+        width = min(keep, log_probs.shape[-1])
         if logits_processor:
-            log_probs = logits_processor(running[:, :, :length].flatten(0, 1), logits.log_softmax(-1))
-            best, words = log_probs.topk(width)
-        else:
-            best, words = logits.topk(width)
-            best = best - logits.logsumexp(-1, keepdim=True)
+            log_probs = logits_processor(running[:, :, :length].flatten(0, 1), log_probs)
+        best, words = _topk(log_probs, width)
         best = (best.view(len(active), beams, width) + scores[:, :, None]).flatten(1)
         best, chosen = best.topk(min(keep, best.shape[1]))
         origin = chosen // width
@@ -132,9 +152,9 @@ def beam_search(
         if not unfinished.any():
             break
         going = (unfinished | all_stay).nonzero().squeeze(1)
-        rows = (going[:, None] * beams + torch.arange(beams, device=device)).flatten()
         cache.self_attention_cache.reorder_cache(going.repeat_interleave(beams) * beams + origin[going].flatten())
         if len(going) < len(active):
+            rows = going if shared else (going[:, None] * beams + torch.arange(beams, device=device)).flatten()
             cache.cross_attention_cache.reorder_cache(rows)
             encoder_outputs = type(encoder_outputs)(last_hidden_state=encoder_outputs[0][rows])
             attention_mask = None if attention_mask is None else attention_mask[rows]

@@ -63,6 +63,10 @@ class Ensemble(TranslationGenerationMixin, PreTrainedModel):
         self.generation_config = copy.deepcopy(models[0].generation_config)
         self.eval()
 
+    @property
+    def rows_share_sources(self) -> bool:
+        return all(getattr(model, "rows_share_sources", False) for model in self.models)
+
     def get_encoder(self, *args, **kwargs) -> EnsembleEncoder:
         return self.encoder
 

@@ -26,6 +26,7 @@ from ..manifest import check_model
 from ..models import RSkipResNetConfig
 from .ctranslate2 import CTranslate2Model, is_ctranslate2
 from .ensemble import Ensemble
+from .onnx import OnnxTranslationModel, is_onnx
 
 _TASKS = {
     AutoModelForSeq2SeqLM: ("translate", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
@@ -106,6 +107,8 @@ def load_translator(name: str) -> tuple[PreTrainedModel | CTranslate2Model, PreT
     """What [`load_model`] gives, or an export to another engine, which translates and scores in the same way."""
     if is_ctranslate2(name):
         return CTranslate2Model(name, load_config(name)), load_tokenizer(name)
+    if is_onnx(name):
+        return OnnxTranslationModel(name), load_tokenizer(name)
     return load_model(name)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -75,6 +76,7 @@ def push_folder(
     repo_id: str,
     *,
     with_code: bool = False,
+    graphs: Mapping[str, Path] = MappingProxyType({}),
     private: bool | None = None,
     revision: str | None = None,
     overwrite_card: bool = False,
@@ -87,6 +89,7 @@ def push_folder(
         repo_id: `user/name`, or `name` for one's own.
         with_code: whether the Python files of the model go along, so that it loads with `trust_remote_code=True` where
             this package is not installed.
+        graphs: files of an export that go along, by their path in the repository.
         private: whether a new repository is private; an existing one must be.
         revision: the branch, which is created if there is none; the main one unless given.
         overwrite_card: whether an existing card on the Hub is replaced.
@@ -106,7 +109,7 @@ def push_folder(
         config_dict.pop("auto_map", None)
         config_dict |= {"auto_map": auto_map} if auto_map else {}
         files[CONFIG_NAME] = (json.dumps(config_dict, indent=2, sort_keys=True) + "\n").encode()
-    files |= code
+    files |= code | graphs
     return upload(
         files,
         repo_id,

@@ -117,6 +117,9 @@ class RSkipAttention(nn.Module):
         states = key_value_states if is_cross_attention else hidden_states
         query = self._split_heads(self.q_proj(hidden_states))
         keys, values = self._keys_and_values(states, cache, is_cross_attention)
+        if is_cross_attention and query.shape[0] != keys.shape[0]:
+            # Several rows for each source: to attention they are further positions of one query.
+            query = query.unflatten(0, (keys.shape[0], -1)).transpose(1, 2).flatten(2, 3)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -401,9 +404,10 @@ class RSkipDecoder(RSkipStack):
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=self_attention_cache
         )
+        has_beams = encoder_hidden_states is not None and encoder_hidden_states.shape[0] != inputs_embeds.shape[0]
         encoder_attention_mask = create_bidirectional_mask(
             config=self.config,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=inputs_embeds[:, :1] if has_beams else inputs_embeds,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
@@ -503,6 +507,11 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         self.model = RSkipModel(config)
         self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=config.lm_head_bias)
         self.post_init()
+
+    @property
+    def rows_share_sources(self) -> bool:
+        """Whether `decoder_input_ids` may have several rows for each source, one after another, such as its beams."""
+        return self.config._attn_implementation in ("eager", "sdpa")
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The decoder's input for `labels` `(batch, length)`: start token first, last token off, -100 as padding."""

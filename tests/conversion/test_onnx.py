@@ -2,14 +2,18 @@
 search; and what a user is told when something is missing."""
 
 import contextlib
+import inspect
 import io
 import re
 import shutil
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -27,9 +31,13 @@ from hf_rskip import (
     SkipConnection,
     XSkip,
 )
+from hf_rskip.cli.export import FORMATS
 from hf_rskip.cli.main import main
-from hf_rskip.conversion.onnx import OnnxTranslationModel, export_onnx
-from hf_rskip.decoding.translate import translate
+from hf_rskip.conversion.onnx import export_onnx, quantize
+from hf_rskip.decoding.beam_search import beam_search
+from hf_rskip.decoding.loading import load_ensemble
+from hf_rskip.decoding.onnx import OnnxTranslationModel
+from hf_rskip.decoding.translate import translate, translate_n_best
 from hf_rskip.errors import UserError
 from hf_rskip.models.skip_connections import B2T, Admin, DeepNorm, DetachedRSkip, Keel, PeriNorm, ReZero
 
@@ -44,15 +52,9 @@ def exported(trained, tmp_path_factory):
     return folder
 
 
-def load(folder):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return OnnxTranslationModel(folder, options)
-
-
 @pytest.fixture(scope="module")
 def onnx_model(exported):
-    return load(exported)
+    return OnnxTranslationModel(exported)
 
 
 def random_batch(lengths, vocab_size):
@@ -66,43 +68,49 @@ def run(session, **inputs):
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def decoder_logits(onnx_model, model, input_ids, attention_mask, pieces):
-    """Logits of the target `pieces`, each decoded after the ones before it, by nothing but the documented names."""
-    encoded = run(onnx_model.encoder, input_ids=input_ids, attention_mask=attention_mask)
-    config = model.config
-    past = {f"past_key_values.{name.removeprefix('present.')}": encoded[name] for name in encoded if "present" in name}
-    heads = config.decoder_attention_heads
+def decoder_logits(folder, config, input_ids, attention_mask, pieces):
+    """States of the encoder, and logits of the target `pieces`, each decoded after the ones before it, by nothing but
+    the documented names."""
+    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
+    (states,) = run(encoder, input_ids=input_ids, attention_mask=attention_mask).values()
+    heads, past, logits = config.decoder_attention_heads, {}, []
     for layer in range(config.decoder_layers):
-        for name in ("key", "value"):
-            past[f"past_key_values.{layer}.decoder.{name}"] = np.zeros(
-                (len(input_ids), heads, 0, config.d_model // heads), np.float32
-            )
-    logits = []
+        for stack, batch in (("encoder", len(input_ids)), ("decoder", len(pieces[0]))):
+            for name in ("key", "value"):
+                empty = np.zeros((batch, heads, 0, config.d_model // heads), np.float32)
+                past[f"past_key_values.{layer}.{stack}.{name}"] = empty
     for piece in pieces:
-        outputs = run(onnx_model.decoder, decoder_input_ids=piece, encoder_attention_mask=attention_mask, **past)
+        inputs = {"input_ids": piece, "encoder_attention_mask": attention_mask, "encoder_hidden_states": states}
+        outputs = run(decoder, **inputs, **past)
         logits.append(outputs.pop("logits"))
-        past |= {f"past_key_values.{name.removeprefix('present.')}": value for name, value in outputs.items()}
-    return encoded["last_hidden_state"], np.concatenate(logits, axis=1)
+        past = {f"past_key_values.{name.removeprefix('present.')}": value for name, value in outputs.items()}
+    return states, np.concatenate(logits, axis=1)
 
 
-def assert_equal_to_torch(onnx_model, model, lengths, cuts):
+def assert_equal_to_torch(folder, model, lengths, cuts, beams=1, atol=1e-4):
     """Every prefix of the target is decoded at once or in pieces; logits at all positions, states at real ones."""
     input_ids, attention_mask = random_batch(lengths, model.config.vocab_size)
-    target = np.random.default_rng(1).integers(4, model.config.vocab_size, (len(lengths), 9))
+    target = np.random.default_rng(1).integers(4, model.config.vocab_size, (len(lengths) * beams, 9))
     target[:, 0] = model.config.decoder_start_token_id
     with torch.no_grad():
-        expected = model(*map(torch.from_numpy, (input_ids, attention_mask, target)))
-    states, logits = decoder_logits(onnx_model, model, input_ids, attention_mask, np.split(target, cuts, axis=1))
+        repeated = (torch.from_numpy(array).repeat_interleave(beams, 0) for array in (input_ids, attention_mask))
+        expected = model(*repeated, torch.from_numpy(target))
+    states, logits = decoder_logits(folder, model.config, input_ids, attention_mask, np.split(target, cuts, axis=1))
     real = attention_mask.astype(bool)
-    np.testing.assert_allclose(states[real], expected.encoder_last_hidden_state.numpy()[real], atol=1e-4, rtol=0)
-    np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4, rtol=0)
+    expected_states = expected.encoder_last_hidden_state[::beams].numpy()
+    np.testing.assert_allclose(states[real], expected_states[real], atol=atol, rtol=0)
+    np.testing.assert_allclose(logits, expected.logits.numpy(), atol=atol, rtol=0)
     assert logits.std() > 0.1
 
 
 @pytest.mark.parametrize("lengths", [SOURCE_LENGTHS, [1], [64, 1], [3, 3, 3, 3]], ids=str)
 @pytest.mark.parametrize("cuts", [[], [1], [*range(1, 9)], [4, 6]], ids=["at once", "prefill", "steps", "pieces"])
-def test_graphs_equal_the_model(onnx_model, model_and_tokenizer, lengths, cuts):
-    assert_equal_to_torch(onnx_model, model_and_tokenizer[0], lengths, cuts)
+def test_graphs_equal_the_model(exported, model_and_tokenizer, lengths, cuts):
+    assert_equal_to_torch(exported, model_and_tokenizer[0], lengths, cuts)
+
+
+def test_several_rows_for_each_source(exported, model_and_tokenizer):
+    assert_equal_to_torch(exported, model_and_tokenizer[0], SOURCE_LENGTHS, [1, 2, 5], beams=4)
 
 
 @pytest.fixture
@@ -175,42 +183,71 @@ def test_every_kind_of_skip_connection(mixed, model_and_tokenizer, tmp_path):
             if name.endswith(("running_mean", "running_var")):
                 buffer.add_(torch.rand_like(buffer))
     export_onnx(model, model_and_tokenizer[1], tmp_path)
-    assert_equal_to_torch(load(tmp_path), model, SOURCE_LENGTHS, [1, 2, 5])
+    assert_equal_to_torch(tmp_path, model, SOURCE_LENGTHS, [1, 2, 5])
+    assert count_same_tokens(OnnxTranslationModel(tmp_path), model, num_beams=4, max_new_tokens=12) > 1
 
 
-# Greedy search
+# Search
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_greedy_search_gives_the_tokens_of_generate(onnx_model, exported, model_and_tokenizer, pairs, batch_size):
-    model, tokenizer = model_and_tokenizer
-    sources = [pair["en"] for pair in (pairs["test"] + pairs["validation"] + pairs["train"])[:100]]
-    exported_tokenizer = AutoTokenizer.from_pretrained(exported)
-    translations = set()
-    for start in range(0, 100, batch_size):
-        batch = sources[start : start + batch_size]
-        expected = model.generate(**tokenizer(batch, padding=True, return_tensors="pt"), num_beams=1)
-        tokens = onnx_model.generate(**exported_tokenizer(batch, padding=True, return_tensors="np"))
-        np.testing.assert_array_equal(tokens, expected.numpy())
-        translations |= set(exported_tokenizer.batch_decode(tokens, skip_special_tokens=True))
-    assert len(translations) > 20
+def count_same_tokens(onnx_model, model, **options):
+    """The number of different translations of five random sources, which both models give."""
+    input_ids, attention_mask = map(torch.from_numpy, random_batch([7, 4, 2, 9, 1], model.config.vocab_size))
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **options}
+    tokens = onnx_model.generate(**inputs)
+    torch.testing.assert_close(tokens, model.generate(**inputs), rtol=0, atol=0)
+    return len({tuple(row) for row in tokens.tolist()})
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 3])
-def test_max_new_tokens(onnx_model, model_and_tokenizer, max_new_tokens):
-    model, tokenizer = model_and_tokenizer
-    inputs = tokenizer(["the old cat sees a mouse .", "a cat likes the cat ."], padding=True, return_tensors="pt")
-    expected = model.generate(**inputs, num_beams=1, max_new_tokens=max_new_tokens)
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    np.testing.assert_array_equal(onnx_model.generate(**arrays, max_new_tokens=max_new_tokens), expected.numpy())
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 1},
+        {"num_beams": 1, "max_new_tokens": 6},
+        {"num_beams": 4},
+        {"num_beams": 5, "gnmt_length_penalty": 0.6, "num_return_sequences": 3},
+        {"num_beams": 4, "max_len_a": 1.5, "max_len_b": 2, "no_repeat_ngram_size": 2},
+        {"num_beams": 4, "decoder_input_ids": torch.tensor([[2, 9, 30]] * 5)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("custom_generate", [None, beam_search], ids=["transformers", "ours"])
+def test_search_gives_the_tokens_of_torch(onnx_model, model_and_tokenizer, options, custom_generate):
+    if options["num_beams"] > 1:
+        options = {"custom_generate": custom_generate, **options}
+    assert count_same_tokens(onnx_model, model_and_tokenizer[0], **options) > 3
 
 
-def test_a_search_ends_at_the_last_position(onnx_model, monkeypatch):
-    monkeypatch.setattr(onnx_model.generation_config, "eos_token_id", [])
-    input_ids, attention_mask = random_batch([3], 300)
-    assert onnx_model.generate(input_ids, attention_mask, max_new_tokens=1000).shape == (1, 65)
+def test_translations_and_scores(exported, trained, pairs):
+    """Also of an ensemble with the model in torch, which is the same model twice."""
+    sources = [pair["en"] for pair in pairs["test"]]
+    options = {"n_best": 3, "num_beams": 4, "max_batch_tokens": 200}
+    expected = translate_n_best(*load_ensemble([str(trained.folder)]), sources, **options)
+    for names in ([str(exported)], [str(exported), str(trained.folder)]):
+        found = translate_n_best(*load_ensemble(names), sources, **options)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert [hypothesis.text for hypothesis in ours] == [hypothesis.text for hypothesis in theirs]
+            assert [hypothesis.score for hypothesis in ours] == pytest.approx(
+                [hypothesis.score for hypothesis in theirs], abs=1e-4
+            )
+
+
+def test_int8(exported, model_and_tokenizer, tmp_path):
+    for name in ("encoder.onnx", "decoder.onnx"):
+        onnx_ir.save(quantize(onnx_ir.load(exported / name)), tmp_path / name)
+    graph = onnx.load(tmp_path / "decoder.onnx").graph
+    types = {tuple(each.dims): each.data_type for each in graph.initializer}
+    words = model_and_tokenizer[0].config.decoder_vocab_size
+    assert types[32, 64] == types[64, 32] == types[32, words] == onnx.TensorProto.INT8 != types[words, 32]
+    assert_equal_to_torch(tmp_path, model_and_tokenizer[0], SOURCE_LENGTHS, [1, 2, 5], beams=2, atol=0.2)
+
+
+def test_a_search_ends_at_the_last_position(onnx_model):
+    input_ids, attention_mask = map(torch.from_numpy, random_batch([3], 300))
     with pytest.raises(ValueError, match="The sequence has 65 tokens, more than the 64 of"):
-        onnx_model.generate(*random_batch([65], 300))
+        onnx_model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=1000, suppress_tokens=[2])
+    with pytest.raises(ValueError, match="The sequence has 65 tokens, more than the 64 of"):
+        onnx_model.generate(torch.from_numpy(random_batch([65], 300)[0]))
 
 
 # Files and mistakes
@@ -246,7 +283,14 @@ def test_mistakes(trained, tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_missing_packages(trained, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_writer(name):
+    module, _, writer = FORMATS[name].writer.partition(".")
+    parameters = inspect.signature(getattr(import_module(f"hf_rskip.conversion.{module}"), writer)).parameters
+    assert ("quantization" in parameters) == bool(FORMATS[name].quantizations)
+
+
+def test_missing_packages(trained, exported, tmp_path, capfd, monkeypatch):
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     monkeypatch.setattr(OnnxExporter, "required_packages", ["torch", "no_such_package"])
@@ -255,7 +299,12 @@ def test_missing_packages(trained, tmp_path, capfd, monkeypatch):
     assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'hf_rskip\[onnx\]'"):
-        OnnxTranslationModel(tmp_path)
+        OnnxTranslationModel(exported)
+
+
+def test_a_model_of_another_package(make_marian, tmp_path):
+    with pytest.raises(UserError, match="of models of this package, not of type 'marian'"):
+        export_onnx(make_marian(), None, tmp_path)
 
 
 def test_a_folder_without_graphs(exported, tmp_path):
@@ -297,6 +346,7 @@ def test_the_lines_of_the_readme(exported, exported_resnet, model_and_tokenizer,
         "Image": Image,
         "OnnxTranslationModel": OnnxTranslationModel,
         "onnxruntime": onnxruntime,
+        "translate": translate,
     }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "onnx").symlink_to(exported)
@@ -306,7 +356,7 @@ def test_the_lines_of_the_readme(exported, exported_resnet, model_and_tokenizer,
     for lines in re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL):
         exec(lines, names)
     sources = ["5 hours", "March 3, 2021"]
-    assert names["translations"] == translate(*model_and_tokenizer, sources, num_beams=1)
+    assert names["translations"] == translate(*model_and_tokenizer, sources, num_beams=4)
     assert names["logits"].argmax() == 3
 
 

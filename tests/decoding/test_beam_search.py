@@ -5,7 +5,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
-from hf_rskip.decoding.beam_search import beam_search
+from hf_rskip.decoding.beam_search import _topk, beam_search
 from hf_rskip.decoding.ensemble import Ensemble
 
 
@@ -120,7 +120,7 @@ def test_ended_sentences_leave(models, batch):
     )
     output = models[0].generate(**batch, num_beams=4, max_len_a=2, max_len_b=0, custom_generate=beam_search)
     hook.remove()
-    assert rows[0] == 32 and rows == sorted(rows, reverse=True) and rows[-1] < 32
+    assert rows[:2] == [8, 32] and rows[1:] == sorted(rows[1:], reverse=True) and rows[-1] < 32
     for row, length in zip(output, batch["attention_mask"].sum(1), strict=True):
         assert (row[1:] != 0).sum() <= 2 * length
 
@@ -129,3 +129,27 @@ def test_ended_sentences_leave(models, batch):
 def test_what_it_does_not_give_is_refused(models, batch, option):
     with pytest.raises(ValueError, match=f"`{option}` is for the beam search of Transformers"):
         models[0].generate(**batch, num_beams=2, max_new_tokens=4, custom_generate=beam_search, **{option: True})
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_rows_share_a_source(models, batch, attn_implementation):
+    """Three targets for each source, at once and after a past, are those of the source three times."""
+    targets = torch.randint(3, 30, (24, 5), generator=torch.Generator().manual_seed(3))
+    repeated = {name: tensor.repeat_interleave(3, 0) for name, tensor in batch.items()}
+    models[0].set_attn_implementation(attn_implementation)
+    with torch.no_grad():
+        expected = models[0](**repeated, decoder_input_ids=targets).logits
+        outputs = models[0](**batch, decoder_input_ids=targets[:, :3], use_cache=True)
+        cache = outputs.cache
+        assert cache.cross_attention_cache.layers[0].keys.shape[0] == 8 and models[0].rows_share_sources
+        states = (outputs.encoder_last_hidden_state,)
+        mask = batch["attention_mask"]
+        rest = models[0](attention_mask=mask, encoder_outputs=states, decoder_input_ids=targets[:, 3:], cache=cache)
+    torch.testing.assert_close(torch.cat([outputs.logits, rest.logits], 1), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("words", [20, 1024, 5000])
+def test_topk(words):
+    logits = torch.randn(7, words, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(_topk(logits, 8), logits.topk(8), strict=True):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)

@@ -180,6 +180,20 @@ def test_without_the_package_it_is_saved_trained_and_pushed_again(
     assert without(loaded, "module") == tuned
 
 
+def test_graphs_go_along(hub, run_with_package, trained):
+    code = """
+from pathlib import Path
+from hf_rskip.hub.push import push_folder
+Path("graph").write_bytes(b"graph")
+push_folder({folder!r}, "tiny", graphs={{"onnx/encoder_model.onnx": Path("graph")}})
+"""
+    pushed = run_with_package(code.format(folder=str(trained.folder)))
+    assert pushed.code == 0, pushed.err
+    files = hub.files("user/tiny")
+    assert files.keys() == {".gitattributes", *MODEL, *RESULTS, "onnx/encoder_model.onnx"}
+    assert files["onnx/encoder_model.onnx"] == b"graph"
+
+
 def test_without_code_there_is_no_mention_of_any(
     hub, cli, run_without_package, run_with_package, trained, expected, tmp_path
 ):
