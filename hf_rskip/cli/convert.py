@@ -112,7 +112,7 @@ def _fold(args: argparse.Namespace) -> None:
     )
     print(f"{output}: rskip, K = 1, in place of {SKIP_CONNECTIONS[config.skip_type].describe(config)}, {how}")
     if folded.config.learned_positions and not config.learned_positions:
-        print("the weight of x differs between features: `tie_word_embeddings` is false, `learned_positions` true")
+        print("embeddings and positions are scaled: `tie_word_embeddings` is false, `learned_positions` true")
     differences = [abs(x - y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True)]
     print(f"largest difference of log-probabilities: {max(differences):.2e} over {len(before)} {what}")
     if has_pairs:

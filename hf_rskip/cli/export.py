@@ -36,6 +36,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Writes a trained model to a folder that other software runs."""
     from ..conversion.output import new_folder
     from ..decoding.loading import classifies_images, load_image_classifier, load_model
+    from ..manifest import write_manifest
 
     chosen, options = FORMATS[args.format], {}
     if args.quantization is not None:
@@ -53,3 +54,4 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     module, _, writer = chosen.writer.partition(".")
     export = getattr(import_module(f"hf_rskip.conversion.{module}"), writer)
     export(model.cpu().float(), processor, args.output, **options)
+    write_manifest(args.output)

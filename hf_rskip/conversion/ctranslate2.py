@@ -14,12 +14,15 @@ import os
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..decoding.ctranslate2 import import_ctranslate2
 from ..errors import UserError
 from ..models import RSkipConfig
 from .fold import fold_exactly
 from .output import new_folder
+
+logger = logging.get_logger(__name__)
 
 _PRE_LN = ("pre_norm", "peri_norm")
 _ACTIVATIONS = {
@@ -79,9 +82,13 @@ def export_ctranslate2(
     folder.mkdir(parents=True, exist_ok=True)
     spec.save(str(folder))
     generation_config = copy.deepcopy(model.generation_config)
-    generation_config.early_stopping = True if (generation_config.num_beams or 1) > 1 else None
+    searches = (generation_config.num_beams or 1) > 1
+    if searches and generation_config.early_stopping is not True:
+        logger.warning("`early_stopping` is true in CTranslate2 and was not in the model: beam search can end earlier")
+    generation_config.early_stopping = True if searches else None
     generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    print(f"model, vocabulary, configurations and tokenizer: {folder}", flush=True)
 
 
 def _plain_transformer(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,9 +16,9 @@ Before the first sublayer of a stack there is no norm but the sum of embeddings 
   added to a variance w^2 times smaller: the output of this one norm changes by the factor 1 + (1 - w^2) eps / (2 v),
   where v is the variance of w x + F. With eps = 1e-5 and w near 2, v is around 5 and the change 3e-6. (In every
   sublayer it adds up: with random weights and w = 3 log-probabilities differed by 1.2e-4, and by 3.7e-5 as it is here.)
-- if w differs between features, both tables are scaled as the norms are. So the embeddings of encoder, decoder and
-  output are no longer one matrix (`tie_word_embeddings: false`), and the positions no longer sinusoids
-  (`learned_positions: true`).
+- if w differs between features, or eps is above 1e-5, both tables are scaled as the norms are. So the embeddings of
+  encoder, decoder and output are no longer one matrix (`tie_word_embeddings: false`), and the positions no longer
+  sinusoids (`learned_positions: true`).
 
 | kind | w | A | c |
 |---|---|---|---|
@@ -158,7 +158,8 @@ def fold(
         if (w == 0).any():
             raise UserError(f"{name} multiplies x, or a feature of it, by 0, which post-LN never does")
     config = copy.deepcopy(model.config)
-    if any(not _is_uniform(linear[f"model.{stack}.layers.0.self_attn_skip"][0]) for stack in ("encoder", "decoder")):
+    first = [linear[f"model.{stack}.layers.0.self_attn_skip"][0] for stack in ("encoder", "decoder")]
+    if not all(_keeps_tables(w, config) for w in first):
         config.tie_word_embeddings, config.learned_positions = False, True
     defaults = {"skip_type": "rskip", "skip_recursions": 1, "skip_scale": 1.0, "skip_norm_affine": "per_step"}
     for name, value in defaults.items():
@@ -198,7 +199,7 @@ def _fold_stack(stack_name: str, folded: RSkipForConditionalGeneration, skips: d
             last = branch.fc2 if name == "mlp" else branch.out_proj
             last.weight.copy_(matrix @ last.weight)
             last.bias.copy_(matrix @ last.bias + constant)
-            if index == 0 and name == "self_attn" and _is_uniform(w):
+            if index == 0 and name == "self_attn" and _keeps_tables(w, folded.config):
                 last.weight /= w[0]
                 last.bias /= w[0]
                 norm.weight *= w[0].sign()
@@ -210,8 +211,9 @@ def _fold_stack(stack_name: str, folded: RSkipForConditionalGeneration, skips: d
             emitting = [weight for weight in (norm.weight, norm.bias) if weight is not None]
 
 
-def _is_uniform(w: torch.Tensor) -> bool:
-    return bool((w == w[0]).all())
+def _keeps_tables(w: torch.Tensor, config: RSkipConfig) -> bool:
+    """Whether w goes into `out_proj` before the first norm; with a larger eps the change would be seen."""
+    return bool((w == w[0]).all()) and (config.layer_norm_eps <= 1e-5 or bool((w == 1).all()))
 
 
 def _gains_and_biases(skip: SkipConnection) -> list[tuple[torch.Tensor, torch.Tensor]]:

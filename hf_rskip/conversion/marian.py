@@ -5,6 +5,7 @@ import os
 import re
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -153,7 +154,8 @@ def create_marian_model(model: RSkipForConditionalGeneration) -> MarianMTModel:
     for name, value in only.items():
         if getattr(config, name) != value:
             raise UserError(
-                f"`{name}` of a MarianMT model is always {value!r}, and here it is {getattr(config, name)!r}"
+                f"`{name}` of a MarianMT model is always {value!r}, and here it is {getattr(config, name)!r}: "
+                "`--format onnx` takes any model, and `--format ctranslate2` all that folds"
             )
     # By default it ends what reaches the maximum length with token 0, which is for the vocabularies of OPUS-MT.
     fields = {field: getattr(config, field) for field in _SAME_FIELDS} | {"forced_eos_token_id": None}
@@ -183,6 +185,7 @@ def export_marian(
     folder = new_folder(folder)
     create_marian_model(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    print(f"model, configurations and tokenizer: {folder}", flush=True)
 
 
 def _new_name(name: str) -> str:
@@ -197,7 +200,7 @@ def _load_marian(source: str) -> MarianMTModel:
         raise UserError(f"{source!r} is a model of type {model_type!r}, not a Marian checkpoint")
     try:
         model, report = MarianMTModel.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise not_loaded(source, error) from error
     unaccounted = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if unaccounted:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..decoding.onnx import DECODER_NAME, ENCODER_NAME
-from .onnx import quantize, trace, translation_graphs
+from .onnx import check_quantizer, quantize, trace, translation_graphs
 from .output import new_folder
 
 PAGE_NAME = "index.html"
@@ -45,6 +45,7 @@ def export_transformers_js(
             package.
     """
     folder = new_folder(folder)
+    check_quantizer()
     programs = trace(model, translation_graphs(model))
 
     import onnx_ir

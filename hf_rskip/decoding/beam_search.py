@@ -72,8 +72,10 @@ def beam_search(
         `(sentences * num_return_sequences, length)`: the decoder's tokens, padded at the end.
 
     Raises:
-        `ValueError`: if `generation_config` asks for what it does not give: `return_dict_in_generate`, `low_memory`.
+        `ValueError`: for what it does not do: `return_dict_in_generate`, `low_memory`, a `decoder_attention_mask`.
     """
+    if model_kwargs.get("decoder_attention_mask") is not None:
+        raise ValueError("`decoder_attention_mask` is for the beam search of Transformers, not for this one")
     for name in ("return_dict_in_generate", "low_memory"):
         if getattr(generation_config, name):
             raise ValueError(f"`{name}` is for the beam search of Transformers, not for this one")
@@ -167,5 +169,5 @@ def beam_search(
         tokens = running[:, :, length].flatten()[:, None]
 
     result = result[:, : generation_config.num_return_sequences].flatten(0, 1)
-    is_padding = result == pad
-    return result[:, : prompt + int((~is_padding[:, prompt:]).any(0).nonzero().max()) + 1]
+    filled = (result[:, prompt:] != pad).any(0).nonzero()
+    return result[:, : prompt + (int(filled.max()) + 1 if len(filled) else 1)]

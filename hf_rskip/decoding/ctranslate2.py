@@ -1,5 +1,6 @@
 """Translates and scores with CTranslate2 what `hf-rskip export --format ctranslate2` wrote."""
 
+import copy
 import json
 import os
 from functools import partial
@@ -9,15 +10,24 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from ..errors import UserError
-from ..models.generation_rskip import GNMTLengthPenalty, find_length_penalty, find_option, length_limits
+from ..models.generation_rskip import (
+    GNMTLengthPenalty,
+    TranslationGenerationMixin,
+    find_length_penalty,
+    find_option,
+    length_limits,
+)
+
+logger = logging.get_logger(__name__)
 
 _SAME = {"num_beams", "num_return_sequences", "length_penalty", "gnmt_length_penalty", "early_stopping", "use_cache"}
 _SAME |= {"max_new_tokens", "max_length", "max_len_a", "max_len_b"}
 _SAME |= {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "transformers_version"}
 """Options of `generate` that have the same effect here, or none in either."""
-_NEUTRAL = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+_NEUTRAL = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 
 
 def import_ctranslate2():
@@ -80,7 +90,8 @@ class CTranslate2Model:
             The start token and those of the translations, padded, `(sentences * num_return_sequences, length)`.
 
         Raises:
-            [`UserError`]: if an option would have another effect than in torch.
+            [`UserError`]: if an option would have another effect than in torch, or a source has no token but the end.
+            `ValueError`: if an option is wrong.
         """
         configs = [self.generation_config]
         option = partial(find_option, kwargs=kwargs, configs=configs)
@@ -88,6 +99,8 @@ class CTranslate2Model:
         self._check(kwargs, beams, penalty)
         ends = option("eos_token_id")
         sources = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        if any({self.config.bos_token_id, self.config.eos_token_id}.issuperset(source) for source in sources):
+            raise UserError("CTranslate2 translates no sentence without a token of its own")
         limits = self._limits([len(source) for source in sources], option)
         hypotheses = [None] * len(sources)
         for limit, group in groupby(sorted(range(len(sources)), key=limits.__getitem__), limits.__getitem__):
@@ -121,7 +134,13 @@ class CTranslate2Model:
         return [result.log_probs[: len(target)] for result, target in zip(results, targets, strict=True)]
 
     def _check(self, kwargs: dict, beams: int, penalty: float) -> None:
-        """Raises a [`UserError`] that names an option of another effect."""
+        """Raises a [`UserError`] that names an option of another effect, or the `ValueError` of a wrong one."""
+        TranslationGenerationMixin._check_options(self, kwargs, [self.generation_config])
+        copy.deepcopy(self.generation_config).update(**kwargs)  # which validates them
+        for name in ("decoder_start_token_id", "pad_token_id"):
+            value, own = find_option(name, kwargs, [self.generation_config]), getattr(self.config, name)
+            if value not in (None, own):
+                raise UserError(f"`{name}` is {own} in the exported model, not {value!r}")
         for name, value in {**self.generation_config.to_diff_dict(), **kwargs}.items():
             is_off = value is None or value is False or _NEUTRAL.get(name) == value
             if name not in _SAME and not name.startswith("_") and not is_off:
@@ -131,6 +150,8 @@ class CTranslate2Model:
         early = find_option("early_stopping", kwargs, [self.generation_config])
         if beams > 1 and early is not None and early is not True:
             raise UserError(f"`early_stopping` is always true in CTranslate2, not {early!r}")
+        if beams > 1 and early is None:
+            logger.warning_once("`early_stopping` is true in CTranslate2, and false by default in torch")
 
     def _limits(self, lengths: list[int], option) -> list[int]:
         """The most new tokens of each sentence, of which those are the source lengths."""

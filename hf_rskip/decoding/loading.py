@@ -105,11 +105,15 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def load_translator(name: str) -> tuple[PreTrainedModel | CTranslate2Model, PreTrainedTokenizerBase]:
     """What [`load_model`] gives, or an export to another engine, which translates and scores in the same way."""
-    if is_ctranslate2(name):
-        return CTranslate2Model(name, load_config(name)), load_tokenizer(name)
-    if is_onnx(name):
-        return OnnxTranslationModel(name), load_tokenizer(name)
-    return load_model(name)
+    if os.path.isfile(os.path.join(name, "onnx", "encoder_model.onnx")) and not os.path.exists(
+        os.path.join(name, "model.safetensors")
+    ):
+        raise UserError(f"{name!r} is an export for browsers: `hf-rskip export` without --format makes one to run here")
+    if not (is_ctranslate2(name) or is_onnx(name)):
+        return load_model(name)
+    check_model(name, "*")
+    model = CTranslate2Model(name, load_config(name)) if is_ctranslate2(name) else OnnxTranslationModel(name)
+    return model, load_tokenizer(name)
 
 
 def load_image_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:

@@ -38,10 +38,13 @@ class Graph:
             raise UserError(f"There is no {name} in {os.fspath(folder)!r}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # On a CPU that operator takes four times as long as the addition and the norm that it replaces.
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
-        )
+        try:
+            # On a CPU that operator takes four times as long as the addition and the norm that it replaces.
+            self.session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
+            )
+        except Exception as error:  # onnxruntime's have no class in common
+            raise UserError(f"{path!r} is damaged: {str(error).strip().splitlines()[0].rstrip('.')}") from error
 
     def run(self, names: list[str], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The outputs of these names."""
@@ -89,8 +92,13 @@ class OnnxTranslationModel(TranslationGenerationMixin, PreTrainedModel):
 
     def __init__(self, folder: str | os.PathLike):
         encoder, decoder = (Graph(folder, name) for name in (ENCODER_NAME, DECODER_NAME))
-        super().__init__(AutoConfig.from_pretrained(folder))
-        self.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            config, generation_config = (each.from_pretrained(folder) for each in (AutoConfig, GenerationConfig))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(f"{os.fspath(folder)!r} is not a complete export to ONNX: {reason}") from error
+        super().__init__(config)
+        self.generation_config = generation_config
         self.encoder, self.graph = OnnxEncoder(encoder, self.config), decoder
         self.eval()
 

@@ -66,7 +66,10 @@ def score_tokens(
 def _score_in_torch(model, tokenizer, sources, targets) -> list[list[float]]:
     """The log-probabilities of a batch, and zeros after the end of a target."""
     inputs = tokenizer.pad({"input_ids": sources}, return_tensors="pt").to(model.device)
-    labels = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, targets)), batch_first=True, padding_value=-100)
+    labels = [torch.tensor(target, dtype=torch.int64) for target in targets]
+    labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    if not labels.numel():
+        return labels.tolist()
     labels = labels.to(model.device)
     with torch.inference_mode():
         decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)

@@ -77,7 +77,7 @@ def translate_n_best(
         targets = [until_end(row[1:], tokenizer) for row in output.tolist()]
         repeated = [source for source in sources for _ in range(n_best)]
         log_probs = score_tokens(model, tokenizer, repeated, targets, max_batch_tokens)
-        scores = [sum(values) / len(values) ** penalty for values in log_probs]
+        scores = [sum(values) / max(1, len(values)) ** penalty for values in log_probs]
         rows = [Hypothesis(text, score) for text, score in zip(texts, scores, strict=True)]
         for number, index in enumerate(batch):
             hypotheses[index] = rows[number * n_best : (number + 1) * n_best]

@@ -2,14 +2,17 @@
 
     hf-rskip export MODEL FOLDER/ctranslate2 --format ctranslate2
     hf-rskip export MODEL FOLDER/ctranslate2-int8 --format ctranslate2 --quantization int8
+    hf-rskip export MODEL FOLDER/onnx
+    hf-rskip export MODEL FOLDER/onnx-int8 --quantization int8
     python recipes/benchmarks/serving.py MODEL DATASET --exports FOLDER --output serving.csv --plot serving.png
 
-The engines are `torch`, which runs MODEL itself, and those of which FOLDER has an export of that name: all of them, or
-those that `--engines` names. They translate the first sentences of the test set with the same options, and take turns
-for `--rounds` rounds. Seconds are of the processor, with tokenizing and decoding of the text; the median is reported,
-and the median of the ratio first engine / engine of each round, above 1 where the engine is faster. `same` is the share
-of translations that are the first engine's token by token. A beam search ends a sentence at as many finished
-translations as there are beams (`early_stopping`), as it does in CTranslate2.
+MODEL is one that `hf-rskip convert fold` made where K > 1. The engines are `torch`, which runs MODEL itself, and
+those of which FOLDER has an export of that name: all of them, or those that `--engines` names. They translate the
+first sentences of the test set with the same options, and take turns for `--rounds` rounds. Seconds are of the
+processor, with tokenizing and decoding of the text; the median is reported, and the median of the ratio first engine
+/ engine of each round, above 1 where the engine is faster. `same` is the share of translations that are the first
+engine's token by token. A beam search ends a sentence at as many finished translations as there are beams
+(`early_stopping`), as it does in CTranslate2.
 """
 
 import argparse

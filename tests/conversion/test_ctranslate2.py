@@ -1,5 +1,7 @@
 """An export to CTranslate2 computes and finds what the model in torch does, and refuses what it cannot do."""
 
+import copy
+import logging
 import random
 import sys
 
@@ -107,11 +109,32 @@ def test_options_have_the_effect_that_they_have_in_torch(ending, tokenizer, opti
         "do_sample": True,
         "bad_words_ids": [[5]],
         "forced_eos_token_id": 0,
+        "decoder_start_token_id": 4,
     }.items(),
 )
 def test_options_of_another_effect_are_refused(ending, name, value):
     with pytest.raises(UserError, match=f"`{name}` "):
         ending[1].generate(torch.tensor([[5, 2]]), torch.ones(1, 2), num_beams=2, **{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("max_len_a", -1.0)])
+def test_wrong_options_are_errors_as_in_torch(ending, name, value):
+    for model in ending:
+        with pytest.raises(ValueError, match=name):
+            model.generate(torch.tensor([[5, 2]]), attention_mask=torch.ones(1, 2), **{name: value})
+
+
+def test_a_source_without_tokens(ending):
+    with pytest.raises(UserError, match="no sentence without a token"):
+        ending[1].generate(torch.tensor([[5, 2], [2, 0]]), torch.tensor([[1, 1], [1, 0]]))
+
+
+def test_an_end_that_differs_from_torch_is_said(ending, tokenizer, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = copy.deepcopy(ending[0])
+    model.generation_config.update(num_beams=4, early_stopping=False)
+    export(model, tokenizer, tmp_path / "new")
+    assert "`early_stopping` is true in CTranslate2" in caplog.text
 
 
 def test_the_commands(ending, tokenizer, tmp_path, capfd):
@@ -127,6 +150,14 @@ def test_the_commands(ending, tokenizer, tmp_path, capfd):
             main(["translate", str(tmp_path / folder), "--input_file", str(source), "--output_file", str(output)]) == 0
         )
     assert actual.read_text() == expected.read_text() != "\n" * 4
+    weights = tmp_path / "new/model.bin"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert main(["translate", str(tmp_path / "new"), "--input_file", str(source)]) == 2
+    assert "model.bin' is not as it was written: its checksum is another" in capfd.readouterr().err
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
     command = ["evaluate", str(tmp_path / "new"), "--source_lang", "en", "--target_lang", "de", "--test_files"]
     assert main([*command, str(source), str(source)]) == 0
     assert '"bleu"' in capfd.readouterr().out

@@ -41,6 +41,14 @@ def test_the_same_output(kind, embeddings, tmp_path):
         assert torch.equal(folded.generate(**source, **options), model.generate(**source, **options))
 
 
+def test_a_large_eps_scales_the_tables():
+    """In the first norm a weight that went into `out_proj` would change what is added to the variance."""
+    model = make_model(skip_type="xskip", skip_scale=3.0, scale_embedding=False, layer_norm_eps=1e-3)
+    batch, folded = random_batch(model.config), fold(model)
+    assert folded.config.learned_positions
+    torch.testing.assert_close(log_probs(folded, batch), log_probs(model, batch), rtol=0, atol=1e-4)
+
+
 def test_admin_that_was_not_trained_keeps_its_embeddings():
     config = make_model(skip_type="admin").config
     folded = fold(RSkipForConditionalGeneration(config))

@@ -35,7 +35,7 @@ from hf_rskip.cli.export import FORMATS
 from hf_rskip.cli.main import main
 from hf_rskip.conversion.onnx import export_onnx, quantize
 from hf_rskip.decoding.beam_search import beam_search
-from hf_rskip.decoding.loading import load_ensemble
+from hf_rskip.decoding.loading import load_ensemble, load_translator
 from hf_rskip.decoding.onnx import OnnxTranslationModel
 from hf_rskip.decoding.translate import translate, translate_n_best
 from hf_rskip.errors import UserError
@@ -255,6 +255,7 @@ def test_a_search_ends_at_the_last_position(onnx_model):
 
 def test_the_folder(exported, trained):
     assert {path.name for path in exported.iterdir()} == {
+        "manifest.json",
         "config.json",
         "generation_config.json",
         "tokenizer.json",
@@ -300,6 +301,11 @@ def test_missing_packages(trained, exported, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'hf_rskip\[onnx\]'"):
         OnnxTranslationModel(exported)
+    for options in (["--quantization", "int8"], ["--format", "transformers.js"]):
+        assert "Quantization needs `pip install 'hf_rskip[onnx]'`" in error_of(
+            capfd, trained.folder, tmp_path / "new", *options
+        )
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_model_of_another_package(make_marian, tmp_path):
@@ -311,6 +317,25 @@ def test_a_folder_without_graphs(exported, tmp_path):
     shutil.copy(exported / "encoder.onnx", tmp_path)
     with pytest.raises(UserError, match="There is no decoder.onnx in"):
         OnnxTranslationModel(tmp_path)
+
+
+def test_damaged_folders(exported, tmp_path):
+    folder = tmp_path / "new"
+    shutil.copytree(exported, folder)
+    graph = (folder / "decoder.onnx").read_bytes()
+    (folder / "decoder.onnx").write_bytes(graph[:1000])
+    with pytest.raises(UserError, match="decoder.onnx' is not as it was written"):
+        load_translator(str(folder))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="decoder.onnx' is damaged: "):
+        load_translator(str(folder))
+    (folder / "decoder.onnx").write_bytes(graph)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json' is damaged: it is not JSON"):
+        load_translator(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="new' is not a complete export to ONNX: "):
+        load_translator(str(folder))
 
 
 # Images
@@ -329,7 +354,8 @@ def exported_resnet(trained_resnet, tmp_path_factory):
 def test_an_image_classifier(exported_resnet, trained_resnet):
     folder, out = exported_resnet
     assert out == f"[1 of 1] model.onnx\ngraphs, configurations and preprocessing: {folder}\n"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "preprocessor_config.json", "model.onnx"}
+    files = {"config.json", "preprocessor_config.json", "model.onnx", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == files
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     model = AutoModelForImageClassification.from_pretrained(trained_resnet.folder).eval()
     for batch in (1, 2, 7):

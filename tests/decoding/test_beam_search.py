@@ -1,5 +1,7 @@
 """The search that drops ended sentences finds what the search of Transformers finds."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -153,3 +155,11 @@ def test_topk(words):
     logits = torch.randn(7, words, generator=torch.Generator().manual_seed(0))
     for found, expected in zip(_topk(logits, 8), logits.topk(8), strict=True):
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_nothing_but_padding(models, batch):
+    model = copy.deepcopy(models[0])
+    pad = model.config.pad_token_id
+    options = {"num_beams": 2, "max_new_tokens": 4, "sequence_bias": {(pad,): 1e4}}
+    tokens = model.generate(**batch, **options, custom_generate=beam_search)
+    assert (tokens[:, 1:] == pad).all() and tokens.shape[1] == 2
