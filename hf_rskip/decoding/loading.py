@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -104,10 +105,8 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_translator(name: str) -> tuple[PreTrainedModel | CTranslate2Model, PreTrainedTokenizerBase]:
-    """What [`load_model`] gives, or an export to another engine, which translates and scores in the same way."""
-    if os.path.isfile(os.path.join(name, "onnx", "encoder_model.onnx")) and not os.path.exists(
-        os.path.join(name, "model.safetensors")
-    ):
+    """Model and tokenizer of [`load_model`], or of an export to another engine, which is called in the same way."""
+    if Path(name, "onnx").is_dir() and not any(Path(name).glob("*.safetensors")):
         raise UserError(f"{name!r} is an export for browsers: `hf-rskip export` without --format makes one to run here")
     if not (is_ctranslate2(name) or is_onnx(name)):
         return load_model(name)

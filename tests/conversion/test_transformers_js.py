@@ -14,7 +14,9 @@ import onnxruntime
 import pytest
 
 from hf_rskip.cli import push
+from hf_rskip.decoding.loading import load_translator
 from hf_rskip.decoding.translate import translate
+from hf_rskip.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,11 @@ def greedy(folder, suffix, input_ids, attention_mask, start, steps):
             if not step or "encoder" not in name:
                 past[name.replace("present", "past_key_values")] = value
     return tokens
+
+
+def test_what_it_is_for_is_said(exported):
+    with pytest.raises(UserError, match="is an export for browsers: `hf-rskip export` without --format"):
+        load_translator(str(exported))
 
 
 def test_graphs_give_the_tokens_of_torch(exported, model_and_tokenizer, pairs):
