@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..errors import UserError
 from ..models.generation_rskip import (
     GNMTLengthPenalty,
-    TranslationGenerationMixin,
+    check_options,
     find_length_penalty,
     find_option,
     length_limits,
@@ -135,7 +135,7 @@ class CTranslate2Model:
 
     def _check(self, kwargs: dict, beams: int, penalty: float) -> None:
         """Raises a [`UserError`] that names an option of another effect, or the `ValueError` of a wrong one."""
-        TranslationGenerationMixin._check_options(self, kwargs, [self.generation_config])
+        check_options(self.config.max_position_embeddings, kwargs, [self.generation_config])
         copy.deepcopy(self.generation_config).update(**kwargs)  # which validates them
         for name in ("decoder_start_token_id", "pad_token_id"):
             value, own = find_option(name, kwargs, [self.generation_config]), getattr(self.config, name)

@@ -76,6 +76,21 @@ class SourceLengthCriteria(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= limits.to(input_ids.device)
 
 
+def check_options(positions: int, kwargs: dict, configs: list[GenerationConfig]) -> tuple[float | None, int | None]:
+    """`max_len_a` and `max_len_b`; raises a `ValueError` if an option is wrong or would have no effect."""
+    values = {name: find_option(name, kwargs, configs) for name in TRANSLATION_OPTIONS}
+    for name, value in values.items():
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"`{name}` must be a finite number of at least 0, not {value}")
+    if kwargs.get("gnmt_length_penalty") is not None and (find_option("num_beams", kwargs, configs) or 1) == 1:
+        raise ValueError("`gnmt_length_penalty` has no effect with `num_beams` 1")
+    # With a dynamic cache the model itself refuses the position, once a translation is so long.
+    most = find_option("max_new_tokens", kwargs, configs)
+    if most is not None and most > positions and find_option("cache_implementation", kwargs, configs):
+        raise ValueError(f"`max_new_tokens` must be at most {positions}, the positions of the model, not {most}")
+    return values["max_len_a"], values["max_len_b"]
+
+
 class TranslationGenerationMixin(GenerationMixin):
     """`generate` with three more options, in `generation_config` or as keyword arguments.
 
@@ -96,7 +111,7 @@ class TranslationGenerationMixin(GenerationMixin):
     ):
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         changes = {}
-        a, b = self._check_options(kwargs, configs)
+        a, b = check_options(self.config.max_position_embeddings, kwargs, configs)
         if (find_option("num_beams", kwargs, configs) or 1) > 1:
             changes["length_penalty"] = find_length_penalty(kwargs, configs)
         if a is not None or b is not None:
@@ -113,20 +128,6 @@ class TranslationGenerationMixin(GenerationMixin):
             generation_config = copy.deepcopy(generation_config)
             generation_config.update(**changes)
         return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
-
-    def _check_options(self, kwargs: dict, configs: list[GenerationConfig]) -> tuple[float | None, int | None]:
-        """`max_len_a` and `max_len_b`; raises a `ValueError` if an option is wrong or would have no effect."""
-        values = {name: find_option(name, kwargs, configs) for name in TRANSLATION_OPTIONS}
-        for name, value in values.items():
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, not {value}")
-        if kwargs.get("gnmt_length_penalty") is not None and (find_option("num_beams", kwargs, configs) or 1) == 1:
-            raise ValueError("`gnmt_length_penalty` has no effect with `num_beams` 1")
-        # With a dynamic cache the model itself refuses the position, once a translation is so long.
-        positions, most = self.config.max_position_embeddings, find_option("max_new_tokens", kwargs, configs)
-        if most is not None and most > positions and find_option("cache_implementation", kwargs, configs):
-            raise ValueError(f"`max_new_tokens` must be at most {positions}, the positions of the model, not {most}")
-        return values["max_len_a"], values["max_len_b"]
 
     def _source_lengths(self, inputs=None, input_ids=None, attention_mask=None, **kwargs) -> torch.Tensor:
         """The number of source tokens of each sentence, padding left out."""

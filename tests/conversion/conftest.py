@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from plain_transformers import TINY, shake
 from transformers import MarianConfig, MarianMTModel, MarianTokenizer
 
 # As the models of Helsinki-NLP have it: one id for padding and the start, which is never to be generated.
@@ -15,16 +16,7 @@ GENERATION = {"bad_words_ids": [[0]], "num_beams": 4, "max_length": 12, "renorma
 def make_marian():
     def make_marian(seed=0, bias=True, **values) -> MarianMTModel:
         """A model none of whose parameters are at their initial values, in evaluation mode."""
-        tiny = {
-            "vocab_size": 40,
-            "d_model": 16,
-            "encoder_layers": 2,
-            "decoder_layers": 3,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 24,
-            "decoder_ffn_dim": 32,
-            "max_position_embeddings": 30,
+        tiny = TINY | {
             "activation_function": "swish",
             "scale_embedding": True,
             "pad_token_id": 0,
@@ -33,15 +25,11 @@ def make_marian():
             "forced_eos_token_id": 1,
         }
         torch.manual_seed(seed)
-        model = MarianMTModel(MarianConfig(**(tiny | values)))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:  # positions have none
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-            if bias:
-                model.final_logits_bias.normal_()
+        model = shake(MarianMTModel(MarianConfig(**(tiny | values))))
+        if bias:
+            model.final_logits_bias.normal_()
         model.generation_config.update(**GENERATION)
-        return model.eval()
+        return model
 
     return make_marian
 

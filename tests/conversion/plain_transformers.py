@@ -1,4 +1,4 @@
-"""Models that fold exactly into post-LN, with random weights."""
+"""Small models with random weights, and the kinds that fold exactly into post-LN."""
 
 import pytest
 import torch
@@ -25,25 +25,31 @@ EMBEDDINGS = [
 ]
 
 
-def make_model(seed=0, **values) -> RSkipForConditionalGeneration:
-    """A model none of whose parameters are at their initial values, in evaluation mode."""
-    tiny = {
-        "vocab_size": 40,
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 24,
-        "decoder_ffn_dim": 32,
-        "max_position_embeddings": 30,
-    }
-    torch.manual_seed(seed)
-    model = RSkipForConditionalGeneration(RSkipConfig(**(tiny | values)))
+TINY = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 30,
+}
+
+
+def shake(model):
+    """Moves all trained parameters from their initial values; returns the model in evaluation mode."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            if parameter.requires_grad:  # Marian's positions have none
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+def make_model(seed=0, **values) -> RSkipForConditionalGeneration:
+    torch.manual_seed(seed)
+    return shake(RSkipForConditionalGeneration(RSkipConfig(**(TINY | values))))
 
 
 def random_batch(config, rows=200, seed=1) -> dict[str, torch.Tensor]:
