@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import multiprocessing
 import os
 import random
 import shlex
@@ -56,11 +57,18 @@ ARTICLES, NOUNS, VERBS, ADJECTIVES = (
 
 def pytest_configure(config):
     """Starts the server of `warm_python.py`, which the processes of pytest-xdist and of torchrun inherit."""
-    if hasattr(config, "workerinput") or not hasattr(os, "pidfd_open"):
+    if not hasattr(os, "pidfd_open"):
         return
+    if not hasattr(config, "workerinput"):
+        _start_warm_python(config)
+    multiprocessing.set_executable(os.environ["PYTHON_EXEC"])  # of the fork servers
+
+
+def _start_warm_python(config):
     server = [sys.executable, str(Path(__file__).with_name("warm_python.py")), f"{_CACHE}/socket"]
     process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    config.add_cleanup(process.communicate)
+    config.add_cleanup(process.wait)
+    config.add_cleanup(process.stdin.close)  # is done first
     process.stdout.readline()
     python = Path(_CACHE, "python")
     python.write_text(f'#!/bin/sh\nexec {shlex.join([server[0], "-ISE", *server[1:]])} "$@"\n')

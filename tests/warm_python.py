@@ -1,11 +1,14 @@
 """A `python` that has done its imports, which take seconds: a server forks a process for each command line.
 
-`warm_python.py SOCKET` is the server, until its standard input ends. With more words, `SCRIPT ...` or `-m MODULE ...`,
-it runs that program in a fork of the server, with the streams, folder and environment of the caller, passes signals on
-and ends as the program does. What packages do when they are imported is not the caller's: that needs `sys.executable`.
+`warm_python.py SOCKET` is the server, until its standard input ends. With more words, `SCRIPT ...`, `-m MODULE ...` or
+`-c CODE`, it runs that program in a fork of the server, with the open files, folder and environment of the caller,
+passes signals on and ends as the program does. The fork servers of `multiprocessing` are started the same way. What
+packages do when they are imported is not the caller's: that needs `sys.executable`.
 """
 
+import fcntl
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -23,9 +26,10 @@ def run_in_server(path: str, words: list[str]) -> None:
     """Runs a program in a fork of the server, and ends this process as it ends."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
-        socket.send_fds(server, [b"."], [0, 1, 2])
+        files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_inherited(number)]
+        socket.send_fds(server, [b"."], files)
         answers = server.makefile("rw")
-        print(json.dumps([words, os.getcwd(), dict(os.environ)]), file=answers, flush=True)
+        print(json.dumps([words, files, os.getcwd(), dict(os.environ)]), file=answers, flush=True)
         pid = int(answers.readline())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: os.kill(pid, number))
@@ -35,6 +39,12 @@ def run_in_server(path: str, words: list[str]) -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
+
+
+def _is_inherited(number: int) -> bool:
+    with suppress(OSError):  # that of the listing is closed by now
+        return number < 3 or os.get_inheritable(number)
+    return False
 
 
 def serve(path: str) -> list[str]:
@@ -48,6 +58,7 @@ def serve(path: str) -> list[str]:
                 import_module(name)
             client, _ = listener.accept()
             if os.fork() == 0:
+                listener.close()  # before another file gets its number
                 return _start(client)
             client.close()
             with suppress(ChildProcessError):  # none is left
@@ -58,9 +69,9 @@ def serve(path: str) -> list[str]:
 
 def _start(client: socket.socket) -> list[str]:
     """Forks once more; the first process tells the client how the second ends, and kills it if the client is gone."""
-    _, streams, *_ = socket.recv_fds(client, 1, 3)
+    _, received, *_ = socket.recv_fds(client, 1, 250)
     lines = client.makefile("rw")
-    words, folder, environment = json.loads(lines.readline())
+    words, files, folder, environment = json.loads(lines.readline())
     if pid := os.fork():
         print(pid, file=lines, flush=True)
         with suppress(OSError):
@@ -68,15 +79,24 @@ def _start(client: socket.socket) -> list[str]:
                 os.kill(pid, signal.SIGKILL)
             print(os.waitpid(pid, 0)[1], file=lines, flush=True)
         os._exit(0)
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
     lines.close()
     client.close()
+    # To numbers that none has, first: one may have the number that another is to have.
+    moved = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, max(files) + 1) for number in received]
+    for number in received:
+        os.close(number)
+    for number, file in zip(moved, files, strict=True):
+        os.dup2(number, file)
+        os.close(number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:1] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    first = (
+        [] if "PYTHONSAFEPATH" in environment else [folder if words[0].startswith("-") else str(Path(words[0]).parent)]
+    )
+    sys.path[:1] = [*first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    if "PYTHON_EXEC" in environment:
+        multiprocessing.set_executable(environment["PYTHON_EXEC"])
     return words
 
 
@@ -85,11 +105,13 @@ if __name__ == "__main__":
     if words:
         run_in_server(path, words)
     words = serve(path)
-    if words[0] == "-u":
+    while words[0].startswith("-") and words[0] not in ("-c", "-m"):  # flags, which the server cannot change
         del words[0]
-    if words[0] == "-m":
+    if words[0] == "-c":
+        exec(words[1], {"__name__": "__main__"})
+    elif words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+        sys.argv = words
         runpy.run_path(words[0], run_name="__main__")

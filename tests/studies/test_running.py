@@ -147,12 +147,12 @@ def test_nothing_is_run_twice(small_study, run_cli, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(start_cli, run_study, write_recipe, tmp_path):
+def test_a_killed_study_goes_on(start_cli, warm_python, run_study, write_recipe, tmp_path):
     recipe = write_recipe(num_train_epochs=2, early_stopping_patience=None)
     path = write_study(tmp_path, recipe, forms={"post-LN": {"skip_recursions": 1}})
     cells = tmp_path / "output/cells"
     first, second = cells / "post-LN-seed-1", cells / "post-LN-seed-2"
-    process = start_cli("study", path)
+    process = start_cli("study", path, python=[warm_python])
     wait_for(lambda: list(second.glob("run/checkpoint-8*")))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -209,10 +209,10 @@ def test_a_folder_that_cannot_be_written(run_study, write_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_terminated_study_stops_its_cells(start_cli, write_recipe, tmp_path):
+def test_a_terminated_study_stops_its_cells(start_cli, warm_python, write_recipe, tmp_path):
     path = write_study(tmp_path, write_recipe(num_train_epochs=500, early_stopping_patience=None), forms={"a": {}})
     cell = tmp_path / "output/cells/a-seed-1"
-    process = start_cli("study", path)
+    process = start_cli("study", path, python=[warm_python])
     wait_for(lambda: list(cell.glob("run/checkpoint-*")))
     process.terminate()
     _, err = process.communicate(timeout=600)
