@@ -19,6 +19,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from PIL import Image
+from torch.export import Dim
 from transformers import AutoModelForImageClassification, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -33,7 +34,7 @@ from hf_rskip import (
 )
 from hf_rskip.cli.export import FORMATS
 from hf_rskip.cli.main import main
-from hf_rskip.conversion.onnx import export_onnx, quantize
+from hf_rskip.conversion.onnx import _create_exporter, _export, export_onnx, quantize
 from hf_rskip.decoding.beam_search import beam_search
 from hf_rskip.decoding.loading import load_ensemble, load_translator
 from hf_rskip.decoding.onnx import OnnxTranslationModel
@@ -113,31 +114,74 @@ def test_several_rows_for_each_source(exported, model_and_tokenizer):
     assert_equal_to_torch(exported, model_and_tokenizer[0], SOURCE_LENGTHS, [1, 2, 5], beams=4)
 
 
+class EveryKind(torch.nn.Module):
+    """All kinds of skip connections one after the other, around linear layers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.skips = torch.nn.ModuleList(
+            make(size)
+            for make in [
+                partial(RSkip, recursions=1),
+                partial(RSkip, recursions=2, affine="last"),
+                partial(RSkip, recursions=2, norm="rms_norm"),
+                partial(RSkip, recursions=3, affine="per_step", norm="batch_norm"),
+                partial(RSkip, recursions=3, affine="shared"),
+                partial(RSkip, recursions=3, affine="last", norm="rms_norm"),
+                partial(DetachedRSkip, recursions=3),
+                partial(XSkip, scale=1.7),
+                partial(XSkip, scale=0.5, norm="none"),
+                partial(PreNorm, norm="batch_norm"),
+                partial(PreNorm),
+                partial(PeriNorm),
+                partial(Admin, scale=1.5),
+                partial(Keel, scale=6.0),
+                partial(ReZero, norm="none"),
+                partial(DeepNorm, scale=1.2, beta=0.5),
+            ]
+        )
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(size, size) for _ in self.skips)
+
+    def forward(self, x, mask):
+        for skip, linear in zip(self.skips, self.linears, strict=True):
+            x = skip(x, linear(skip.before(x, mask)), mask)
+        return {"states": x}
+
+
+def randomize(module):
+    """Moves weights and statistics away from their initial values."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    return module.eval()
+
+
+def test_every_kind_of_skip_connection(tmp_path):
+    module = randomize(EveryKind(16))
+    inputs = {"x": torch.randn(3, 7, 16), "mask": torch.arange(7) < torch.tensor([7, 4, 2])[:, None]}
+    shapes = {"x": {0: Dim.AUTO, 1: Dim.AUTO}, "mask": {0: Dim.AUTO, 1: Dim.AUTO}}
+    onnx_ir.save(_export(_create_exporter(), module, inputs, shapes), tmp_path / "kinds.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "kinds.onnx")
+    for lengths in (SOURCE_LENGTHS, [1], [64, 1]):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        x = torch.randn(*mask.shape, 16)
+        (states,) = run(session, x=x.numpy(), mask=mask.numpy()).values()
+        with torch.no_grad():
+            expected = module(x, mask)["states"]
+        np.testing.assert_allclose(states[mask.numpy()], expected[mask].numpy(), atol=1e-4, rtol=0)
+        assert expected.std() > 0.1
+
+
 @pytest.fixture
 def mixed(monkeypatch):
-    """A skip type whose every sublayer is of another kind: one export, which takes seconds, shows them all."""
+    """A skip type whose sublayers are of different kinds, with norms around a layer and after the last."""
     kinds = {
-        "encoder": [
-            partial(RSkip, recursions=1),
-            partial(RSkip, recursions=2, norm="rms_norm"),
-            partial(XSkip, scale=1.7),
-            partial(PreNorm, norm="batch_norm"),
-            partial(Admin, scale=1.5),
-            partial(PeriNorm),
-            partial(Keel, scale=6.0),
-            partial(ReZero, norm="none"),
-        ],
-        "decoder": [
-            partial(RSkip, recursions=2, affine="last"),
-            partial(RSkip, recursions=3, affine="per_step", norm="batch_norm"),
-            partial(XSkip, scale=0.5, norm="none"),
-            partial(RSkip, recursions=3, affine="shared"),
-            partial(RSkip, recursions=3, affine="last", norm="rms_norm"),
-            partial(PreNorm),
-            partial(DetachedRSkip, recursions=3),
-            partial(DeepNorm, scale=1.2, beta=0.5),
-            partial(B2T, norm="none"),
-        ],
+        "encoder": [partial(PreNorm, norm="batch_norm"), partial(RSkip, recursions=2, norm="rms_norm")],
+        "decoder": [PeriNorm, partial(RSkip, recursions=3, norm="batch_norm"), partial(B2T, norm="none")],
     }
 
     class Mixed(SkipConnection):
@@ -159,14 +203,14 @@ def mixed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_kind_of_skip_connection(mixed, model_and_tokenizer, tmp_path):
+def test_a_model_of_several_kinds_and_sizes(mixed, model_and_tokenizer, tmp_path):
     config = RSkipConfig(
         vocab_size=30,
         decoder_vocab_size=40,
         share_encoder_decoder_embeddings=False,
         d_model=16,
-        encoder_layers=4,
-        decoder_layers=3,
+        encoder_layers=1,
+        decoder_layers=1,
         encoder_attention_heads=2,
         decoder_attention_heads=4,
         encoder_ffn_dim=24,
@@ -175,13 +219,7 @@ def test_every_kind_of_skip_connection(mixed, model_and_tokenizer, tmp_path):
         skip_type="mixed",
     )
     torch.manual_seed(0)
-    model = RSkipForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(torch.rand_like(buffer))
+    model = randomize(RSkipForConditionalGeneration(config))
     export_onnx(model, model_and_tokenizer[1], tmp_path)
     assert_equal_to_torch(tmp_path, model, SOURCE_LENGTHS, [1, 2, 5])
     assert count_same_tokens(OnnxTranslationModel(tmp_path), model, num_beams=4, max_new_tokens=12) > 1
