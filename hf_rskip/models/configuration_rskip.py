@@ -1,22 +1,9 @@
 """Configuration of the translation model."""
 
-from transformers import PreTrainedConfig
-
-from .checks import (
-    ACTIVATION,
-    COUNT,
-    MOST_LAYERS,
-    RATE,
-    at_most,
-    check,
-    check_num_labels,
-    check_size,
-    check_skip_fields,
-    is_count,
-)
+from .configuration_skip import ACTIVATION, COUNT, MOST_LAYERS, RATE, SkipConfig, at_most, is_count
 
 
-class RSkipConfig(PreTrainedConfig):
+class RSkipConfig(SkipConfig):
     r"""
     Configuration of an [`RSkipModel`], an encoder-decoder Transformer whose sublayers use a chosen skip connection.
     Names are those of Marian and BART; the defaults are a Transformer-base (Vaswani et al., 2017) with rSkip+LN, K = 2.
@@ -39,20 +26,9 @@ class RSkipConfig(PreTrainedConfig):
         tie_word_embeddings: Whether the output projection is the target embedding matrix. `False` separates all
             matrices.
         lm_head_bias: Whether the output projection has a bias, one trained number a target token, as in Marian.
-        skip_type: The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or
-            `"pre_norm"`.
-        skip_recursions: K, the number of recursions of `"rskip"` (and of `"rskip_detached"`), at least 1; K = 1 is
-            post-LN. Other kinds ignore it.
-        skip_scale: s, the fixed scale of `"xskip"`. Other kinds ignore it.
-        skip_norm: `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
-        skip_norm_affine: Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
-        layer_norm_eps: Added to the variance in every norm.
         pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: The special tokens.
         use_cache: Whether generation keeps keys and values of past tokens.
         source_lang, target_lang: Codes of the languages that the model translates from and into.
-
-    Raises:
-        `ValueError`: one sentence that names the field and what is allowed.
 
     Example:
 
@@ -92,12 +68,6 @@ class RSkipConfig(PreTrainedConfig):
     share_encoder_decoder_embeddings: bool = True
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False
-    skip_type: str = "rskip"
-    skip_recursions: int = 2
-    skip_scale: float = 1.0
-    skip_norm: str = "layer_norm"
-    skip_norm_affine: str = "per_step"
-    layer_norm_eps: float = 1e-5
     pad_token_id: int = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -110,10 +80,6 @@ class RSkipConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.decoder_vocab_size is None:
             self.decoder_vocab_size = self.vocab_size
-        self._check_values()
-        check_num_labels(self, kwargs)
-        if not self.is_remote_code():
-            kwargs.pop("auto_map", None)  # of a checkpoint with code, which this class does not need or save
         super().__post_init__(**kwargs)
 
     def _is_token(self, value) -> bool:
@@ -123,16 +89,16 @@ class RSkipConfig(PreTrainedConfig):
         return all(token is None or self._is_token(token) for token in (value if isinstance(value, list) else [value]))
 
     def _check_values(self) -> None:
-        check(self, "vocab_size decoder_vocab_size d_model max_position_embeddings", COUNT, at_most())
-        check(self, "encoder_attention_heads encoder_ffn_dim", COUNT, at_most())
-        check(self, "decoder_attention_heads decoder_ffn_dim", COUNT, at_most())
-        check(self, "encoder_layers decoder_layers", COUNT, at_most(MOST_LAYERS))
-        check(self, "dropout attention_dropout activation_dropout", RATE)
-        check(self, "activation_function", ACTIVATION)
-        check_skip_fields(self)
+        super()._check_values()
+        self._check("vocab_size decoder_vocab_size d_model max_position_embeddings", COUNT, at_most())
+        self._check("encoder_attention_heads encoder_ffn_dim", COUNT, at_most())
+        self._check("decoder_attention_heads decoder_ffn_dim", COUNT, at_most())
+        self._check("encoder_layers decoder_layers", COUNT, at_most(MOST_LAYERS))
+        self._check("dropout attention_dropout activation_dropout", RATE)
+        self._check("activation_function", ACTIVATION)
         what = f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}"
-        check(self, "pad_token_id decoder_start_token_id", (self._is_token, what))
-        check(self, "eos_token_id bos_token_id", (self._are_tokens, what))
+        self._check("pad_token_id decoder_start_token_id", (self._is_token, what))
+        self._check("eos_token_id bos_token_id", (self._are_tokens, what))
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % getattr(self, field):
                 raise ValueError(
@@ -145,8 +111,7 @@ class RSkipConfig(PreTrainedConfig):
                 f"{self.decoder_vocab_size} is not {self.vocab_size}"
             )
         encoder, decoder, width = self.encoder_layers, self.decoder_layers, self.d_model
-        check_size(
-            self,
+        self._check_size(
             {"`encoder_layers`": encoder, "`decoder_layers`": decoder},
             {
                 "`vocab_size` times `d_model`": self.vocab_size * width,

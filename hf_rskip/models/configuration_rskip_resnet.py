@@ -3,22 +3,11 @@
 from itertools import pairwise
 from math import prod
 
-from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .checks import (
-    ACTIVATION,
-    COUNT,
-    COUNTS,
-    FLAG,
-    RATE,
-    at_most,
-    check,
-    check_num_labels,
-    check_size,
-    check_skip_fields,
-    one_of,
-)
+from .configuration_skip import ACTIVATION, COUNT, COUNTS, FLAG, RATE, SkipConfig, at_most, one_of
+from .skip_connections import SKIP_CONNECTIONS
+from .skip_norms import NORM_AXES
 
 # Section 4.2 of He et al. (2016): three stages of equally many blocks.
 _CIFAR = {"stem_type": "cifar", "embedding_size": 16, "num_labels": 10}
@@ -41,7 +30,7 @@ ARCHITECTURES: dict[str, dict] = {
 """Fields of [`RSkipResNetConfig`] by the name of an architecture, for [`RSkipResNetConfig.from_name`]."""
 
 
-class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
+class RSkipResNetConfig(BackboneConfigMixin, SkipConfig):
     r"""
     Configuration of an [`RSkipResNetModel`], a ResNet whose residual blocks use a chosen skip connection. Names are
     those of `ResNetConfig`; the defaults are a ResNet-50 (He et al., 2016) with rSkip+LN, K = 2.
@@ -70,22 +59,12 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
             the weight of its last convolution, behind which there is no norm).
         drop_path_rate: Stochastic depth: the rate at which the branch of the last block is dropped; those before it in
             proportion to their depth (Huang et al., 2016).
-        skip_type: The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or
-            `"pre_norm"`; `"deep_norm"`, `"b2t"` and `"rskip_detached"` are for Transformers only.
-        skip_recursions: K, the number of recursions of `"rskip"`, at least 1. Other kinds ignore it.
-        skip_scale: s, the fixed scale of `"xskip"`. Other kinds ignore it.
-        skip_norm: `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
         skip_norm_axes: What layer and RMS norms of a feature map go over: `"sample"`, channels and positions together,
             or `"channels"`, those of each position. Gain and bias belong to a channel in both.
-        skip_norm_affine: Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
-        layer_norm_eps: Added to the variance in every norm of a skip connection.
         image_column, label_column: Columns of the dataset that a classifier was trained on, where its training named
             them.
         out_features, out_indices: The stages of which a backbone returns the feature maps, by name (`"stem"`,
             `"stage1"`, ...) or index; the last one unless given.
-
-    Raises:
-        `ValueError`: one sentence that names the field and what is allowed.
 
     Example:
 
@@ -113,27 +92,16 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
     downsample_in_bottleneck: bool = False
     zero_init_last_gain: bool = False
     drop_path_rate: float = 0.0
-    skip_type: str = "rskip"
-    skip_recursions: int = 2
-    skip_scale: float = 1.0
-    skip_norm: str = "layer_norm"
     skip_norm_axes: str = "sample"
-    skip_norm_affine: str = "per_step"
-    layer_norm_eps: float = 1e-5
     image_column: str | None = None
     label_column: str | None = None
 
     def __post_init__(self, **kwargs):
-        self._check_values()
-        check_num_labels(self, kwargs)
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        super().__post_init__(**kwargs)
         self.hidden_sizes, self.depths = list(self.hidden_sizes), list(self.depths)
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, len(self.depths) + 1))]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
-        if not self.is_remote_code():
-            kwargs.pop("auto_map", None)  # of a checkpoint with code, which this class does not need or save
-        super().__post_init__(**kwargs)
+        self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
 
     @classmethod
     def from_name(cls, name: str, **kwargs) -> "RSkipResNetConfig":
@@ -161,23 +129,26 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         return cls(**fields)
 
     def _check_values(self) -> None:
-        check(self, "num_channels embedding_size", COUNT, at_most())
-        check(self, "hidden_sizes depths", COUNTS)
+        super()._check_values()
+        self._check("skip_norm_axes", one_of(NORM_AXES))
+        if not SKIP_CONNECTIONS[self.skip_type].for_images:
+            raise ValueError(f"`skip_type` {self.skip_type!r} is not for a ResNet")
+        self._check("num_channels embedding_size", COUNT, at_most())
+        self._check("hidden_sizes depths", COUNTS)
         if len(self.hidden_sizes) != len(self.depths):
             raise ValueError(
                 f"`depths` must have a number for each of the {len(self.hidden_sizes)} `hidden_sizes`, not "
                 f"{list(self.depths)!r}"
             )
-        check(self, "layer_type", one_of(("basic", "bottleneck")))
-        check(self, "stem_type", one_of(("imagenet", "cifar")))
-        check(self, "shortcut_type", one_of(("A", "B")))
-        check(self, "hidden_act", ACTIVATION)
-        check(self, "preactivation downsample_in_first_stage downsample_in_bottleneck zero_init_last_gain", FLAG)
-        check(self, "drop_path_rate", RATE)
+        self._check("layer_type", one_of(("basic", "bottleneck")))
+        self._check("stem_type", one_of(("imagenet", "cifar")))
+        self._check("shortcut_type", one_of(("A", "B")))
+        self._check("hidden_act", ACTIVATION)
+        self._check("preactivation downsample_in_first_stage downsample_in_bottleneck zero_init_last_gain", FLAG)
+        self._check("drop_path_rate", RATE)
         if self.problem_type is not None:
             problems = ("regression", "single_label_classification", "multi_label_classification")
-            check(self, "problem_type", one_of(problems))
-        check_skip_fields(self)
+            self._check("problem_type", one_of(problems))
         if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
             raise ValueError(f"`hidden_sizes` must be multiples of 4 with bottlenecks, not {list(self.hidden_sizes)!r}")
         sizes = [self.embedding_size, *self.hidden_sizes]
@@ -188,8 +159,7 @@ class RSkipResNetConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         # A basic block has two convolutions of 3 x 3; a bottleneck one, between a quarter of the channels.
         weights = 18 if self.layer_type == "basic" else 1
-        check_size(
-            self,
+        self._check_size(
             {"`depths`": sum(self.depths)},
             {
                 "`num_channels` times `embedding_size`": 49 * self.num_channels * self.embedding_size,

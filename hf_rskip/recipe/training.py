@@ -15,13 +15,16 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import UserError
+from ..models.configuration_skip import SkipConfig
 from .ranges import check_ranges
 
 
 def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> type:
-    """Makes a dataclass of the fields that `config_class` itself defines, with their names and defaults."""
-    own = [part for part in fields(config_class) if part.name in config_class.__annotations__]
-    about = _read_docstring(config_class)
+    """Makes a dataclass of the fields that `config_class` adds to those of Transformers, with their defaults."""
+    classes = [cls for cls in config_class.__mro__ if issubclass(cls, SkipConfig)]
+    about = {name: text for cls in classes for name, text in _read_docstring(cls).items()}
+    by_name = {part.name: part for part in fields(config_class)}
+    own = [by_name[name] for cls in classes for name in cls.__annotations__]
     return make_dataclass(
         name,
         [

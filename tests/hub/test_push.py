@@ -31,6 +31,7 @@ OF_SKIP_CONNECTIONS = {
 CODE = OF_SKIP_CONNECTIONS | {
     "checks.py",
     "configuration_rskip.py",
+    "configuration_skip.py",
     "generation_rskip.py",
     "modeling_rskip.py",
 }
@@ -260,6 +261,7 @@ def test_the_code_of_a_resnet_travels(hub, run_without_package, tmp_path):
     assert code.keys() == OF_SKIP_CONNECTIONS | {
         "checks.py",
         "configuration_rskip_resnet.py",
+        "configuration_skip.py",
         "modeling_rskip_resnet.py",
     }
     model = RSkipResNetForImageClassification(config)

@@ -27,7 +27,7 @@ def test_growing_recursions_on_pairs_with_missing_and_long_sides(recipe, pairs, 
         Dataset.from_dict({"translation": rows}, features=features).to_parquet(tmp_path / "corpus" / f"{split}.parquet")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"dataset_name": str(tmp_path / "corpus")}))
     tokenizer = train_tokenizer([side for pair in pairs["train"] for side in pair.values()], 320)
-    widths = {name: recipe[name] for name in recipe.keys() & RSkipConfig.__annotations__.keys() - {"vocab_size"}}
+    widths = {name: recipe[name] for name in recipe.keys() & RSkipConfig.__dataclass_fields__.keys() - {"vocab_size"}}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = RSkipConfig(vocab_size=len(tokenizer), skip_recursions=1, **widths, **special)
     model = RSkipForConditionalGeneration(config)
