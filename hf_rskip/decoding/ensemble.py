@@ -97,7 +97,7 @@ class Ensemble(TranslationGenerationMixin, PreTrainedModel):
         Other arguments are as in [`RSkipForConditionalGeneration`].
         """
         check_keywords(self, kwargs, without_effect=_OF_ONE_MODEL)
-        check_cache(self, cache, EncoderDecoderCache)
+        check_cache(self, cache)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)
         if use_cache and cache is None:

@@ -124,7 +124,7 @@ class OnnxTranslationModel(TranslationGenerationMixin, PreTrainedModel):
     ) -> Seq2SeqLMOutput:
         """For the arguments see [`RSkipForConditionalGeneration`]."""
         check_keywords(self, kwargs, ["decoder_attention_mask"], ["decoder_attention_mask", *_NOT_IN_GRAPHS])
-        check_cache(self, cache, EncoderDecoderCache)
+        check_cache(self, cache)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)
         states = encoder_outputs[0]

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 
 import transformers
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
@@ -42,8 +43,8 @@ def check_keywords(
             raise TypeError(f"{name}.forward() does not support {keyword!r}")
 
 
-def check_cache(module, cache, kind: type) -> None:
-    """Raises a `TypeError` unless `cache` is `None` or of its kind."""
-    if cache is not None and not isinstance(cache, kind):
+def check_cache(module, cache) -> None:
+    """Raises a `TypeError` unless `cache` is `None` or has a part for each of the two attentions of a decoder."""
+    if cache is not None and not isinstance(cache, EncoderDecoderCache):
         name, wrong = type(module).__name__, type(cache).__name__
-        raise TypeError(f"{name}.forward() needs a {kind.__name__} of Transformers as `cache`, not {wrong}")
+        raise TypeError(f"{name}.forward() needs an EncoderDecoderCache of Transformers as `cache`, not {wrong}")

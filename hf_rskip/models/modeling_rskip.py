@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -75,25 +75,24 @@ class RSkipAttention(nn.Module):
 
     def _keys_and_values(self, states, cache, is_cross_attention):
         """Keys and values of shape `(batch, heads, length, head_dim)`, through the cache where there is one."""
-        layer_cache = cache
-        if isinstance(cache, EncoderDecoderCache):
-            layer_cache = cache.cross_attention_cache if is_cross_attention else cache.self_attention_cache
-            if is_cross_attention and cache.is_updated.get(self.layer_idx):
-                return layer_cache.layers[self.layer_idx].keys, layer_cache.layers[self.layer_idx].values
+        if is_cross_attention and cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
         keys = self._split_heads(self.k_proj(states))
         values = self._split_heads(self.v_proj(states))
-        if layer_cache is not None:
-            keys, values = layer_cache.update(keys, values, self.layer_idx)
-            if is_cross_attention and isinstance(cache, EncoderDecoderCache):
-                cache.is_updated[self.layer_idx] = True
-        return keys, values
+        if cache is None:
+            return keys, values
+        if not is_cross_attention:
+            return cache.self_attention_cache.update(keys, values, self.layer_idx)
+        cache.is_updated[self.layer_idx] = True
+        return cache.cross_attention_cache.update(keys, values, self.layer_idx)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
-        cache: Cache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[FlashAttentionKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         is_cross_attention = key_value_states is not None
@@ -371,21 +370,21 @@ class RSkipDecoder(RSkipStack):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.LongTensor | None = None,
-        cache: Cache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         check_keywords(self, kwargs)
-        check_cache(self, cache, Cache)
+        check_cache(self, cache)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        self_attention_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        past_length = cache.get_seq_length() if cache is not None else 0
+        past = None if cache is None else cache.self_attention_cache
+        past_length = 0 if past is None else past.get_seq_length()
         token_mask = self._token_mask(input_ids, attention_mask, inputs_embeds.shape[1])
         causal_mask = create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=self_attention_cache
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=past
         )
         has_beams = encoder_hidden_states is not None and encoder_hidden_states.shape[0] != inputs_embeds.shape[0]
         encoder_attention_mask = create_bidirectional_mask(
@@ -437,7 +436,7 @@ class RSkipModel(RSkipPreTrainedModel):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: tuple[torch.Tensor] | BaseModelOutput | None = None,
-        cache: Cache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -508,7 +507,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: tuple[torch.Tensor] | BaseModelOutput | None = None,
-        cache: Cache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.utils import TransformersKwargs
 
 from hf_rskip import (
@@ -81,11 +82,16 @@ def test_the_encoder_of_an_ensemble_returns_a_tuple_if_asked(calls):
     torch.testing.assert_close(states, encoder(**inputs).last_hidden_state)
 
 
-def test_what_is_no_cache_is_refused(calls):
+def test_a_cache_of_another_kind_is_refused(calls):
+    """A plain cache would mix the keys and values of the two attentions of a layer."""
     for name in (RSkipForConditionalGeneration, RSkipModel, "RSkipDecoder", Ensemble):
         model, inputs = calls[name]
-        with pytest.raises(TypeError, match="needs a (EncoderDecoder)?Cache of Transformers as `cache`, not int"):
-            model(**inputs, cache=1)
+        for cache in (1, DynamicCache()):
+            wrong = type(cache).__name__
+            with pytest.raises(
+                TypeError, match=f"needs an EncoderDecoderCache of Transformers as `cache`, not {wrong}"
+            ):
+                model(**inputs, cache=cache)
 
 
 def test_an_old_transformers_is_named(calls, monkeypatch):
