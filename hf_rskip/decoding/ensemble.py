@@ -67,12 +67,6 @@ class Ensemble(TranslationGenerationMixin, PreTrainedModel):
     def rows_share_sources(self) -> bool:
         return all(getattr(model, "rows_share_sources", False) for model in self.models)
 
-    def get_encoder(self, *args, **kwargs) -> EnsembleEncoder:
-        return self.encoder
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        return self.models[0].prepare_decoder_input_ids_from_labels(labels)
-
     def _own_cache(self, cache: EncoderDecoderCache, index: int) -> EncoderDecoderCache:
         """The layers of model `index` in the cache of all."""
         own = [copy.copy(cache.self_attention_cache), copy.copy(cache.cross_attention_cache)]

@@ -13,7 +13,6 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ..errors import UserError
 from ..models.checks import ENCODER_KEYWORDS, check_cache, check_keywords
 from ..models.generation_rskip import TranslationGenerationMixin
-from ..models.modeling_rskip import RSkipForConditionalGeneration
 
 INSTALL = "`pip install 'hf_rskip[onnx]'`"
 ENCODER_NAME, DECODER_NAME = "encoder.onnx", "decoder.onnx"
@@ -105,11 +104,6 @@ class OnnxTranslationModel(TranslationGenerationMixin, PreTrainedModel):
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
-
-    def get_encoder(self, *args, **kwargs) -> OnnxEncoder:
-        return self.encoder
-
-    prepare_decoder_input_ids_from_labels = RSkipForConditionalGeneration.prepare_decoder_input_ids_from_labels
 
     @can_return_tuple
     def forward(

@@ -5,6 +5,7 @@ import copy
 import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, StoppingCriteria, StoppingCriteriaList
+from transformers.models.bart.modeling_bart import shift_tokens_right
 
 TRANSLATION_OPTIONS = ("max_len_a", "max_len_b", "gnmt_length_penalty")
 """What `generate` of other models does not know."""
@@ -100,6 +101,10 @@ class TranslationGenerationMixin(GenerationMixin):
       sentence's own, so that a translation does not depend on its batch. `max_new_tokens`, and the positions of the
       model, limit it further. As with `max_new_tokens`, what reaches the limit is cut there.
     """
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """The decoder's input for `labels` `(batch, length)`: start token first, last token off, -100 as padding."""
+        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
     def generate(
         self,

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.bart.modeling_bart import eager_attention_forward, shift_tokens_right
+from transformers.models.bart.modeling_bart import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -494,10 +494,6 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
     def rows_share_sources(self) -> bool:
         """Whether `decoder_input_ids` may have several rows for each source, one after another, such as its beams."""
         return self.config._attn_implementation in ("eager", "sdpa")
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """The decoder's input for `labels` `(batch, length)`: start token first, last token off, -100 as padding."""
-        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
     @can_return_tuple
     def forward(
