@@ -34,3 +34,8 @@ class Preempted(Exception):
     def __init__(self, message: str, signum: int = signal.SIGTERM):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without the full stop; the name of its class if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

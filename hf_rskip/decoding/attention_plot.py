@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 
 def cross_attention(
@@ -54,4 +54,4 @@ def plot_attention(
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path!r} cannot be written: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path!r} cannot be written: {first_line(error)}") from error

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.generation_rskip import (
     GNMTLengthPenalty,
     check_options,
@@ -69,8 +69,7 @@ class CTranslate2Model:
             self.translator = ctranslate2.Translator(folder, device="auto", intra_threads=torch.get_num_threads())
             self.source_tokens, self.target_tokens = (_read_vocabulary(folder, side) for side in ("source", "target"))
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise UserError(f"{folder!r} is not a complete export to CTranslate2: {reason}") from error
+            raise UserError(f"{folder!r} is not a complete export to CTranslate2: {first_line(error)}") from error
         self.target_ids = {token: index for index, token in enumerate(self.target_tokens)}
 
     def eval(self) -> "CTranslate2Model":

@@ -22,7 +22,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.names import check_different, check_name
 from ..data.text.tokenizer import load_tokenizer
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..manifest import check_model
 from ..models import RSkipResNetConfig
 from .ctranslate2 import CTranslate2Model, is_ctranslate2
@@ -88,15 +88,14 @@ def load_image_processor(name: str) -> BaseImageProcessor:
     try:
         return AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name!r} has no image processor: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{name!r} has no image processor: {first_line(error)}") from error
 
 
 def not_loaded(name: str, error: Exception) -> UserError:
     """The error for a model that Transformers cannot load, which of a missing folder reports the Hub's answer alone."""
     missing = "" if os.path.exists(name) else "there is no such folder, and as a Hub id: "
     private = "; a private one needs `hf auth login`" if isinstance(error.__cause__, RepositoryNotFoundError) else ""
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    return UserError(f"No model could be loaded from {name!r}: {missing}{reason}{private}.")
+    return UserError(f"No model could be loaded from {name!r}: {missing}{first_line(error)}{private}.")
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

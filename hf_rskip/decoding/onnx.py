@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.checks import ENCODER_KEYWORDS, check_cache, check_keywords
 from ..models.generation_rskip import TranslationGenerationMixin
 
@@ -43,7 +43,7 @@ class Graph:
                 path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
             )
         except Exception as error:  # onnxruntime's have no class in common
-            raise UserError(f"{path!r} is damaged: {str(error).strip().splitlines()[0].rstrip('.')}") from error
+            raise UserError(f"{path!r} is damaged: {first_line(error)}") from error
 
     def run(self, names: list[str], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The outputs of these names."""
@@ -94,8 +94,7 @@ class OnnxTranslationModel(TranslationGenerationMixin, PreTrainedModel):
         try:
             config, generation_config = (each.from_pretrained(folder) for each in (AutoConfig, GenerationConfig))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise UserError(f"{os.fspath(folder)!r} is not a complete export to ONNX: {reason}") from error
+            raise UserError(f"{os.fspath(folder)!r} is not a complete export to ONNX: {first_line(error)}") from error
         super().__init__(config)
         self.generation_config = generation_config
         self.encoder, self.graph = OnnxEncoder(encoder, self.config), decoder

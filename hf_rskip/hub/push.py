@@ -17,7 +17,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..manifest import MODEL_FILES, check_model
 from ..models import RSkipConfig, RSkipResNetConfig
 from .remote_code import find_code
@@ -102,7 +102,7 @@ def push_folder(
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{str(folder)!r} is not a complete model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{str(folder)!r} is not a complete model: {first_line(error)}") from error
     config_dict = _read_json(files[CONFIG_NAME])
     auto_map, code = find_code(config) if with_code else (None, {})
     if config_dict.get("auto_map") != auto_map:
@@ -160,9 +160,8 @@ def upload(
     except UserError:
         raise
     except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = reason[0].rstrip(".") + "; log in with `hf auth login`" * (status == 401)
+        reason = first_line(error.__cause__ or error) + "; log in with `hf auth login`" * (status == 401)
         unsent = [name for name in weights if name not in sent]
         raise UserError(
             f"The push to {repo_id} failed ({reason}); sent: {', '.join(sent) or 'nothing'}; not sent: "

@@ -26,7 +26,7 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..hub.checkpoints import PushCheckpoints, start_upload
 from ..hub.push import Pushed, collect_files
 from ..manifest import MODEL_FILES, check_manifest, write_manifest
@@ -94,7 +94,7 @@ class RecipeTrainer(Trainer):
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
-            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error.__cause__ or error)
             raise UserError(
                 f"push_to_hub: no repository can be made on the Hub ({reason}); without it, `hf-rskip push` sends the "
                 "finished model."

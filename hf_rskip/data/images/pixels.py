@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from transformers import BitImageProcessorPil
 from transformers.image_utils import PILImageResampling, load_image
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from .arguments import ImageDataArguments
 from .loading import name_row
 
@@ -168,8 +168,7 @@ def open_image(image: dict | None, where: str) -> PilImage.Image:
     except UnidentifiedImageError as error:
         raise UserError(f"{where} has no image that can be decoded: it is of no known format.") from error
     except Exception as error:  # what the readers of Pillow raise for broken files has no common class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"{where} has no image that can be decoded: {reason}.") from error
+        raise UserError(f"{where} has no image that can be decoded: {first_line(error)}.") from error
     if mode.startswith(("I", "F")):
         raise UserError(
             f"{where} has an image of more than 8 bits a channel ({mode}), which would be clipped: convert it."
