@@ -273,17 +273,17 @@ class RSkipStack(RSkipPreTrainedModel):
         )
         self.gradient_checkpointing = False
 
-    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Scaled embeddings `(batch, length, d_model)` of the tokens, or the given ones, scaled."""
+    def embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, offset: int | torch.Tensor = 0
+    ) -> torch.Tensor:
+        """Embeddings `(batch, length, d_model)` of the tokens, or the given ones, scaled, with positions and dropout.
+
+        The positions are `offset`, `offset + 1`, ...; an offset of shape `(batch, 1)` gives each row its own start, and
+        positions below 0 count as 0.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given")
-        return (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * self.embed_scale
-
-    def add_positions(self, inputs_embeds: torch.Tensor, offset: int | torch.Tensor = 0) -> torch.Tensor:
-        """Adds positions `offset`, `offset + 1`, ... to embeddings `(batch, length, d_model)`, with dropout.
-
-        An offset of shape `(batch, 1)` gives each row its own start; positions below 0 count as 0.
-        """
+        inputs_embeds = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * self.embed_scale
         length = inputs_embeds.shape[1]
         # A static cache counts in a tensor, whose value is not worth a synchronisation.
         end = length if isinstance(offset, torch.Tensor) else length + offset
@@ -315,14 +315,13 @@ class RSkipEncoder(RSkipStack):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         check_keywords(self, kwargs, ENCODER_KEYWORDS)
-        inputs_embeds = self.embed(input_ids, inputs_embeds)
         token_mask = attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
         # The first real token stands at position 0, on whichever side the padding is.
         offset = 0 if token_mask is None else -token_mask.int().argmax(dim=1, keepdim=True)
-        hidden_states = self.add_positions(inputs_embeds, offset)
+        hidden_states = self.embed(input_ids, inputs_embeds, offset)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, token_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states, token_mask))
@@ -377,23 +376,21 @@ class RSkipDecoder(RSkipStack):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         check_keywords(self, kwargs)
         check_cache(self, cache)
-        inputs_embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         past = None if cache is None else cache.self_attention_cache
-        past_length = 0 if past is None else past.get_seq_length()
-        token_mask = self._token_mask(input_ids, attention_mask, inputs_embeds.shape[1])
+        hidden_states = self.embed(input_ids, inputs_embeds, 0 if past is None else past.get_seq_length())
+        token_mask = self._token_mask(input_ids, attention_mask, hidden_states.shape[1])
         causal_mask = create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=past
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, cache=past
         )
-        has_beams = encoder_hidden_states is not None and encoder_hidden_states.shape[0] != inputs_embeds.shape[0]
+        has_beams = encoder_hidden_states is not None and encoder_hidden_states.shape[0] != hidden_states.shape[0]
         encoder_attention_mask = create_bidirectional_mask(
             config=self.config,
-            inputs_embeds=inputs_embeds[:, :1] if has_beams else inputs_embeds,
+            inputs_embeds=hidden_states[:, :1] if has_beams else hidden_states,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
-        hidden_states = self.add_positions(inputs_embeds, past_length)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
