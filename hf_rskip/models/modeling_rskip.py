@@ -127,24 +127,24 @@ class RSkipMLP(nn.Module):
 
 
 class RSkipLayer(GradientCheckpointingLayer):
-    """A layer of either stack: each of its branches has a skip connection, `self_attn` has `self_attn_skip`.
+    """A layer of either stack: each of its branches has a skip connection, `self_attn` has `self_attn_skip`."""
 
-    Args:
-        config: the configuration.
-        stack: `"encoder"` or `"decoder"`.
-        layer_idx: index of the layer in its stack.
-        branches: by name, in the order in which they run.
-    """
+    stack: str
+    """`"encoder"` or `"decoder"`."""
 
-    def __init__(self, config: RSkipConfig, stack: str, layer_idx: int, branches: dict[str, nn.Module]):
+    def __init__(self, config: RSkipConfig, layer_idx: int):
         super().__init__()
         self.dropout = nn.Dropout(config.dropout)
-        kind = SKIP_CONNECTIONS[config.skip_type]
+        heads, ffn_dim = (getattr(config, f"{self.stack}_{field}") for field in ("attention_heads", "ffn_dim"))
         layers, other_layers = config.encoder_layers, config.decoder_layers
-        if stack == "decoder":
+        branches = {"self_attn": RSkipAttention(config, heads, layer_idx, is_causal=self.stack == "decoder")}
+        if self.stack == "decoder":
+            branches["encoder_attn"] = RSkipAttention(config, heads, layer_idx)
             layers, other_layers = other_layers, layers
+        branches["mlp"] = RSkipMLP(config, ffn_dim)
+        kind = SKIP_CONNECTIONS[config.skip_type]
         for index, (name, branch) in enumerate(branches.items()):
-            position = SublayerPosition(stack, layer_idx, index, layers, len(branches), other_layers=other_layers)
+            position = SublayerPosition(self.stack, layer_idx, index, layers, len(branches), other_layers=other_layers)
             skip = kind.from_config(config, config.d_model, position)
             for linear, gain in skip.branch_gains.items():
                 if hasattr(branch, linear):
@@ -181,23 +181,11 @@ class RSkipLayer(GradientCheckpointingLayer):
 
 
 class RSkipEncoderLayer(RSkipLayer):
-    def __init__(self, config: RSkipConfig, layer_idx: int):
-        branches = {
-            "self_attn": RSkipAttention(config, config.encoder_attention_heads, layer_idx),
-            "mlp": RSkipMLP(config, config.encoder_ffn_dim),
-        }
-        super().__init__(config, "encoder", layer_idx, branches)
+    stack = "encoder"
 
 
 class RSkipDecoderLayer(RSkipLayer):
-    def __init__(self, config: RSkipConfig, layer_idx: int):
-        heads = config.decoder_attention_heads
-        branches = {
-            "self_attn": RSkipAttention(config, heads, layer_idx, is_causal=True),
-            "encoder_attn": RSkipAttention(config, heads, layer_idx),
-            "mlp": RSkipMLP(config, config.decoder_ffn_dim),
-        }
-        super().__init__(config, "decoder", layer_idx, branches)
+    stack = "decoder"
 
 
 class RSkipPreTrainedModel(PreTrainedModel):
