@@ -465,10 +465,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
     def __init__(self, config: RSkipConfig):
         super().__init__(config)
         if config.share_encoder_decoder_embeddings:
-            self._tied_weights_keys = {
-                "lm_head.weight": "model.encoder.embed_tokens.weight",
-                "model.decoder.embed_tokens.weight": "model.encoder.embed_tokens.weight",
-            }
+            self._tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
         # By the class's name Transformers would choose the causal loss, which shifts the labels a second time.
         self.loss_type = "ForMaskedLM"
         self.model = RSkipModel(config)
