@@ -222,16 +222,15 @@ class RSkipResNetModel(RSkipResNetPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        output_hidden_states: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndNoAttention:
         """
         Args:
             pixel_values: images as the image processor makes them, `(batch, num_channels, height, width)`.
-            output_hidden_states: whether to return the feature maps behind the stem and behind each stage.
+            kwargs: of those of Transformers, `output_hidden_states`: whether to return the feature maps behind the stem
+                and behind each stage, or the indices of those to return.
 
         Returns:
             `last_hidden_state` `(batch, hidden_sizes[-1], height / s, width / s)`, where s is the product of the
@@ -239,13 +238,11 @@ class RSkipResNetModel(RSkipResNetPreTrainedModel):
             `(batch, hidden_sizes[-1], 1, 1)`.
         """
         check_keywords(self, kwargs, without_effect=["output_attentions"])
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         feature_maps = self.encoder(self.embedder(pixel_values))
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=feature_maps[-1],
             pooler_output=self.pooler(feature_maps[-1]),
-            hidden_states=feature_maps if output_hidden_states else None,
+            hidden_states=feature_maps,
         )
 
 
@@ -301,7 +298,6 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.LongTensor | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutputWithNoAttention:
         """
@@ -309,14 +305,14 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
             pixel_values: images as the image processor makes them, `(batch, num_channels, height, width)`.
             labels: the class of each image, `(batch,)`, from 0 to `num_labels - 1`; with the `problem_type` of the
                 configuration, numbers or several labels for each, as [`image_classification_loss`] says.
-            output_hidden_states: whether to return the feature maps behind the stem and behind each stage.
+            kwargs: as of [`RSkipResNetModel`].
 
         Returns:
             `logits` `(batch, num_labels)` and, with `labels`, the cross-entropy `loss` in nats: the mean over the
             batch, or with `num_items_in_batch` the sum divided by it.
         """
         check_keywords(self, kwargs, without_effect=["output_attentions"])
-        outputs = self.resnet(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
+        outputs = self.resnet(pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
@@ -336,12 +332,7 @@ class RSkipResNetBackbone(BackboneMixin, RSkipResNetPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        output_hidden_states: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """Returns `feature_maps`, `(batch, channels, height, width)` for each stage of `config.out_features`.
 
         For the arguments see [`RSkipResNetModel`].

@@ -406,6 +406,9 @@ def test_outputs():
     assert torch.equal(model.classifier(base.pooler_output), outputs.logits)
     as_tuple = model(x, labels=labels, return_dict=False)
     assert torch.equal(as_tuple[0], outputs.loss) and torch.equal(as_tuple[1], outputs.logits)
+    first, second, last = model(x, output_hidden_states=[0, -1]).hidden_states
+    assert torch.equal(first, outputs.hidden_states[0]) and torch.equal(last, outputs.hidden_states[-1])
+    assert second is None
     model.config.output_hidden_states = True
     assert len(model(x).hidden_states) == 3
 
