@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.bart.modeling_bart import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -505,7 +505,8 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
             labels: tokens to predict, not shifted, `(batch, target_length)`; -100 is ignored. Gives a mean
                 cross-entropy, in nats a token, or with `num_items_in_batch` the sum divided by that number.
             use_cache: whether to return `cache`; never with `labels`.
-            logits_to_keep: number of last positions, or a 1-D tensor of positions, that get logits; 0 means all.
+            logits_to_keep: number of last positions that get logits, 0 for all, or a tensor as for Transformers'
+                `slice_logits_to_keep`.
 
         Returns:
             A `Seq2SeqLMOutput` with `logits` of shape `(batch, target_length, decoder_vocab_size)`.
@@ -527,8 +528,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
             use_cache=use_cache,
             **kwargs,
         )
-        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, positions, :])
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.decoder_vocab_size, **kwargs)

@@ -246,6 +246,8 @@ def test_logits_to_keep(build, batch):
     logits = model(**inputs).logits
     assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
     assert_close(model(**inputs, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+    mask = torch.arange(logits.shape[1]) < torch.arange(1, 1 + len(logits))[:, None]
+    assert_close(model(**inputs, logits_to_keep=mask).logits, logits[mask])
 
 
 def test_embeddings_in_place_of_tokens(build, batch):
