@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -13,13 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from ..errors import UserError, first_line
-from ..models.generation_rskip import (
-    GNMTLengthPenalty,
-    check_options,
-    find_length_penalty,
-    find_option,
-    length_limits,
-)
+from ..models.generation_rskip import GNMTLengthPenalty, check_options, find_options, length_limits
 
 logger = logging.get_logger(__name__)
 
@@ -92,22 +85,21 @@ class CTranslate2Model:
             [`UserError`]: if an option would have another effect than in torch, or a source has no token but the end.
             `ValueError`: if an option is wrong.
         """
-        configs = [self.generation_config]
-        option = partial(find_option, kwargs=kwargs, configs=configs)
-        beams, penalty = option("num_beams") or 1, find_length_penalty(kwargs, configs)
-        self._check(kwargs, beams, penalty)
-        ends = option("eos_token_id")
+        options = find_options(kwargs, self.generation_config)
+        beams, penalty = options.get("num_beams", 1), options.get("length_penalty", 1.0)
+        self._check(kwargs, options)
+        ends = options.get("eos_token_id")
         sources = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
         if any({self.config.bos_token_id, self.config.eos_token_id}.issuperset(source) for source in sources):
             raise UserError("CTranslate2 translates no sentence without a token of its own")
-        limits = self._limits([len(source) for source in sources], option)
+        limits = self._limits([len(source) for source in sources], options)
         hypotheses = [None] * len(sources)
         for limit, group in groupby(sorted(range(len(sources)), key=limits.__getitem__), limits.__getitem__):
             group = list(group)
             results = self.translator.translate_batch(
                 [[self.source_tokens[token] for token in sources[index]] for index in group],
                 beam_size=beams,
-                num_hypotheses=option("num_return_sequences") or 1,
+                num_hypotheses=options.get("num_return_sequences", 1),
                 length_penalty=penalty or 1e-9,  # with 0 it would end a sentence with its first hypothesis
                 max_decoding_length=limit,
                 min_decoding_length=0,  # not 1: the end token may come first
@@ -132,32 +124,34 @@ class CTranslate2Model:
         )
         return [result.log_probs[: len(target)] for result, target in zip(results, targets, strict=True)]
 
-    def _check(self, kwargs: dict, beams: int, penalty: float) -> None:
+    def _check(self, kwargs: dict, options: dict) -> None:
         """Raises a [`UserError`] that names an option of another effect, or the `ValueError` of a wrong one."""
-        check_options(self.config.max_position_embeddings, kwargs, [self.generation_config])
+        check_options(options, kwargs, self.config.max_position_embeddings)
         copy.deepcopy(self.generation_config).update(**kwargs)  # which validates them
         for name in ("decoder_start_token_id", "pad_token_id"):
-            value, own = find_option(name, kwargs, [self.generation_config]), getattr(self.config, name)
-            if value not in (None, own):
-                raise UserError(f"`{name}` is {own} in the exported model, not {value!r}")
+            own = getattr(self.config, name)
+            if options.get(name, own) != own:
+                raise UserError(f"`{name}` is {own} in the exported model, not {options[name]!r}")
         for name, value in {**self.generation_config.to_diff_dict(), **kwargs}.items():
             is_off = value is None or value is False or _NEUTRAL.get(name) == value
             if name not in _SAME and not name.startswith("_") and not is_off:
                 raise UserError(f"`{name}` {value!r} has no counterpart in CTranslate2")
-        if beams > 1 and isinstance(penalty, GNMTLengthPenalty):
+        if options.get("num_beams", 1) <= 1:
+            return
+        if isinstance(options.get("length_penalty"), GNMTLengthPenalty):
             raise UserError("`gnmt_length_penalty` does not exist in CTranslate2: give a `length_penalty`")
-        early = find_option("early_stopping", kwargs, [self.generation_config])
-        if beams > 1 and early is not None and early is not True:
-            raise UserError(f"`early_stopping` is always true in CTranslate2, not {early!r}")
-        if beams > 1 and early is None:
+        early = options.get("early_stopping")
+        if early is None:
             logger.warning_once("`early_stopping` is true in CTranslate2, and false by default in torch")
+        elif early is not True:
+            raise UserError(f"`early_stopping` is always true in CTranslate2, not {early!r}")
 
-    def _limits(self, lengths: list[int], option) -> list[int]:
+    def _limits(self, lengths: list[int], options: dict) -> list[int]:
         """The most new tokens of each sentence, of which those are the source lengths."""
-        a, b, most = option("max_len_a"), option("max_len_b"), option("max_new_tokens")
+        a, b, most = (options.get(name) for name in ("max_len_a", "max_len_b", "max_new_tokens"))
         positions = self.config.max_position_embeddings
         if most is None and a is None and b is None:
-            most = (option("max_length") or 21) - 1  # which counts the start token; 21 as in Transformers
+            most = options.get("max_length", 21) - 1  # which counts the start token; 21 as in Transformers
         most = min(most or positions, positions)
         if a is None and b is None:
             return [most] * len(lengths)

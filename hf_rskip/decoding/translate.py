@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import UserError
-from ..models.generation_rskip import find_length_penalty, find_option
+from ..models.generation_rskip import find_options
 from .beam_search import beam_search
 from .score import batches_by_length, score_tokens
 
@@ -65,14 +64,13 @@ def translate_n_best(
     Raises:
         [`UserError`]: if there are fewer beams than `n_best`.
     """
-    configs = [model.generation_config]
-    beams = find_option("num_beams", generate_kwargs, configs) or 1
+    options = find_options(generate_kwargs, model.generation_config)
+    beams, penalty = options.get("num_beams", 1), options.get("length_penalty", 1.0)
     if n_best > beams:
         raise UserError(f"{n_best} translations need as many beams: num_beams is {beams}")
-    penalty = find_length_penalty(generate_kwargs, configs)
     hypotheses = [[Hypothesis("", 0.0)] for _ in sentences]
-    options = {**generate_kwargs, "num_return_sequences": n_best}
-    for batch, sources, output in search(model, tokenizer, sentences, max_batch_tokens, **options):
+    generate_kwargs = {**generate_kwargs, "num_return_sequences": n_best}
+    for batch, sources, output in search(model, tokenizer, sentences, max_batch_tokens, **generate_kwargs):
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         targets = [until_end(row[1:], tokenizer) for row in output.tolist()]
         repeated = [source for source in sources for _ in range(n_best)]
@@ -114,13 +112,13 @@ def search(
     if too_long:
         logger.warning(f"{too_long} of {len(sources)} sentences were cut off at {limit} tokens")
         sources = [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
-    option = partial(find_option, kwargs=generate_kwargs, configs=[model.generation_config])
-    longest = option("max_new_tokens") or 0
+    options = find_options(generate_kwargs, model.generation_config)
+    longest = options.get("max_new_tokens", 0)
     if longest > limit:
         logger.warning_once(f"max_new_tokens {longest} is lowered to {limit}, the positions of the model")
         generate_kwargs = {**generate_kwargs, "max_new_tokens": limit}
-    beams = option("num_beams") or 1
-    if beams > 1 and option("use_cache") is not False and not (option("do_sample") or option("cache_implementation")):
+    beams, cached = options.get("num_beams", 1), options.get("use_cache", True)
+    if beams > 1 and cached and not (options.get("do_sample") or options.get("cache_implementation")):
         generate_kwargs = {"custom_generate": beam_search, **generate_kwargs}
     lengths = {index: len(sources[index]) for index, sentence in enumerate(sentences) if sentence.strip()}
     model.eval()

@@ -33,20 +33,18 @@ class GNMTLengthPenalty(float):
         return ((5 + length) / 6) ** float(self)
 
 
-def find_option(name: str, kwargs: dict, configs: list[GenerationConfig]):
-    """The first value that is not `None` of an option of `generate`: a keyword, or in one of the configurations."""
-    given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-    return next((value for value in given if value is not None), None)
+def find_options(kwargs: dict, *configs: GenerationConfig | None) -> dict:
+    """The options of a call of `generate` that are not `None`: keywords, then those of each configuration in turn.
 
-
-def find_length_penalty(kwargs: dict, configs: list[GenerationConfig]) -> float:
-    """The length penalty that a call of `generate` asks for: GNMT's if it has an alpha, else that of Transformers."""
-    for given in (kwargs, *(vars(config) for config in configs)):
-        if given.get("gnmt_length_penalty") is not None:
-            return GNMTLengthPenalty(given["gnmt_length_penalty"])
-        if given.get("length_penalty") is not None:
-            return given["length_penalty"]
-    return 1.0
+    The first to give either of `gnmt_length_penalty` and `length_penalty` decides `length_penalty`.
+    """
+    options = {}
+    for given in (kwargs, *(vars(config) for config in configs if config is not None)):
+        given = {name: value for name, value in given.items() if value is not None}
+        if "gnmt_length_penalty" in given:
+            given["length_penalty"] = GNMTLengthPenalty(given["gnmt_length_penalty"])
+        options = given | options
+    return options
 
 
 def length_limits(lengths: torch.Tensor, a: float | None, b: int | None, most: int) -> torch.LongTensor:
@@ -77,19 +75,17 @@ class SourceLengthCriteria(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= limits.to(input_ids.device)
 
 
-def check_options(positions: int, kwargs: dict, configs: list[GenerationConfig]) -> tuple[float | None, int | None]:
-    """`max_len_a` and `max_len_b`; raises a `ValueError` if an option is wrong or would have no effect."""
-    values = {name: find_option(name, kwargs, configs) for name in TRANSLATION_OPTIONS}
-    for name, value in values.items():
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"`{name}` must be a finite number of at least 0, not {value}")
-    if kwargs.get("gnmt_length_penalty") is not None and (find_option("num_beams", kwargs, configs) or 1) == 1:
+def check_options(options: dict, kwargs: dict, positions: int) -> None:
+    """Raises a `ValueError` if one of the [`find_options`] of these keywords is wrong or would have no effect."""
+    for name in TRANSLATION_OPTIONS:
+        if name in options and not 0 <= options[name] < float("inf"):
+            raise ValueError(f"`{name}` must be a finite number of at least 0, not {options[name]}")
+    if kwargs.get("gnmt_length_penalty") is not None and options.get("num_beams", 1) <= 1:
         raise ValueError("`gnmt_length_penalty` has no effect with `num_beams` 1")
     # With a dynamic cache the model itself refuses the position, once a translation is so long.
-    most = find_option("max_new_tokens", kwargs, configs)
-    if most is not None and most > positions and find_option("cache_implementation", kwargs, configs):
+    most = options.get("max_new_tokens", 0)
+    if most > positions and options.get("cache_implementation"):
         raise ValueError(f"`max_new_tokens` must be at most {positions}, the positions of the model, not {most}")
-    return values["max_len_a"], values["max_len_b"]
 
 
 class TranslationGenerationMixin(GenerationMixin):
@@ -114,16 +110,15 @@ class TranslationGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs,
     ):
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        changes = {}
-        a, b = check_options(self.config.max_position_embeddings, kwargs, configs)
-        if (find_option("num_beams", kwargs, configs) or 1) > 1:
-            changes["length_penalty"] = find_length_penalty(kwargs, configs)
+        options = find_options(kwargs, generation_config, self.generation_config)
+        positions, changes = self.config.max_position_embeddings, {}
+        check_options(options, kwargs, positions)
+        if options.get("num_beams", 1) > 1:
+            changes["length_penalty"] = options.get("length_penalty", 1.0)
+        a, b = options.get("max_len_a"), options.get("max_len_b")
         if a is not None or b is not None:
-            lengths = self._source_lengths(inputs, **kwargs)
-            limits = length_limits(lengths, a, b, self.config.max_position_embeddings)
-            longest, most = limits.max().item(), find_option("max_new_tokens", kwargs, configs)
-            changes["max_new_tokens"] = longest if most is None else min(longest, most)
+            limits = length_limits(self._source_lengths(inputs, **kwargs), a, b, positions)
+            changes["max_new_tokens"] = min(limits.max().item(), options.get("max_new_tokens", positions))
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])
         for name in TRANSLATION_OPTIONS:
             kwargs.pop(name, None)
