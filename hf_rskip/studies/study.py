@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +114,17 @@ class Study:
 
 @dataclass(frozen=True)
 class _StudyFile:
-    """The keys of a study."""
+    """The keys of a study; one that is `null` is not there."""
 
     recipe: str
     output_dir: str
     seeds: list
     forms: dict
-    overrides: dict | None = None
+    overrides: dict = field(default_factory=dict)
     baseline: str | None = None
-    contrasts: list | None = None
+    contrasts: list = field(default_factory=list)
     margin: float | None = None
-    grid: dict | None = None
+    grid: dict = field(default_factory=dict)
     tune: dict | None = None
     metric: str | None = None
     trains_at: float | None = None
@@ -146,10 +146,10 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     file = _check_file(read_yaml(path, "study"), str(path))
     recipe_path = path.parent / file.recipe
     given = _underscored(group_words(overrides))
-    overrides = _underscored(file.overrides or {})
+    overrides = _underscored(file.overrides)
     recipe = _underscored(read_yaml(recipe_path))
     common = {**recipe, **overrides, **given}
-    tune = file.tune or {"grid": file.grid or {}, "seeds": file.seeds}
+    tune = file.tune or {"grid": file.grid, "seeds": file.seeds}
     grid = _underscored(tune["grid"])
     forms = {name: _underscored(keys or {}) for name, keys in file.forms.items()}
     _check_disjoint(forms, grid, {**overrides, **given}, str(path))
@@ -186,7 +186,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         metric=_choose_metric(file.metric, recipes[0]),
         bleu_tokenize=next(iter(tokenizers), None),
         baseline=file.baseline or next(iter(forms)),
-        contrasts=[tuple(pair) for pair in file.contrasts or []],
+        contrasts=[tuple(pair) for pair in file.contrasts],
         margin=file.margin,
         forms=forms,
         settings=settings,
@@ -273,62 +273,56 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     for key in values:
         if key not in known:
             raise UserError(f"Unknown key {key!r} in {where}{did_you_mean(key, known)}")
-    for key in ("recipe", "output_dir", "seeds", "forms"):
-        if key not in values:
+    values = {key: value for key, value in values.items() if value is not None}
+    for key, part in known.items():
+        if key not in values and part.default is MISSING and part.default_factory is MISSING:
             raise UserError(f"{where} has no {key}.")
+    file = _StudyFile(**values)
+
+    def check(holds: bool, name: str, what: str, value: Any) -> None:
+        if not holds:
+            raise UserError(f"{name} must be {what}, not {value!r}, in {where}.")
+
+    def check_seeds(seeds: Any, name: str) -> None:
+        whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+        check(whole and 0 < len(seeds) == len(set(seeds)), name, "a list of different whole numbers", seeds)
+
+    def check_grid(grid: Any, name: str) -> None:
+        lists = isinstance(grid, dict) and all(isinstance(points, list) and points for points in grid.values())
+        check(lists, name, "a mapping from keys of the recipe to lists of values", grid)
+
     for key in ("recipe", "output_dir", "baseline", "metric"):
-        if not isinstance(values.get(key, ""), str):
-            raise UserError(f"{key} must be a word, not {values[key]!r}, in {where}.")
-    _check_seeds(values["seeds"], "seeds", where)
-    forms = values["forms"]
-    if not isinstance(forms, dict) or not forms:
-        raise UserError(f"forms must be a mapping from names to keys of the recipe, not {forms!r}, in {where}.")
+        check(isinstance(getattr(file, key), str | None), key, "a word", getattr(file, key))
+    forms, contrasts, tune = file.forms, file.contrasts, file.tune
+    check_seeds(file.seeds, "seeds")
+    check(isinstance(forms, dict) and forms, "forms", "a mapping from names to keys of the recipe", forms)
     for name, keys in forms.items():
-        if not isinstance(name, str) or not isinstance(keys, dict | None):
-            raise UserError(f"The form {name!r} must be a name and a mapping of keys, not {keys!r}, in {where}.")
-    contrasts = values.get("contrasts", [])
-    if not isinstance(contrasts, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in contrasts):
-        raise UserError(f"contrasts must be a list of pairs [form, form], not {contrasts!r}, in {where}.")
-    for key, name in [
-        ("baseline", values.get("baseline")),
-        *(("contrasts", name) for pair in contrasts for name in pair),
-    ]:
-        if name is not None and name not in forms:
+        proper = isinstance(name, str) and isinstance(keys, dict | None)
+        check(proper, f"The form {name!r}", "a name and a mapping of keys", keys)
+    pairs = isinstance(contrasts, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in contrasts)
+    check(pairs, "contrasts", "a list of pairs [form, form]", contrasts)
+    named = [("contrasts", name) for pair in contrasts for name in pair]
+    for key, name in [*named, *([] if file.baseline is None else [("baseline", file.baseline)])]:
+        if name not in forms:
             hint = did_you_mean(name, forms) or f", but {', '.join(forms)}."
             raise UserError(f"{key} {name!r} is none of the forms in {where}{hint}")
-    if not isinstance(values.get("overrides", {}), dict):
-        raise UserError(f"overrides must be a mapping of keys of the recipe, not {values['overrides']!r}, in {where}.")
-    _check_grid(values.get("grid", {}), "grid", where)
-    tune = values.get("tune")
+    check(isinstance(file.overrides, dict), "overrides", "a mapping of keys of the recipe", file.overrides)
+    check_grid(file.grid, "grid")
     if tune is not None:
-        if not isinstance(tune, dict) or set(tune) != {"grid", "seeds"} or not tune["grid"]:
-            raise UserError(f"tune must be a mapping of grid and seeds, not {tune!r}, in {where}.")
-        if "grid" in values:
+        parts = isinstance(tune, dict) and set(tune) == {"grid", "seeds"} and tune["grid"]
+        check(parts, "tune", "a mapping of grid and seeds", tune)
+        if file.grid:
             raise UserError(f"grid and tune, which has a grid of its own, cannot both stand in {where}.")
-        _check_grid(tune["grid"], "the grid of tune", where)
-        _check_seeds(tune["seeds"], "the seeds of tune", where)
+        check_grid(tune["grid"], "the grid of tune")
+        check_seeds(tune["seeds"], "the seeds of tune")
     for key in ("trains_at", "margin"):
-        number = values.get(key)
-        if not isinstance(number, int | float | None) or isinstance(number, bool):
-            raise UserError(f"{key} must be a number, in points of 100, not {number!r}, in {where}.")
-    if values.get("margin") is not None and not (values["margin"] > 0 and contrasts):
+        number = getattr(file, key)
+        proper = isinstance(number, int | float | None) and not isinstance(number, bool)
+        check(proper, key, "a number, in points of 100", number)
+    if file.margin is not None and not (file.margin > 0 and contrasts):
         raise UserError(f"margin must be above 0, and needs contrasts, in {where}.")
-    if not isinstance(values.get("keep_models", False), bool):
-        raise UserError(f"keep_models must be true or false, not {values['keep_models']!r}, in {where}.")
-    return _StudyFile(**values)
-
-
-def _check_seeds(seeds: Any, name: str, where: str) -> None:
-    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not whole or not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"{name} must be a list of different whole numbers, not {seeds!r}, in {where}.")
-
-
-def _check_grid(grid: Any, name: str, where: str) -> None:
-    if not isinstance(grid, dict) or not all(isinstance(points, list) and points for points in grid.values()):
-        raise UserError(
-            f"{name} must be a mapping from keys of the recipe to lists of values, not {grid!r}, in {where}."
-        )
+    check(isinstance(file.keep_models, bool), "keep_models", "true or false", file.keep_models)
+    return file
 
 
 def _as_folder_name(name: str) -> str:
