@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -15,11 +15,10 @@ from .differences import N_SAMPLES, Difference
 from .figure import draw_curves, draw_scores
 from .grid_figure import draw_grid
 from .results import Group, Results
-from .study import describe_setting, varying_keys
+from .study import Study, describe_setting, varying_keys
 
 UNITS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}
 """What tables call a metric, in points of 100."""
-_DIFFERENCE_COLUMNS = 6
 
 
 def write_report(results: Results, command: str) -> None:
@@ -54,7 +53,7 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
     done = states[FINISHED] + states[DIVERGED]
     parts = [f"{done} of {len(results.cells)} cells: {', '.join(counts)}."]
     if study.tune_seeds is not None:
-        return "\n\n".join([*parts, *_format_stages(results)])
+        return "\n\n".join(filter(None, [*parts, *_format_stages(results)]))
     if len(study.settings) == 1:
         return "\n\n".join([*parts, _format_groups(results, results.groups), *_format_contrasts(results)])
     parts += _format_by_key(results)
@@ -90,11 +89,12 @@ def _format_stages(results: Results) -> list[str]:
         ]
     rows = []
     for best in results.best:
-        row = [_escape(best.form), f"{best.trained} of {best.tried}", "none: nothing finished", ""]
+        setting, score = "none: nothing finished", None
         if best.tuned is not None:
-            row[2:] = [", ".join(describe_setting(best.tuned.setting)), _format(best.tuned.validation_mean, ".2f")]
-        rows.append(row)
-    parts.append(_format_table(["form", "trains in", "best setting", f"validation {UNITS[study.metric]}"], rows))
+            setting, score = ", ".join(describe_setting(best.tuned.setting)), best.tuned.validation_mean
+        row = {"form": _escape(best.form), "trains in": f"{best.trained} of {best.tried}", "best setting": setting}
+        rows.append(row | {f"validation {UNITS[study.metric]}": _format(score, ".2f")})
+    parts.append(_format_table(rows))
     parts.append(f"Stage 2: each form at its own best setting (seeds {seeds}).")
     if missing:
         parts.append(f"It is not complete: {missing} cells are missing, and what follows is of those that are there.")
@@ -114,12 +114,12 @@ def _format_by_key(results: Results) -> list[str]:
     by_place = {(group.form, str(group.setting)): group for group in results.groups}
     rows = []
     for form in study.forms:
-        groups = [by_place.get((form, str(setting))) for setting in study.settings]
-        rows.append([_escape(form), *(_format_score(group, study.trains_at, tuned) for group in groups)])
-    return [
-        f"{said} {UNITS[study.metric]} by {keys[0]}, {spread} (*: does not train):",
-        _format_table(["form", *(str(dict(point)[keys[0]]) for point in study.settings)], rows),
-    ]
+        row = {"form": _escape(form)}
+        for setting in study.settings:
+            group = by_place.get((form, str(setting)))
+            row[str(dict(setting)[keys[0]])] = _format_score(group, study.trains_at, tuned)
+        rows.append(row)
+    return [f"{said} {UNITS[study.metric]} by {keys[0]}, {spread} (*: does not train):", _format_table(rows)]
 
 
 def _format_score(group: Group | None, trains_at: float | None, tuned: bool) -> str:
@@ -135,70 +135,55 @@ def _format_score(group: Group | None, trains_at: float | None, tuned: bool) -> 
 
 def _format_groups(results: Results, groups: Iterable[Group]) -> str:
     trains_at = results.study.trains_at
-    trains = [] if trains_at is None else ["trains"]
-    headers = ["form", "finished", *trains, *_score_headers(results), "parameters", "seconds"]
-    rows = [
-        [
-            _escape(group.form),
-            _format_states(group),
-            *(f"{group.count_trained(trains_at)}/{len(group.results)}" for _ in trains),
-            *_format_scores(group, results),
-            _format(group.parameters, ","),
-            _format(group.seconds, ",.0f"),
-        ]
-        for group in groups
-    ]
-    return _format_table(headers, rows)
+    rows = []
+    for group in groups:
+        row = {"form": _escape(group.form), "finished": _format_states(group)}
+        if trains_at is not None:
+            row["trains"] = f"{group.count_trained(trains_at)}/{len(group.results)}"
+        row |= _format_scores(group, results)
+        rows.append(row | {"parameters": _format(group.parameters, ","), "seconds": _format(group.seconds, ",.0f")})
+    return _format_table(rows)
 
 
 def _format_best(results: Results) -> str:
-    headers = ["form", "trains in", "best setting", "validation", "finished", *_score_headers(results), "parameters"]
     rows = []
     for best in results.best:
-        row = [_escape(best.form), f"{best.trained} of {best.tried}"]
-        if best.group is not None:
-            row += [", ".join(describe_setting(best.group.setting)), _format(best.group.validation_mean, ".2f")]
-            row += [_format_states(best.group), *_format_scores(best.group, results)]
-            row.append(_format(best.group.parameters, ","))
-        rows.append(row + [""] * (len(headers) - len(row)))
-    return _format_table(headers, rows)
+        row, group = {"form": _escape(best.form), "trains in": f"{best.trained} of {best.tried}"}, best.group
+        if group is not None:
+            row["best setting"] = ", ".join(describe_setting(group.setting))
+            row |= {"validation": _format(group.validation_mean, ".2f"), "finished": _format_states(group)}
+            row |= {**_format_scores(group, results), "parameters": _format(group.parameters, ",")}
+        rows.append(row)
+    return _format_table(rows)
 
 
 def _format_contrasts(results: Results) -> list[str]:
-    if not results.contrasts:
-        return []
-    margin = results.study.margin
-    headers = ["form", "minus", *_difference_headers(results), "p Holm"]
-    headers += [] if margin is None else ["90% both", "answer"]
     rows = []
     for part in results.contrasts:
-        row = [_escape(part.form), _escape(part.rival), *_format_difference(part.difference), _format_p(part.p_holm)]
-        if margin is not None:
-            row += [_format_interval(part.difference and part.difference.interval_90), part.answer or ""]
+        row = {"form": _escape(part.form), "minus": _escape(part.rival)}
+        row |= _format_difference(part.difference, results.study) | {"p Holm": _format_p(part.p_holm)}
+        if results.study.margin is not None:
+            interval = part.difference and part.difference.interval_90
+            row |= {"90% both": _format_interval(interval), "answer": part.answer or ""}
         rows.append(row)
-    return ["Two forms with each other:", _format_table(headers, rows)]
+    return ["Two forms with each other:", _format_table(rows)] if rows else []
 
 
-def _score_headers(results: Results) -> list[str]:
-    return [f"test {UNITS[results.study.metric]}", "sd", *_difference_headers(results)]
+def _format_scores(group: Group, results: Results) -> dict[str, str]:
+    study = results.study
+    row = {f"test {UNITS[study.metric]}": _format(group.test_mean, ".2f"), "sd": _format(group.test_sd, ".2f")}
+    row |= _format_difference(group.difference, study)
+    if group.form == study.baseline and group.test_mean is not None:
+        row["difference"] = "baseline"
+    return row
 
 
-def _difference_headers(results: Results) -> list[str]:
-    examples = "images" if results.study.metric == "accuracy" else "sentences"
-    return ["difference", f"95% {examples}", f"p {examples}", "p seeds", "95% both", "p both"]
-
-
-def _format_scores(group: Group, results: Results) -> list[str]:
-    row = [_format(group.test_mean, ".2f"), _format(group.test_sd, ".2f")]
-    if group.form == results.study.baseline and group.test_mean is not None:
-        return [*row, "baseline", *[""] * (_DIFFERENCE_COLUMNS - 1)]
-    return [*row, *_format_difference(group.difference)]
-
-
-def _format_difference(difference: Difference | None) -> list[str]:
+def _format_difference(difference: Difference | None, study: Study) -> dict[str, str]:
+    examples = "images" if study.metric == "accuracy" else "sentences"
+    headers = ["difference", f"95% {examples}", f"p {examples}", "p seeds", "95% both", "p both"]
     if difference is None:
-        return [""] * _DIFFERENCE_COLUMNS
-    return [
+        return dict.fromkeys(headers, "")
+    texts = [
         f"{difference.score:+.2f}",
         _format_interval(difference.interval_sentences),
         _format_p(difference.p_sentences),
@@ -206,6 +191,7 @@ def _format_difference(difference: Difference | None) -> list[str]:
         _format_interval(difference.interval_both),
         _format_p(difference.p_both),
     ]
+    return dict(zip(headers, texts, strict=True))
 
 
 def _format_interval(interval: tuple[float, float] | None) -> str:
@@ -221,9 +207,11 @@ def _format_states(group: Group) -> str:
     return ", ".join(parts)
 
 
-def _format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    align = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+def _format_table(rows: list[dict[str, str]]) -> str:
+    """Formats rows, which map headers to texts, as Markdown."""
+    columns = dict.fromkeys(header for row in rows for header in row)
+    align = ["left" if header == "form" else "right" for header in columns]
+    return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
 def _format(value: float | None, spec: str) -> str:
