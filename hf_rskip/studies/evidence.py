@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
 from .cell import is_done, read_result, write_result
-from .study import Cell, Study, describe_setting, write_recipe
+from .study import Cell, Study, compare_keys, name_point, write_recipe
 
 EVIDENCE_NAME = "evidence.parquet"
 _PATHS = ("output_dir", "dataset_name", "train_files", "validation_files", "test_files", "tokenizer_name")
@@ -86,13 +86,11 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _unpack(row: dict, cell: Cell, path: Path) -> None:
-    before, now = yaml.safe_load(row["recipe"]), _without_places(cell.keys)
-    for key in [*now, *before]:
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{str(path)!r}: the cell {', '.join([cell.form, *describe_setting(cell.setting)])} was run with {key} "
-                f"{before.get(key)}, not {now.get(key)}: remove the file, or choose another output_dir."
-            )
+    if difference := compare_keys(yaml.safe_load(row["recipe"]), _without_places(cell.keys)):
+        raise UserError(
+            f"{str(path)!r}: the cell {name_point(cell.form, cell.setting)} was run with {difference}: remove the "
+            "file, or choose another output_dir."
+        )
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_recipe(cell)
     for name in _TEXTS:

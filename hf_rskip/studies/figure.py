@@ -8,7 +8,7 @@ from statistics import fmean
 from ..picture import BLACK, BLUE, escape, new_figure, save_figure, style
 from .cell import DIVERGED, FINISHED
 from .results import Group, Results
-from .study import Study, describe_setting
+from .study import Study
 
 
 def draw_scores(results: Results, unit: str, path: Path) -> Path | None:
@@ -90,7 +90,7 @@ def _label(group: Group, results: Results) -> str:
 
 def _setting_lines(group: Group, width: int) -> list[str]:
     """The setting in lines of that many letters, a key beside its value."""
-    pairs = [pair.replace(" ", "\xa0") for pair in describe_setting(group.setting)]
+    pairs = [f"{key} {value}".replace(" ", "\xa0") for key, value in group.setting]
     return [escape(line.replace("\xa0", " ")) for line in textwrap.wrap(", ".join(pairs), width)]
 
 

@@ -58,8 +58,7 @@ def _draw_lines(results: Results, unit: str, key: str):
         groups = [group for group in results.groups if group.form == form]
         x = np.array([places[str(group.setting)] for group in groups])
         x = x + 0.16 * ((number + 0.5) / len(study.forms) - 0.5)
-        scores = [_score(group) if tuned else group.test_mean for group in groups]
-        scores = np.array([math.nan if score is None else score for score in scores])
+        scores = np.array([_score(group) if tuned else group.test_mean for group in groups], dtype=float)
         spread = None if tuned else [group.test_sd or 0.0 for group in groups]
         axes.errorbar(x, scores, yerr=spread, **style, markersize=6, capsize=3, linewidth=1.3, label=shorten(form))
         hollow = [group.trains(study.trains_at) is False for group in groups]
@@ -114,8 +113,7 @@ def _draw_maps(results: Results, unit: str, keys: list[str]):
     for panel, (form, cells) in zip(panels, shown.items(), strict=True):
         table = np.full((len(values[down]), len(values[across])), np.nan)
         for place, group in cells.items():
-            score = _score(group)
-            table[place] = np.nan if score is None else score
+            table[place] = _score(group)  # `None` becomes NaN
         image = panel.imshow(table, cmap="cividis", vmin=min(scores), vmax=max(scores), aspect="auto")
         for place, group in cells.items():
             _mark(panel, image, place, group, group.trains(study.trains_at), best[form])

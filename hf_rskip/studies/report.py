@@ -62,7 +62,7 @@ def format_tables(results: Results, every_setting: bool = True) -> str:
     for setting in study.settings if every_setting else ():
         groups = [group for group in results.groups if group.setting == setting]
         if any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in groups):
-            parts += [f"At {', '.join(describe_setting(setting))}:", _format_groups(results, groups)]
+            parts += [f"At {describe_setting(setting)}:", _format_groups(results, groups)]
     return "\n\n".join(parts)
 
 
@@ -77,8 +77,7 @@ def _format_stages(results: Results) -> list[str]:
         is_best = study.chosen is not None and study.chosen[form] == point
         end = ", and is the best: a better one may lie further" if is_best else ""
         parts.append(
-            f"{_escape(form)} was best at the edge of the grid, so that {', '.join(describe_setting(point))} is tried, "
-            f"too{end}."
+            f"{_escape(form)} was best at the edge of the grid, so that {describe_setting(point)} is tried, too{end}."
         )
     if study.is_growing:
         return [
@@ -91,7 +90,7 @@ def _format_stages(results: Results) -> list[str]:
     for best in results.best:
         setting, score = "none: nothing finished", None
         if best.tuned is not None:
-            setting, score = ", ".join(describe_setting(best.tuned.setting)), best.tuned.validation_mean
+            setting, score = describe_setting(best.tuned.setting), best.tuned.validation_mean
         row = {"form": _escape(best.form), "trains in": f"{best.trained} of {best.tried}", "best setting": setting}
         rows.append(row | {f"validation {UNITS[study.metric]}": _format(score, ".2f")})
     parts.append(_format_table(rows))
@@ -150,7 +149,7 @@ def _format_best(results: Results) -> str:
     for best in results.best:
         row, group = {"form": _escape(best.form), "trains in": f"{best.trained} of {best.tried}"}, best.group
         if group is not None:
-            row["best setting"] = ", ".join(describe_setting(group.setting))
+            row["best setting"] = describe_setting(group.setting)
             row |= {"validation": _format(group.validation_mean, ".2f"), "finished": _format_states(group)}
             row |= {**_format_scores(group, results), "parameters": _format(group.parameters, ",")}
         rows.append(row)

@@ -23,12 +23,9 @@ _SERVER_LOST = 255
 def check_folders(cells: Sequence[Cell]) -> None:
     """Raises a [`UserError`] if a cell's folder holds a result, or a checkpoint, of another recipe."""
     for cell in cells:
-        if is_done(cell) or any(cell.run_folder.glob("checkpoint-*")):
-            difference = find_difference(cell)
-            if difference:
-                raise UserError(
-                    f"{str(cell.folder)!r} was run with {difference}: remove it, or choose another output_dir."
-                )
+        begun = is_done(cell) or any(cell.run_folder.glob("checkpoint-*"))
+        if begun and (difference := find_difference(cell)):
+            raise UserError(f"{str(cell.folder)!r} was run with {difference}: remove it, or choose another output_dir.")
 
 
 def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[str], keep_models: bool) -> list[Cell]:

@@ -61,7 +61,7 @@ class Cell:
         return self.folder / "run"
 
     def __str__(self) -> str:
-        return ", ".join([self.form, *describe_setting(self.setting), f"seed {self.seed}"])
+        return f"{name_point(self.form, self.setting)}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -225,15 +225,20 @@ def _make_cells(
         try:
             recipes.append(parse_values(values, [], str(path)))
         except UserError as error:
-            raise UserError(f"{path}, cell {', '.join([form, *describe_setting(setting)])}: {error}") from error
+            raise UserError(f"{path}, cell {name_point(form, setting)}: {error}") from error
         cells.append(Cell(len(cells) + 1, form, setting, seed, values, cell_folder))
     _check_folders(cells)
     return cells, recipes
 
 
-def describe_setting(setting: Setting) -> list[str]:
-    """`key value` of each key."""
-    return [f"{key} {value}" for key, value in setting]
+def describe_setting(setting: Setting) -> str:
+    """`key value` of each key, separated by commas."""
+    return ", ".join(f"{key} {value}" for key, value in setting)
+
+
+def name_point(form: str, setting: Setting) -> str:
+    """The form, and of a grid its setting."""
+    return f"{form}, {describe_setting(setting)}" if setting else form
 
 
 def varying_keys(settings: list[Setting]) -> list[str]:
@@ -258,14 +263,16 @@ def write_recipe(cell: Cell) -> None:
 
 
 def find_difference(cell: Cell) -> str | None:
-    """Finds a key with which the cell's folder was run otherwise, as a part of a sentence, or `None`."""
+    """Finds a key with another value in the recipe of the cell's folder: see [`compare_keys`]."""
     if not cell.recipe_path.exists() or read_yaml(cell.recipe_path) == cell.keys:
         return None
-    before, now = parse_recipe(cell.recipe_path, []).keys, parse_values(cell.keys, [], str(cell)).keys
-    for key in [*now, *before]:
-        if before.get(key) != now.get(key):
-            return f"{key} {before.get(key)}, not {now.get(key)}"
-    return None
+    return compare_keys(parse_recipe(cell.recipe_path, []).keys, parse_values(cell.keys, [], str(cell)).keys)
+
+
+def compare_keys(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first key whose values differ, as `key old, not new`; `None` if all are equal."""
+    differing = [key for key in [*now, *before] if before.get(key) != now.get(key)]
+    return f"{differing[0]} {before.get(differing[0])}, not {now.get(differing[0])}" if differing else None
 
 
 def _check_file(values: dict, where: str) -> _StudyFile:

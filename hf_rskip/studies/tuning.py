@@ -11,7 +11,7 @@ from ..errors import UserError
 from .cell import FINISHED, is_done
 from .evidence import restore_cells
 from .results import choose_setting, gather_tuning
-from .study import Setting, Study, add_cells, describe_setting
+from .study import Setting, Study, add_cells, name_point
 
 
 def advance(study: Study) -> Study:
@@ -63,8 +63,8 @@ def _choose(study: Study) -> dict[str, Setting | None]:
     for group in groups:
         if group.of_state(FINISHED) and group.validation_mean is None:
             raise UserError(
-                f"{', '.join([group.form, *describe_setting(group.setting)])} has no validation score of the model "
-                "that was kept, by which tune could judge: let the last step be one that is evaluated."
+                f"{name_point(group.form, group.setting)} has no validation score of the model that was kept, by which "
+                "tune could judge: let the last step be one that is evaluated."
             )
     return {form: choose_setting(form, groups, study.metric) for form in study.forms}
 

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
@@ -173,12 +172,3 @@ def _list_names(folder: str | Path) -> list[str]:
         return []
     except OSError as error:
         raise unreadable(folder, error) from error
-
-
-def check_same_model(config: PreTrainedConfig, checkpoint: Path, fields: Iterable[str]) -> None:
-    """Raises a [`UserError`] if one of `fields`, which the weights may fit all the same, is another in a checkpoint."""
-    before = type(config).from_pretrained(checkpoint)
-    for field in fields:
-        old, new = getattr(before, field), getattr(config, field)
-        if old != new:
-            raise UserError(f"{checkpoint} was trained with {field} {old!r} and cannot go on with {new!r}.")

@@ -17,7 +17,6 @@ from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from ..probing.batches import Batch, training_images
 from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
-from .checkpoints import check_same_model
 from .image_trainer import ImageTrainer
 from .task import Task, Tested
 
@@ -40,8 +39,10 @@ class ImageClassification(Task):
 
     def create_model(self) -> RSkipResNetForImageClassification:
         model = create_model(self.recipe, self.class_names)
-        if self.checkpoint:
-            check_same_model(model.config, self.checkpoint, ["id2label"])
+        if self.checkpoint:  # whose weights may fit other classes
+            old, new = RSkipResNetConfig.from_pretrained(self.checkpoint).id2label, model.config.id2label
+            if old != new:
+                raise UserError(f"{self.checkpoint} was trained with id2label {old!r} and cannot go on with {new!r}.")
         _check_last_batch(model.config, self.sets["train"], self.recipe)
         if self.recipe.training.channels_last:
             model.to(memory_format=torch.channels_last)

@@ -108,10 +108,9 @@ class ImageTrainer(RecipeTrainer):
         if self.moving_average is not None:
             models.append(self.moving_average.average)
         for model in models:
-            for module in model.modules():
-                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
-                    for statistic in (module.running_mean, module.running_var):
-                        statistic.copy_(reduce(statistic, "mean"))
+            for name, buffer in model.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    buffer.copy_(reduce(buffer, "mean"))
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         self.average_running_statistics()
