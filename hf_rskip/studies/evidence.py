@@ -4,7 +4,6 @@ From it `hf-rskip study` makes the report again on another machine, and goes on 
 """
 
 import json
-import shlex
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +14,7 @@ from ..atomic import replace_text, write_then_rename
 from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
-from .cell import is_done, read_result, write_result
+from .cell import Surroundings, is_done, read_result, write_result
 from .study import Cell, Study, compare_keys, name_point, write_recipe
 
 EVIDENCE_NAME = "evidence.parquet"
@@ -96,4 +95,4 @@ def _unpack(row: dict, cell: Cell, path: Path) -> None:
     for name in _TEXTS:
         if row[name] is not None:
             replace_text(cell.folder / name, row[name])
-    write_result(cell, **json.loads(row["result"]), command=shlex.join(["hf-rskip", "train", str(cell.recipe_path)]))
+    write_result(cell, **json.loads(row["result"]), command=Surroundings().command(cell))

@@ -10,9 +10,8 @@ from tabulate import tabulate
 
 from ..recipe.parsing import read_yaml
 from .cell import DIVERGED, FAILED, FINISHED, is_done
-from .course_figure import draw_courses
 from .differences import N_SAMPLES, Difference
-from .figure import draw_curves, draw_scores
+from .figure import draw_courses, draw_curves, draw_scores
 from .grid_figure import draw_grid
 from .results import Group, Results
 from .study import Study, describe_setting, varying_keys

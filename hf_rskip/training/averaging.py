@@ -1,14 +1,18 @@
-"""Averages of checkpoints, as in Vaswani et al. (2017), section 6.1."""
+"""Averages of weights: of checkpoints, as in Vaswani et al. (2017), section 6.1, and moving ones."""
 
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import CONFIG_NAME
@@ -19,6 +23,8 @@ from ..hub.push import RESULT_FILES, collect_files
 from ..manifest import MODEL_FILES, write_manifest
 from .best_model import SCORES, list_evaluations, rank_scores
 from .checkpoints import checkpoint_step, list_checkpoints, read_state
+
+MOVING_AVERAGE_NAME = "moving_average.safetensors"
 
 
 def average_models(output: str | Path, folders: Sequence[str | Path]) -> None:
@@ -136,3 +142,54 @@ def is_out_of_turn(checkpoint: Path) -> bool:
     """Whether a checkpoint was written because of a signal, at a step at which none was due."""
     control = read_state(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
     return not control.get("args", {}).get("should_save", True)
+
+
+class MovingAverage(TrainerCallback):
+    """After each step, average <- decay * average + (1 - decay) * weights; running statistics likewise.
+
+    The average begins as the weights after the first step. Where the best model is loaded at the end of a training, the
+    average becomes the one of its checkpoint.
+
+    Args:
+        model: without the wrappers of accelerate.
+        decay: from 0 to below 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = model
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update_parameters(self.model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load(state.best_model_checkpoint)
+
+    @contextmanager
+    def swapped_in(self):
+        """The model computes with the average inside this context."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        average = self.average.module.state_dict()
+        swapped = set()
+        for name, value in self.model.state_dict().items():
+            if value.data_ptr() not in swapped:  # tied weights go by several names
+                swapped.add(value.data_ptr())
+                kept = value.clone()
+                value.copy_(average[name])
+                average[name].copy_(kept)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the average into a checkpoint."""
+        save_model(self.average, str(Path(folder, MOVING_AVERAGE_NAME)))  # tied weights once
+
+    def load(self, folder: str | Path) -> None:
+        """Goes on from the average of a checkpoint."""
+        load_model(self.average, Path(folder, MOVING_AVERAGE_NAME))

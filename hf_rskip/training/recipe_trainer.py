@@ -30,7 +30,7 @@ from ..errors import UserError, first_line
 from ..hub.checkpoints import PushCheckpoints, start_upload
 from ..hub.push import Pushed, collect_files
 from ..manifest import MODEL_FILES, check_manifest, write_manifest
-from .averaging import average_weights, choose_checkpoints, is_out_of_turn
+from .averaging import MovingAverage, average_weights, choose_checkpoints, is_out_of_turn
 from .best_model import BestModelCallback
 from .checkpoints import (
     STAGING_NAME,
@@ -41,7 +41,6 @@ from .checkpoints import (
     rotate_checkpoints,
 )
 from .loss_guard import LossGuard, check_weights
-from .moving_average import MovingAverage
 from .preemption import StopOnSignal, outlive_signal
 from .progress import TrainingBar, TrainingLog
 from .resuming import write_record

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_rskip.cli.main import main
-from hf_rskip.training.moving_average import MovingAverage
+from hf_rskip.training.averaging import MovingAverage
 
 DECAY = 0.7
 
