@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from .. import models
 from ..atomic import replace_text
@@ -28,6 +29,7 @@ from ..evaluation.predictions import PREDICTIONS_NAME
 from ..own_modules import import_modules
 from ..probing.callback import TABLE_NAME
 from ..recipe.parsing import Recipe, parse_recipe
+from ..training.best_model import list_evaluations
 from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.train import train
 from .study import METRICS, Cell, write_recipe
@@ -190,22 +192,21 @@ def _follow_study() -> None:
 
 def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
     folder, keeps_best = Path(recipe.training.output_dir), recipe.training.load_best_model_at_end
-    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    kept = state["best_model_checkpoint"]
-    evaluations = [entry for entry in state["log_history"] if any(key.startswith("eval_") for key in entry)]
+    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    kept = state.best_model_checkpoint
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         parameters = getattr(models, config.architectures[0])(config).num_parameters()
     return {
         "test": {key.removeprefix("test_"): value for key, value in metrics.items() if key.startswith("test_")},
         "validation": [
-            {"step": entry["step"]}
-            | {name: entry[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in entry}
-            for entry in evaluations
+            {"step": log["step"]}
+            | {name: log[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in log}
+            for log in list_evaluations(state)
         ],
         # The best step may be one that was not saved: then the last model was kept.
-        "kept_step": checkpoint_step(Path(kept)) if keeps_best and kept else state["global_step"],
-        "steps": state["global_step"],
+        "kept_step": checkpoint_step(Path(kept)) if keeps_best and kept else state.global_step,
+        "steps": state.global_step,
         "parameters": parameters,
         "seconds": round(metrics["train_runtime"], 1),
     }

@@ -1,6 +1,5 @@
 """Averages of weights: of checkpoints, as in Vaswani et al. (2017), section 6.1, and moving ones."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from transformers.utils import CONFIG_NAME
 from ..conversion.output import new_folder
 from ..errors import UserError
 from ..hub.push import RESULT_FILES, collect_files
-from ..manifest import MODEL_FILES, write_manifest
+from ..manifest import MODEL_FILES, read_json, write_manifest
 from .best_model import SCORES, list_evaluations, rank_scores
 from .checkpoints import checkpoint_step, list_checkpoints, read_state
 
@@ -99,7 +98,7 @@ def _open(stack: ExitStack, files: dict[str, Path]) -> dict[str, safe_open]:
 
 
 def _check_alike(folder: Path, files: dict[str, Path], first: Path, first_files: dict[str, Path]) -> None:
-    configs = [json.loads(found[CONFIG_NAME].read_text(encoding="utf-8")) for found in (files, first_files)]
+    configs = [read_json(found[CONFIG_NAME]) for found in (files, first_files)]
     for key in sorted((configs[0].keys() | configs[1].keys()) - {"transformers_version"}):
         value, expected = (config.get(key) for config in configs)
         if value != expected:

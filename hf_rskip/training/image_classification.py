@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data.images.loading import ImageDatasets, load_image_dataset
@@ -17,6 +16,7 @@ from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from ..probing.batches import Batch, training_images
 from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
+from .checkpoints import read_step
 from .image_trainer import ImageTrainer
 from .task import Task, Tested
 
@@ -96,8 +96,8 @@ def _prepare(images: ImageDatasets, split: str, recipe: Recipe, checkpoint: Path
             raise UserError("streaming needs max_steps, as the number of images is not known before they are read.")
         # The Trainer does not know where in which epoch a stream was: a resumed run reads it anew, in another order.
         training.ignore_data_skip = True
-        resumed = 0 if checkpoint is None else TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).global_step
-        return stream_images(dataset, data, split, training.seed + resumed)
+        resumed_at = 0 if checkpoint is None else read_step(checkpoint)
+        return stream_images(dataset, data, split, training.seed + resumed_at)
     if data.random_resized_crop and split == "train":
         return CroppedImages(dataset, data, split)
     return decode_images(dataset, data, split)
