@@ -1,4 +1,4 @@
-"""One cell: the training in a process of its own, and the result that it leaves."""
+"""One cell: its training in a process of its own, and its `result.json`."""
 
 import datetime
 import json
@@ -36,7 +36,7 @@ from .study import METRICS, Cell, write_recipe
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TAKEN = 75
-"""Exit code of a process whose cell another one is running: EX_TEMPFAIL of sysexits.h."""
+"""Exit code where another process is running the cell: EX_TEMPFAIL of sysexits.h."""
 _ALWAYS = {"device": str, "versions": dict, "commit": str | None, "date": str, "command": str}
 _PARTS = {
     FINISHED: {
@@ -47,14 +47,14 @@ _PARTS = {
     DIVERGED: {"step": int, "message": str, **_ALWAYS},
     FAILED: {"message": str},
 }
-"""What a result of each state has, as others read it."""
+"""Required keys of `result.json` in each state, with their types."""
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
-    """Reads the result of a cell, or `None` if there is none yet; a failure counts until it is tried again.
+    """Reads `result.json` of a cell, `None` if it does not exist; a failure stays there until the cell runs again.
 
     Raises:
-        [`UserError`]: if the file is torn, or something else.
+        [`UserError`]: if the file is not JSON, or lacks a key.
     """
     path = cell.folder / "result.json"
     try:
@@ -81,14 +81,14 @@ def write_result(cell: Cell, **values) -> None:
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether there is nothing left to run: a divergence is a result, a failure is none."""
+    """Whether the cell has finished or diverged."""
     result = read_result(cell)
     return result is not None and result["state"] != FAILED
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Commit, modules and options with which a cell is run, for its result.
+    """Modules, commit and options of a run of cells.
 
     Attributes:
         modules: imported first, as by `--import_module`.
@@ -109,9 +109,9 @@ class Surroundings:
 
 
 def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
-    """The whole life of a cell's process, which ends with `TAKEN` if another one has the cell for `patience` seconds.
+    """Trains a cell and writes its result; exits with `TAKEN` if another process holds the cell for `patience` seconds.
 
-    What it prints goes to `log.txt`. It ends by itself, with a checkpoint where it can, when the study dies.
+    Output goes to `log.txt`. The process stops, with a checkpoint where possible, when that of the study ends.
     """
     _follow_study()
     try:
@@ -164,7 +164,7 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
 
 
 def record(cell: Cell, surroundings: Surroundings, outcome: dict[str, Any]) -> None:
-    """Writes what a cell has come to, with what it was."""
+    """Writes `result.json`: form, setting and seed of the cell, the outcome, commit, date and command."""
     write_result(
         cell,
         form=cell.form,
@@ -178,7 +178,7 @@ def record(cell: Cell, surroundings: Surroundings, outcome: dict[str, Any]) -> N
 
 
 def _follow_study() -> None:
-    """Ctrl-C is for the study, which then sends SIGTERM; its death has the same effect."""
+    """Ignores Ctrl-C, for which the study sends SIGTERM; sends SIGTERM to this process when the study ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     study = parent_process()
 

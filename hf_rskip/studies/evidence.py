@@ -1,4 +1,4 @@
-"""The evidence of a study: one compressed file with what its finished cells have left, small enough for git.
+"""The evidence of a study: recipes, results, predictions and probes of its finished cells in one compressed file.
 
 From it `hf-rskip study` makes the report again on another machine, and goes on where the folders of cells are gone.
 """
@@ -19,7 +19,7 @@ from .study import Cell, Study, compare_keys, name_point, write_recipe
 
 EVIDENCE_NAME = "evidence.parquet"
 _PATHS = ("output_dir", "dataset_name", "train_files", "validation_files", "test_files", "tokenizer_name")
-"""Keys of a recipe that name places of a machine."""
+"""Keys of a recipe whose values are paths."""
 _TEXTS = (PREDICTIONS_NAME, TABLE_NAME)
 _SCHEMA = pyarrow.schema(
     {
@@ -32,7 +32,7 @@ _SCHEMA = pyarrow.schema(
 def write_evidence(study: Study) -> None:
     """Writes [`EVIDENCE_NAME`] to the study's folder: a row for each cell that finished or diverged.
 
-    A row has the cell's recipe without the places of this machine, its result, test predictions and probes.
+    A row has the cell's recipe without paths, its result, test predictions and probes.
     """
     rows = [_pack(cell) for cell in study.cells if is_done(cell)]
     if rows:
@@ -41,7 +41,7 @@ def write_evidence(study: Study) -> None:
 
 
 def restore_cells(study: Study) -> None:
-    """Gives the cells that have no result the one in the study's evidence, in its folder or beside its file.
+    """Restores the cells without a result from the evidence in the study's folder or beside its file.
 
     Raises:
         [`UserError`]: if the evidence cannot be read, or a cell was run with another recipe.

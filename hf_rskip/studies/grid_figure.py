@@ -1,4 +1,4 @@
-"""Pictures of a grid: over one key a line for each form, over two a map for each."""
+"""Figures of a grid: lines over one key, a heat map for each form over two."""
 
 import math
 import textwrap
@@ -18,7 +18,7 @@ _UNITS |= {"encoder_layers": "layers", "decoder_layers": "layers"}
 
 
 def draw_grid(results: Results, unit: str, path: Path) -> Path | None:
-    """Draws what the forms come to over the grid; `None` without a grid, or where nothing was run."""
+    """Draws the scores of the forms over the grid; `None` without a grid, or where nothing was run."""
     if not any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in results.groups):
         return None
     keys = varying_keys(results.study.settings)
@@ -37,7 +37,7 @@ def _label_value(value) -> str:
 
 
 def _explain(results: Results, width: float, *parts: str) -> str:
-    """Explains the marks, in lines that fit."""
+    """Explains the marks, wrapped to the width of the figure in inches."""
     trains_at = results.study.trains_at
     if trains_at is not None:
         parts = (*parts, f"training means a validation score of at least {trains_at:g} with every seed")

@@ -1,4 +1,4 @@
-"""A study on paper: tables, the numbers behind them, and how to repeat it."""
+"""The report of a study: tables, their numbers as CSVs, and the commands that repeat it."""
 
 import csv
 from collections import Counter

@@ -20,7 +20,7 @@ _SCALES = {"accuracy": 100.0}
 
 @dataclass(frozen=True)
 class CellResult:
-    """A cell and what it has come to. Scores are in points of 100.
+    """A cell and its result. Scores are in points of 100.
 
     Attributes:
         cell: of the study.
@@ -97,7 +97,7 @@ class Group:
         return sum(trains_at is None or (score is not None and score >= trains_at) for score in scores)
 
     def trains(self, trains_at: float | None) -> bool | None:
-        """Whether all cells that were run did; `None` if none was."""
+        """Whether all cells that were run have trained (see [`count_trained`]); `None` if none was run."""
         tried = len(self.of_state(FINISHED)) + len(self.of_state(DIVERGED))
         return self.count_trained(trains_at) == tried if tried else None
 
@@ -151,14 +151,14 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a study has found so far.
+    """The results of a study so far.
 
     Attributes:
-        study: that it belongs to.
+        study: whose results these are.
         cells: in the order of the study.
         groups: by setting, then by form; with `tune_seeds`, of the cells that tune.
         best: by form; without a grid, of the only setting.
-        contrasts: those that the study names.
+        contrasts: in the order of the study.
     """
 
     study: Study
@@ -169,7 +169,7 @@ class Results:
 
 
 def gather_results(study: Study) -> Results:
-    """Reads what the cells of a study have left, and compares the forms.
+    """Reads the results of the cells of a study, and compares the forms.
 
     Raises:
         [`UserError`]: if cells were tested on different data.
@@ -219,7 +219,7 @@ def gather_tuning(study: Study) -> list[Group]:
 
 
 def choose_setting(form: str, groups: Sequence[Group], metric: str) -> Setting | None:
-    """The best of a form by validation scores; `None` where there are none."""
+    """The setting of a form with the best validation scores; `None` where there are none."""
     own = [group for group in groups if group.form == form]
     scored = [group for group in own if group.validation_mean is not None]
     if len(own) == 1:

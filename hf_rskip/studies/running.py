@@ -1,4 +1,4 @@
-"""Runs the cells of a study, some at a time, each in a process of its own."""
+"""Runs the cells of a study in parallel, each in a process of its own."""
 
 import multiprocessing
 import os
@@ -15,9 +15,9 @@ from .cell import DIVERGED, FAILED, FINISHED, TAKEN, Surroundings, is_done, read
 from .study import Cell, find_difference
 
 _PATIENCE = 30
-"""Seconds that a cell gets to save a checkpoint and end when its study is stopped."""
+"""Seconds for a cell to save a checkpoint and end after its study is stopped."""
 _SERVER_LOST = 255
-"""The exit code that `multiprocessing` gives a process, running or not, when the one it was forked from is gone."""
+"""Exit code that `multiprocessing` reports, even of a running process, when the process that forked it has ended."""
 
 
 def check_folders(cells: Sequence[Cell]) -> None:
@@ -29,13 +29,18 @@ def check_folders(cells: Sequence[Cell]) -> None:
 
 
 def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[str], keep_models: bool) -> list[Cell]:
-    """Runs what is not done of `cells`, and says so, two lines each; `total` is how many the study has.
+    """Runs the cells that are not done, and prints a line at the start and at the end of each.
 
-    A cell that another process is running is left to it. What a killed study has left of the models of finished cells
-    is removed.
+    A cell that another process is running is left to it. Models of finished cells that a killed study did not remove
+    are removed.
+
+    Args:
+        total: number of cells of the study.
+        jobs: cells at once.
+        modules, keep_models: see [`Surroundings`].
 
     Returns:
-        The cells that have failed, or were stopped by somebody.
+        The cells that have failed or were stopped.
 
     Raises:
         [`Preempted`]: after SIGTERM, when the running cells have saved their checkpoints.
@@ -89,7 +94,7 @@ def _lost_server() -> UserError:
 
 
 def _record_crash(cell: Cell, surroundings: Surroundings, code: int) -> None:
-    """Writes the result of a process that left none itself, unless it can go on."""
+    """Records a failure for a process that wrote no result, unless it was stopped with a checkpoint."""
     if read_result(cell) is None and code != Preempted.exit_code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         record(cell, surroundings, {"state": FAILED, "message": f"its process was ended by {how}"})
@@ -111,9 +116,9 @@ def describe_state(cell: Cell) -> str:
 
 
 def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
-    """Starts the process from which those of the cells are forked, and which has imported what they need.
+    """Starts the process, with all imports done, from which those of the cells are forked.
 
-    The cells share the cores of the machine, unless `OMP_NUM_THREADS` says how many threads each is to have.
+    The cells share the cores of the machine, unless `OMP_NUM_THREADS` gives the number of threads of each.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // jobs)))
     context = multiprocessing.get_context("forkserver")
@@ -123,7 +128,7 @@ def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
 
 
 def _start_with_safe_path() -> None:
-    """The server is a `python -c`, which would look for its imports in the current folder first."""
+    """Starts the server, a `python -c`, without the current folder in its module search path."""
     given = os.environ.pop("PYTHONSAFEPATH", None)
     os.environ["PYTHONSAFEPATH"] = "1"
     forkserver.ensure_running()
@@ -134,7 +139,7 @@ def _start_with_safe_path() -> None:
 
 @contextmanager
 def _stopping(running: dict):
-    """Whatever ends the study ends its cells; SIGTERM is turned into [`Preempted`]."""
+    """Terminates the running cells on leaving this context; SIGTERM raises [`Preempted`]."""
 
     def stop(signum, frame):
         raise Preempted("stopped by SIGTERM; the same command goes on")

@@ -167,7 +167,7 @@ class MovingAverage(TrainerCallback):
 
     @contextmanager
     def swapped_in(self):
-        """The model computes with the average inside this context."""
+        """Exchanges weights and average inside this context."""
         self._swap()
         try:
             yield
@@ -190,5 +190,5 @@ class MovingAverage(TrainerCallback):
         save_model(self.average, str(Path(folder, MOVING_AVERAGE_NAME)))  # tied weights once
 
     def load(self, folder: str | Path) -> None:
-        """Goes on from the average of a checkpoint."""
+        """Reads the average of a checkpoint."""
         load_model(self.average, Path(folder, MOVING_AVERAGE_NAME))

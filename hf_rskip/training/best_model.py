@@ -37,7 +37,7 @@ class BestModelCallback(TrainerCallback):
 
     def __init__(self):
         self.resumed: str | None = None
-        """Where the best model of a run that is resumed lies now."""
+        """Path of the best checkpoint of the run that is resumed."""
         self._is_training = False
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -28,21 +28,19 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.due: TrainerControl | None = None
-        """What was due at the step after which the run stops."""
+        """What was due after the last step of a stopped run."""
         self._received: int | None = None
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Remembers SIGTERM and the first Ctrl-C inside this context, where otherwise they end the process at once; the
-        second Ctrl-C does.
-        """
+        """Defers SIGTERM and the first Ctrl-C inside this context to the end of the step; a second one interrupts."""
         self._received = self.due = None
         with _handled(_SIGNALS, self._handle):
             yield
 
     @contextmanager
     def raised(self, step: int) -> Iterator[None]:
-        """SIGTERM raises [`Preempted`] at once inside this context, which begins after the last `step`."""
+        """Raises [`Preempted`] at SIGTERM inside this context, which begins after the last `step`."""
 
         def stop(signum, frame):
             self._received = signum

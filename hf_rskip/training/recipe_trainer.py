@@ -83,7 +83,7 @@ class RecipeTrainer(Trainer):
         scales_loss = self.accelerator.scaler is not None
         self.loss_guard = LossGuard(self.describe_batch, args.loss_spike_factor, args.loss_spike_window, scales_loss)
         self.record: dict | None = None
-        """What [`begin_record`] says of the run, for every checkpoint."""
+        """The record of the run ([`begin_record`]), written into every checkpoint."""
         self._resumed: TrainerState | None = None
         self._is_overdue = False  # an evaluation that a signal has left to this run
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all labels, and their number
@@ -224,7 +224,7 @@ class RecipeTrainer(Trainer):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The model has the averaged weights, and incomplete batches are not dropped."""
+        """Uses the averaged weights and keeps incomplete batches inside this context."""
         averaged = nullcontext() if self.moving_average is None else self.moving_average.swapped_in()
         with averaged, replaced(self.args, dataloader_drop_last=False):
             yield

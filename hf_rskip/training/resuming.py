@@ -19,11 +19,11 @@ from .checkpoints import checkpoint_step, list_checkpoints, read_state, read_ste
 RECORD_NAME = "recipe.json"
 """In every checkpoint, and in the folder of a run as the last file that is written there."""
 _OF_A_DEVICE = {"processes", "per_device_train_batch_tokens", "gradient_accumulation_steps"}
-"""What `global_batch_tokens` makes up for: the same sentences form a step whatever these are."""
+"""Keys that change no step where `global_batch_tokens` is set."""
 _OF_CONTENT = {"dataset_name", "train_files", "validation_files"}
-"""What may have another name where checksums prove that the data are the same."""
+"""Paths of data, which may change where the checksums are the same."""
 _LENGTHEN = ("num_train_epochs", "max_steps", "early_stopping_patience")
-"""What may give a finished run more to do."""
+"""Keys that can lengthen a finished run."""
 
 
 def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
