@@ -173,7 +173,7 @@ def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], mod
 
 
 def _draw_steps(figure, grid, quantities: Sequence[_Quantity], panels: Sequence[_Panel]) -> None:
-    """A training step by step, in the colours of a bar."""
+    """A line for each step of a training, coloured by step."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

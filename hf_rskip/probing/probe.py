@@ -128,7 +128,7 @@ def probe(
 
 @contextmanager
 def _preserved(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode but for batch norms, with gradients everywhere; afterwards all is as before."""
+    """Sets evaluation mode but for batch norms, and gradients of all parameters; restores the model at the end."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -384,7 +384,7 @@ def _fit_skip_weight(
 
 
 def _quartiles(values: torch.Tensor) -> list[float]:
-    """The lower one, the median and the upper one, each of them a value that occurs; without those that are NaN."""
+    """Lower quartile, median and upper quartile without NaNs, each one of the values."""
     values = values[~values.isnan()].cpu().numpy()
     if not len(values):
         return [float("nan")] * 3

@@ -1,4 +1,4 @@
-"""Probes of several models and steps as one table: `probe.csv`, and a summary for people."""
+"""Probes of several models and steps as one table, `probe.csv`, and their summary in Markdown."""
 
 import csv
 import math

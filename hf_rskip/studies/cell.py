@@ -76,7 +76,7 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
 
 
 def write_result(cell: Cell, **values) -> None:
-    """Writes `result.json`, whole or not at all."""
+    """Writes `result.json` atomically."""
     replace_text(cell.folder / "result.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -204,7 +204,7 @@ def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
             | {name: log[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in log}
             for log in list_evaluations(state)
         ],
-        # The best step may be one that was not saved: then the last model was kept.
+        # If the best step was not saved, the last model was kept.
         "kept_step": checkpoint_step(Path(kept)) if keeps_best and kept else state.global_step,
         "steps": state.global_step,
         "parameters": parameters,

@@ -136,19 +136,19 @@ def _label(group: Group, results: Results) -> str:
 
 
 def _setting_lines(group: Group, width: int) -> list[str]:
-    """The setting in lines of that many letters, a key beside its value."""
+    """The setting, wrapped to `width` characters, no line break between a key and its value."""
     pairs = [f"{key} {value}".replace(" ", "\xa0") for key, value in group.setting]
     return [escape(line.replace("\xa0", " ")) for line in textwrap.wrap(", ".join(pairs), width)]
 
 
 def arrange(count: int) -> tuple[int, int]:
-    """Rows and columns of so many panels, at most four in a row."""
+    """Number of rows and columns for `count` panels, at most four in a row."""
     rows = math.ceil(count / 4)
     return rows, math.ceil(count / rows)
 
 
 def make_panels(figure, count: int) -> list:
-    """Panels with axes in common, row by row."""
+    """Creates panels with shared axes, row by row."""
     rows, columns = arrange(count)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for panel in panels.flat[count:]:
@@ -165,5 +165,5 @@ def style_forms(study: Study) -> dict[str, dict[str, str]]:
 
 
 def shorten(name: str, length: int = 30) -> str:
-    """A name that fits, as a text of matplotlib."""
+    """Truncates a name to `length` characters and escapes it for matplotlib."""
     return escape(name if len(name) <= length else f"{name[: length - 3]}...")

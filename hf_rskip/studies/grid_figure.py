@@ -48,7 +48,7 @@ def _explain(results: Results, width: float, *parts: str) -> str:
 
 
 def _draw_lines(results: Results, unit: str, key: str):
-    """Test scores, where they were to tune validation scores, against values of the key, at even distances."""
+    """Test scores, or validation scores with `tune`, against the values of the key, evenly spaced."""
     study = results.study
     figure = new_figure(8.5, 4.6)
     axes = figure.subplots()
@@ -94,7 +94,7 @@ def _count_diverged(group: Group) -> str:
 
 
 def _draw_maps(results: Results, unit: str, keys: list[str]):
-    """Mean validation scores over the first two keys, of one scale; over further ones, the best is shown."""
+    """Mean validation scores over the first two keys, on a common scale; the best over further keys."""
     study, (down, across) = results.study, keys[:2]
     values = {key: list({str(dict(point)[key]): dict(point)[key] for point in study.settings}.values()) for key in keys}
     places = {key: [str(value) for value in values[key]] for key in keys}

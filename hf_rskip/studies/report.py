@@ -310,7 +310,7 @@ def _format_yaml(values: dict) -> str:
 
 
 def _write_cells(results: Results, path: Path) -> None:
-    """A row for each cell; scores in points of 100, which names of columns call percent where they are shares."""
+    """A row for each cell; scores in points of 100, with `_percent` in the column name of an accuracy."""
     rows = []
     for result in results.cells:
         cell, record = result.cell, result.record
@@ -362,7 +362,7 @@ def _write_contrasts(results: Results, path: Path) -> None:
 
 
 def _flatten(difference: Difference | None) -> dict[str, float | None]:
-    """Numbers of a difference by the names of columns."""
+    """The values of a difference by column name."""
     row: dict[str, float | None] = {"difference": difference and difference.score}
     for name in ("interval_sentences", "p_sentences", "p_seeds", "interval_both", "interval_90", "p_both"):
         value = difference and getattr(difference, name)

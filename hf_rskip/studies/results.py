@@ -82,7 +82,7 @@ class Group:
         return _mean([*finished, *(0.0 for _ in self.of_state(DIVERGED))])
 
     def validation_rank(self, metric: str) -> tuple[float, ...]:
-        """Means of the scores that rank settings, the first one deciding; needs a `validation_mean`.
+        """Mean ranks of the scores (see [`rank_scores`]), compared in their order; needs a `validation_mean`.
 
         What has diverged has scores of 0 and an infinite loss.
         """

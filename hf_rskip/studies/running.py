@@ -56,7 +56,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
     with _stopping(running):
         while waiting or taken or running:
             while (waiting or (taken and not running)) and len(running) < jobs:
-                # What somebody has is tried again at the end: it may have been a study that was killed just now.
+                # A taken cell is tried again at the end: its process may be that of a study that was just killed.
                 cell, patience = (waiting.pop(0), 0) if waiting else (taken.pop(0), _PATIENCE)
                 process = context.Process(target=run_cell, args=(cell, surroundings, patience))
                 try:
@@ -73,7 +73,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
                 process.join()
                 if process.exitcode == _SERVER_LOST:
                     with suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGTERM)  # it may well live
+                        os.kill(process.pid, signal.SIGTERM)  # it may still run
                     raise _lost_server()
                 if process.exitcode == TAKEN and not patience:
                     taken.append(cell)

@@ -114,7 +114,7 @@ class Study:
 
 @dataclass(frozen=True)
 class _StudyFile:
-    """The keys of a study; one that is `null` is not there."""
+    """The keys of a study's file; `null` unsets a key."""
 
     recipe: str
     output_dir: str
@@ -201,7 +201,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
 
 
 def add_cells(study: Study, points: Iterable[tuple[str, Setting, int]]) -> Study:
-    """The study with further cells, of form, setting and seed; those that it has are not added again."""
+    """Adds cells, each of a form, a setting and a seed, unless the study has them."""
     known = {(cell.form, str(cell.setting), cell.seed) for cell in study.cells}
     points = [point for point in points if (point[0], str(point[1]), point[2]) not in known]
     further, _ = _make_cells(study.path, study.output_dir, study.forms, points, study.cells)
@@ -215,7 +215,7 @@ def _make_cells(
     points: Iterable[tuple[str, Setting, int]],
     before: Sequence[Cell] = (),
 ) -> tuple[list[Cell], list[Recipe]]:
-    """All cells with those before, and the recipes of the new ones."""
+    """Returns the cells `before` with the new ones, and the recipes of the new ones."""
     cells, recipes = list(before), []
     for form, setting, seed in points:
         name = "-".join([form, *(f"{key}-{value}" for key, value in setting), f"seed-{seed}"])
@@ -237,7 +237,7 @@ def describe_setting(setting: Setting) -> str:
 
 
 def name_point(form: str, setting: Setting) -> str:
-    """The form, and of a grid its setting."""
+    """The form and, in a grid, its setting."""
     return f"{form}, {describe_setting(setting)}" if setting else form
 
 
@@ -247,7 +247,7 @@ def varying_keys(settings: list[Setting]) -> list[str]:
 
 
 def check_skip_types(cells: list[Cell]) -> None:
-    """Raises a [`UserError`] if a cell has a residual kind that is not known, or not yet."""
+    """Raises a [`UserError`] if the residual kind of a cell is not registered."""
     for cell in cells:
         kind = cell.keys.get("skip_type")
         if kind is not None and kind not in SKIP_CONNECTIONS:
@@ -333,7 +333,7 @@ def _check_file(values: dict, where: str) -> _StudyFile:
 
 
 def _as_folder_name(name: str) -> str:
-    """Letters and digits of any script, a few signs, and dashes for the rest; a long one is cut and gets a hash."""
+    """Replaces all but letters, digits, `_`, `.` and `+` by dashes; truncates a long name and appends a hash."""
     folder = re.sub(r"[^\w.+]+", "-", name)
     if len(folder.encode()) <= _LONGEST_NAME:
         return folder

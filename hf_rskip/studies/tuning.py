@@ -15,7 +15,10 @@ from .study import Setting, Study, add_cells, name_point
 
 
 def advance(study: Study) -> Study:
-    """A study as [`read_study`] gives it, with the cells of all stages that can be known, and results of its evidence.
+    """Adds the cells of all stages that follow from the results so far, and restores results from the evidence.
+
+    Args:
+        study: of [`read_study`].
 
     Raises:
         [`UserError`]: if the evidence does not fit, or a cell that tunes has no validation score.
@@ -76,7 +79,7 @@ def _numbers(settings: Sequence[Setting], key: str) -> list[float]:
 
 
 def _sort(settings: list[Setting]) -> list[Setting]:
-    """Without what is there twice; numbers by size, so that further ones find their place, others as they are given."""
+    """Sorts settings without duplicates: numbers by value, other values in the order given."""
     unique = list({str(setting): setting for setting in settings}.values())
     orders = {key: _numbers(unique, key) or [dict(setting)[key] for setting in unique] for key, _ in unique[0]}
     return sorted(unique, key=lambda setting: [orders[key].index(value) for key, value in setting])

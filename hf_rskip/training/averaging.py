@@ -132,7 +132,7 @@ def choose_checkpoints(
         best = logs.get(state.best_global_step, {})
         metric = next((name for name in SCORES if best.get(f"eval_{name}") == state.best_metric), None)
     evaluated = [path for path in checkpoints if metric is not None and checkpoint_step(path) in logs]
-    # Of equal ones the later; sorting keeps their order.
+    # The sort is stable: of equal ones the later is chosen.
     ranked = sorted(evaluated, key=lambda path: rank_scores(logs[checkpoint_step(path)], metric))
     return sorted(ranked[-count:], key=checkpoint_step)
 

@@ -33,7 +33,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def publish_checkpoint(staged: Path, final: Path) -> None:
-    """Gives a finished checkpoint its manifest and, once all is on the disk, its name, which an older one loses."""
+    """Writes the manifest of a complete checkpoint, syncs it and renames it to `final`, replacing an older one."""
     write_manifest(staged)
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
@@ -95,7 +95,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
             folder has the name of a checkpoint and is none; or if a fresh start would mix with an earlier run.
     """
     is_fresh = resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false"
-    # A fresh start that is about to be refused must not touch what another run may be writing at this moment.
+    # A fresh start that will be refused must not remove what another run may be writing.
     if not (is_fresh and list_checkpoints(output_dir)):
         clear_staging(output_dir)
     checkpoints = list_checkpoints(output_dir)
@@ -152,7 +152,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def read_step(checkpoint: Path) -> int:
-    """After how many steps a checkpoint was saved."""
+    """The step of a checkpoint, by its state."""
     return read_state(checkpoint)["global_step"]
 
 

@@ -88,7 +88,7 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def _handled(numbers: Sequence[int], handler: Callable) -> Iterator[None]:
-    """Handles signals inside this context, if in the main thread; one that is ignored stays so."""
+    """Handles signals inside this context if in the main thread; ignored signals stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

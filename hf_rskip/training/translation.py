@@ -32,7 +32,7 @@ class Translation(Task):
         data = recipe.data
         self.corpus = load_translation_dataset(data)
         self.checksums = {split: checksum(self.corpus[split], data) for split in ("train", "validation")}
-        # What is no longer referred to is no longer mapped into memory.
+        # `pop`, so that the corpus does not stay mapped into memory.
         train_set, unclean = clean_corpus(self.corpus.pop("train"), data)
         self.tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else make_tokenizer(recipe, train_set)
         self.train_set, too_long = filter_by_length(tokenize_corpus(train_set, self.tokenizer, data), data)
