@@ -71,7 +71,6 @@ class Study:
     Attributes:
         path: of its file.
         output_dir: of its results.
-        task: of its recipe.
         metric: by which forms are compared, a name of [`METRICS`].
         bleu_tokenize: sacreBLEU's `tokenize`; `None` where the task does not translate.
         baseline: the form that others are compared with.
@@ -90,7 +89,6 @@ class Study:
 
     path: Path
     output_dir: Path
-    task: str
     metric: str
     bleu_tokenize: str | None
     baseline: str
@@ -182,7 +180,6 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     return Study(
         path=path,
         output_dir=folder,
-        task=recipes[0].task,
         metric=_choose_metric(file.metric, recipes[0]),
         bleu_tokenize=next(iter(tokenizers), None),
         baseline=file.baseline or next(iter(forms)),

@@ -53,7 +53,7 @@ def test_every_cell_of_every_study_is_a_recipe_and_every_form_a_model(path, tmp_
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(cell.keys))
         model = vars(parse_recipe(file, []).model)
-        if study.task == "translation":
+        if study.bleu_tokenize is not None:
             RSkipForConditionalGeneration(RSkipConfig(**(model | sizes)))
         else:
             name = model.pop("architecture")

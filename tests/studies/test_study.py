@@ -39,7 +39,7 @@ def test_cells_are_the_product_of_forms_settings_and_seeds(write_study, tmp_path
     assert {(cell.keys["num_train_epochs"], cell.keys["d_model"]) for cell in study.cells} == {("1", "16")}
     assert all("dropout" not in cell.keys for cell in study.cells)
     assert len({cell.folder for cell in study.cells}) == 16
-    assert (study.baseline, study.metric, study.task) == ("post-LN", "bleu", "translation")
+    assert (study.baseline, study.metric) == ("post-LN", "bleu")
     assert str(study.cells[-1]) == "rSkip K=2, learning_rate 0.002, warmup_steps 7, seed 2"
 
 
@@ -57,7 +57,7 @@ def test_overrides_are_between_the_recipe_and_the_command_line(write_study):
 
 def test_metrics_of_images(write_study, write_image_recipe):
     study = read_study(write_study(recipe=str(write_image_recipe())), [])
-    assert (study.metric, study.task) == ("accuracy", "image-classification")
+    assert study.metric == "accuracy"
 
 
 WRONG = {
