@@ -17,7 +17,7 @@ from ..checks import did_you_mean
 from ..data.images.arguments import ImageDataArguments
 from ..data.text.arguments import DataArguments
 from ..decoding.loading import load_config
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from .images import ImageModelArguments, ImageTrainingArguments
 from .keys import is_supported, why_refused
@@ -198,7 +198,7 @@ def check_configuration(recipe: Recipe) -> None:
         else:
             recipe.model.make_config(recipe.keys)
     except (ValueError, ImportError) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
+        raise UserError(f"{first_line(error)}.") from error
 
 
 def check_lengths(recipe: Recipe, positions: int) -> None:

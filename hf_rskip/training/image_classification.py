@@ -10,7 +10,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..data.images.loading import ImageDatasets, load_image_dataset
 from ..data.images.pixels import CroppedImages, decode_images, make_image_processor, stream_images
 from ..decoding.loading import load_config
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..hub.model_card import write_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from ..probing.batches import Batch, training_images
@@ -129,7 +129,7 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
     except SafetensorError as error:
         raise UserError(f"The weights of {start!r} cannot be read: {error}.") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
+        raise UserError(f"{first_line(error)}.") from error
     # A classifier of other classes and other skip connections start anew; what else does not fit is a mistake.
     foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
     if any(key.startswith("classifier.") for key in foreign):

@@ -9,7 +9,7 @@ from ..data.images.pixels import decode_images, stream_images
 from ..data.text.cleaning import clean_corpus
 from ..data.text.corpora import load_translation_dataset
 from ..data.text.preprocessing import filter_by_length, tokenize_corpus
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..manifest import check_model
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..probing.batches import SAMPLES, Batch, random_batch, spread, training_images, training_sentences
@@ -51,7 +51,7 @@ def _model_without_data(recipe: Recipe) -> PreTrainedModel:
     try:
         return RSkipForConditionalGeneration(RSkipConfig(**asdict(recipe.model)))
     except ValueError as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
+        raise UserError(f"{first_line(error)}.") from error
 
 
 def _begin_translation(recipe: Recipe, samples: int) -> tuple[PreTrainedModel, Batch]:

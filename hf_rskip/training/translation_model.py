@@ -11,7 +11,7 @@ from ..data.text.corpora import iterate_sentences
 from ..data.text.preprocessing import tokenizer_cache_file
 from ..data.text.tokenizer import check_known, load_tokenizer, train_tokenizer
 from ..decoding.loading import load_config
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..recipe.parsing import Recipe, check_lengths
 
@@ -58,7 +58,7 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
+        raise UserError(f"{first_line(error)}.") from error
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of {start!r}")
