@@ -80,10 +80,12 @@ class StopOnSignal(TrainerCallback):
 
     def is_told_to_stop(self, args) -> bool:
         """Whether one of the processes has received a signal; to be called on every process."""
+        received = self._received
         if args.world_size > 1:
-            numbers = gather(torch.tensor([self._received or 0], device=args.device))
-            self._received = int(numbers.max()) or None
-        return self._received is not None
+            received = int(gather(torch.tensor([received or 0], device=args.device)).max()) or None
+        if received is not None:  # else one may have come in the meantime, and is told to all at the next call
+            self._received = received
+        return received is not None
 
 
 @contextmanager

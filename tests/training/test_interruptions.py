@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import Trainer
 
 from hf_rskip.cli.main import main
 from hf_rskip.training.checkpoints import find_checkpoint, list_checkpoints, rotate_checkpoints
+from hf_rskip.training.preemption import StopOnSignal
 from hf_rskip.training.resuming import RECORD_NAME
 
 RESUME = ("--resume_from_checkpoint", "true")
@@ -156,6 +158,20 @@ def test_an_evaluation_that_is_made_up_for_can_be_the_last(step, write_recipe, t
     state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
     assert state["global_step"] == step
     assert [entry["step"] for entry in evaluations(recipe.parent / "output")[0]] == [every, step]
+
+
+def test_a_signal_while_processes_tell_each_other_of_signals(monkeypatch):
+    """It is not told any more at this step, and must not be lost for the next."""
+
+    def gather(numbers):
+        told = numbers.clone()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.cat([told, told])
+
+    monkeypatch.setattr("hf_rskip.training.preemption.gather", gather)
+    stop, args = StopOnSignal(), SimpleNamespace(world_size=2, device="cpu")
+    with stop.caught():
+        assert [stop.is_told_to_stop(args) for _ in range(2)] == [False, True]
 
 
 @pytest.mark.slow
