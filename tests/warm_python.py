@@ -108,6 +108,7 @@ if __name__ == "__main__":
     while words[0].startswith("-") and words[0] not in ("-c", "-m"):  # flags, which the server cannot change
         del words[0]
     if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
         exec(words[1], {"__name__": "__main__"})
     elif words[0] == "-m":
         sys.argv = words[1:]

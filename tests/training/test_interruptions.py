@@ -3,11 +3,9 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -247,15 +245,14 @@ def test_kills_at_random_moments(trained, write_recipe, start_cli, warm_python, 
 
 
 @pytest.mark.slow
-def test_a_full_disk(trained, write_recipe, run_cli, capfd):
+def test_a_full_disk(trained, write_recipe, run_cli, warm_python, capfd):
     """No file may grow beyond 100 kB, as if the rest did not fit; then there is space again."""
     recipe = write_recipe()
     folder = recipe.parent / "output"
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    stopped = run_cli("train", recipe, "--max_steps", 44, python=[sys.executable], preexec_fn=limit)
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    run = "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    stopped = run_cli("train", recipe, "--max_steps", 44, python=[warm_python, "-c", limit + run])
     assert stopped.code == 2
     assert "checkpoint-4' could not be written (" in stopped.err and "with this mended, go on with" in stopped.err
     assert list_checkpoints(folder) == []
