@@ -37,5 +37,5 @@ class Preempted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without the full stop; the name of its class if it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """The first line of an error's message, without its last stop or colon, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
