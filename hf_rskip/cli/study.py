@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     from ..studies.report import format_tables, write_report
     from ..studies.results import gather_results
     from ..studies.running import check_folders, describe_state, run_cells
-    from ..studies.study import check_skip_types, read_study
+    from ..studies.study import check_cells, read_study
     from ..studies.tuning import advance
 
     beginning = read_study(args.study, rest, args.output_dir)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         cells = [cells[args.cell - 1]]
     failed, grows = [], not args.report
     while grows:
-        check_skip_types([cell for cell in cells if not is_done(cell)])
+        check_cells([cell for cell in cells if not is_done(cell)])
         print(_describe_plan(cells, len(study.cells), args.jobs, str(study.output_dir)), flush=True)
         failed = run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
         before, study = len(study.cells), study if args.cell else advance(beginning)

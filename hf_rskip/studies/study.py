@@ -15,6 +15,7 @@ import yaml
 
 from ..atomic import replace_text
 from ..checks import did_you_mean
+from ..data.names import check_name
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
 from ..models import SKIP_CONNECTIONS
@@ -243,9 +244,11 @@ def varying_keys(settings: list[Setting]) -> list[str]:
     return [key for key, _ in settings[0] if len({str(dict(point).get(key)) for point in settings}) > 1]
 
 
-def check_skip_types(cells: list[Cell]) -> None:
-    """Raises a [`UserError`] if the residual kind of a cell is not registered."""
+def check_cells(cells: list[Cell]) -> None:
+    """Raises a [`UserError`] if the residual kind of a cell is not registered, or the folder of its data is missing."""
     for cell in cells:
+        if cell.keys.get("dataset_name") is not None:
+            check_name(cell.keys["dataset_name"], "dataset")
         kind = cell.keys.get("skip_type")
         if kind is not None and kind not in SKIP_CONNECTIONS:
             raise UserError(

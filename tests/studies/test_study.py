@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from hf_rskip.errors import UserError
-from hf_rskip.studies.study import check_skip_types, find_difference, read_study, write_recipe
+from hf_rskip.studies.study import check_cells, find_difference, read_study, write_recipe
 
 
 @pytest.fixture
@@ -120,14 +120,17 @@ def test_mistakes_are_named(write_study, changes, words, message):
     assert message in str(error.value)
 
 
-def test_a_residual_kind_that_is_not_imported(write_study):
-    check_skip_types(read_study(write_study(), []).cells)
+def test_residual_kinds_and_data_that_are_not_there(write_study):
+    check_cells(read_study(write_study(), []).cells)
     cells = read_study(write_study(forms={"mine": {"skip_type": "layer_scale"}}), []).cells
     with pytest.raises(UserError, match="The form 'mine' has the skip_type 'layer_scale'.*--import_module"):
-        check_skip_types(cells)
+        check_cells(cells)
     cells = read_study(write_study(forms={"a": {"skip_type": "pre_nrom"}}), []).cells
     with pytest.raises(UserError, match="did you mean 'pre_norm'"):
-        check_skip_types(cells)
+        check_cells(cells)
+    cells = read_study(write_study(forms={"a": {"dataset_name": "./none"}}), []).cells
+    with pytest.raises(UserError, match="There is no dataset './none'"):
+        check_cells(cells)
 
 
 def test_folders_of_any_script_and_length(write_study, tmp_path):
