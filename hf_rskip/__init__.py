@@ -53,7 +53,7 @@ _MODULES = {
     "rskip_rms_norm": ".kernels",
     "train": ".training.train",
 }
-"""Where the names are that `models` does not have."""
+"""Modules of the public names that are not in `models`."""
 
 if TYPE_CHECKING:
     from .kernels import rskip_layer_norm, rskip_rms_norm
@@ -76,6 +76,6 @@ def __dir__():
     return sorted({*globals(), *__all__})
 
 
-# The command line imports this package before anything else, and `hf-rskip --help` is not to wait for torch.
+# The command line imports this package first: without torch, so that `hf-rskip --help` is quick.
 if PurePath(sys.argv[0]).stem != "hf-rskip" and "hf_rskip.cli" not in sys.orig_argv:
     from . import kernels  # noqa: F401

@@ -1,4 +1,4 @@
-"""Files that are replaced whole: whenever the process is killed, there is the old file or the new one."""
+"""Atomic replacement of files: a process that is killed leaves the old file or the new one."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Checks and hints for what a user gives."""
+"""Checks of user input, and hints at the nearest known word."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def parse_count(name: str, word: str) -> int:
-    """The whole number of at least 1 that `word` spells; raises a [`UserError`] that names `name` if it spells none."""
+    """Parses a whole number of at least 1; raises a [`UserError`] that names `name` if `word` is none."""
     count = int(word) if word.isdecimal() else word
     check_count(name, count)
     return count
 
 
 def did_you_mean(word: object, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message: "; did you mean `prefix` and the nearest of `known`?", or nothing if none is near."""
+    """End of a message, "; did you mean ...?", with `prefix` and the nearest of `known`; empty if none is near."""
     close = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean {prefix + close[0]!r}?" if close else ""

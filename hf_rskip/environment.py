@@ -1,4 +1,4 @@
-"""Facts about where something ran: device, versions of packages, commit."""
+"""Facts about the environment of a run: device, versions of packages, commit."""
 
 import platform
 import subprocess

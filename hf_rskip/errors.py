@@ -1,10 +1,10 @@
-"""The exceptions a user is meant to read."""
+"""Exceptions whose messages are for users."""
 
 import signal
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (file, configuration, command line).
+    """A mistake in the user's input (file, configuration, command line).
 
     The message is one sentence that names it.
     """

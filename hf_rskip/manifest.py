@@ -1,4 +1,4 @@
-"""Proof that a folder holds what was written: a list of its files with size and checksum."""
+"""Manifests: lists of the files of a folder with size and checksum, by which damage is found."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
 )
 CONFIGURATIONS = (CONFIG_NAME, GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME)
 MODEL_FILES = (*CONFIGURATIONS, SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors", *TOKENIZER_FILES)
-"""Patterns of the names of what makes a model, as it is loaded and pushed."""
+"""Patterns of the names of the files that make a model."""
 
 
 def write_manifest(folder: str | Path, patterns: Collection[str] | None = None) -> None:

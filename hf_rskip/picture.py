@@ -8,11 +8,11 @@ _FALLBACK_FONTS = (
     *("Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "IPAexGothic", "IPAGothic", "NanumGothic"),
     *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
 )
-"""For names in scripts that matplotlib's own font does not have, where one of these is installed."""
+"""Fonts, if installed, for scripts that matplotlib's own font lacks."""
 
 BLACK, VERMILLION, BLUE = "#000000", "#D55E00", "#0072B2"
 _COLORS = [VERMILLION, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-"""Okabe and Ito (2008): told apart with any colour vision; markers and lines differ as well."""
+"""Palette of Okabe and Ito (2008), distinguishable with any colour vision."""
 _MARKERS = "sD^vPX"
 _LINES = ["-", "--", ":", "-."]
 
@@ -33,7 +33,7 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: Path) -> Path:
-    """Writes a PNG that is the same each time; what no font has is drawn as boxes."""
+    """Writes a PNG, byte-identical each time; characters that no font has are drawn as boxes."""
     from matplotlib.font_manager import get_font_names
     from matplotlib.text import Text
 
@@ -48,5 +48,5 @@ def save_figure(figure, path: Path) -> Path:
 
 
 def escape(name: str) -> str:
-    """A name as a text of matplotlib, to which a dollar sign starts a formula."""
+    """Escapes dollar signs, which start formulas in matplotlib."""
     return name.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""`python -m hf_rskip.cli`, which is to import what the console script does: nothing of the current folder."""
+"""`python -m hf_rskip.cli`: like the console script, it imports nothing from the current folder."""
 
 import os
 import sys
@@ -6,5 +6,5 @@ import sys
 from .main import main
 
 if sys.path[0] in ("", os.getcwd()) and not sys.flags.safe_path:
-    del sys.path[0]  # that `-m` has put there
+    del sys.path[0]  # the current folder, added by `-m`
 sys.exit(main())

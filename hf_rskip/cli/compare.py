@@ -11,7 +11,7 @@ from .files import create_folder, read_all_lines
 from .options import add_decoding_arguments, add_test_set_arguments, count, decoding_kwargs
 
 _LEAST_SAMPLES = 100
-"""With fewer, the ends of a 95% interval are the one or two most extreme resamples."""
+"""Least number of resamples: with fewer, the ends of a 95% interval are one or two extreme resamples."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

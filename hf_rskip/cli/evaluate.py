@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _evaluate_translation(args: argparse.Namespace) -> dict:
-    """Scores, the signatures of the metrics, and what decoding used."""
+    """Scores of a translation model, with the signatures of the metrics and the number of sentences."""
     from ..decoding.loading import load_config, load_ensemble
     from ..evaluation.bleu import choose_tokenizer
     from ..evaluation.evaluate import evaluate_translation
@@ -64,7 +64,7 @@ def _evaluate_translation(args: argparse.Namespace) -> dict:
 
 
 def _evaluate_images(args: argparse.Namespace) -> dict:
-    """The accuracies."""
+    """Accuracies of an image classifier, with the number of images."""
     from ..data.images.loading import name_row
     from ..decoding.loading import load_image_classifier
     from ..evaluation.image_metric import evaluate_images

@@ -1,4 +1,4 @@
-"""Files that commands read and write: checked and opened before any work, UTF-8, whole or not at all."""
+"""Input and output files of commands: UTF-8, checked and opened before any work, written whole or not at all."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ def check_output(output: str | None, inputs: Sequence[str | None]) -> None:
 
 
 def create_folder(path: str) -> Path:
-    """A folder to write into, which may be there; raises a [`UserError`] where it cannot be created."""
+    """Creates a folder unless it exists; raises a [`UserError`] if that fails."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def open_file(path: str | Path, mode: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def new_file(path: str | None) -> Iterator[BinaryIO]:
-    """A file that gets its name when all of it is written; standard output without a path.
+    """Opens a file that gets its name once it is complete; standard output without a path.
 
     A failure leaves an older file as it was, and what was written so far in `PATH.part`.
 
@@ -72,13 +72,13 @@ def new_file(path: str | None) -> Iterator[BinaryIO]:
 
 
 def write_lines(file: BinaryIO, sentences: list[str]) -> None:
-    """Writes a line each, whatever line breaks a sentence has inside."""
+    """Writes each sentence as one line; line feeds inside it become blanks."""
     file.writelines(sentence.replace("\n", " ").encode() + b"\n" for sentence in sentences)
     file.flush()
 
 
 def read_lines(source: BinaryIO, name: str) -> Iterator[list[str]]:
-    """The lines of UTF-8 text without their ends, many at once; `name` is for the [`UserError`] about what is not.
+    """Yields lists of lines of UTF-8 text, without line ends; a [`UserError`] about other text names `name`.
 
     Only a line feed ends a line, so that the numbers of lines agree whatever else a sentence contains.
     """

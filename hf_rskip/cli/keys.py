@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
-    """Prints the keys of a task, or those with a word."""
+    """Prints the keys of a task, or those that contain a word."""
     from ..recipe.parsing import TASKS, describe_keys
 
     task = args.words.pop(0) if args.words and args.words[0] in TASKS else "translation"

@@ -46,7 +46,7 @@ def launch(args: argparse.Namespace, given: dict[str, int | str], rest: list[str
     words += ["--debug"] * args.debug + rest + ["--use_cpu", "true"] * bool(profile.get("use_cpu"))
     options = [f"--{name}={value}" for name, value in given.items()]
     command = launch_command_parser().parse_args([f"--config_file={path}", *options, "--module", __package__, *words])
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process has said it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failed process has printed it
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, without its warning
     try:
         launch_command(command)

@@ -1,4 +1,4 @@
-"""The commands of `hf-rskip`, and what a user sees of errors."""
+"""Entry point of `hf-rskip`: table of commands, and one-sentence errors."""
 
 import argparse
 import os
@@ -29,9 +29,9 @@ COMMANDS = {
     "push": "send a trained model to the Hugging Face Hub",
     "env": "print versions and devices, for a bug report",
 }
-"""Help of each command, whose module has `add_arguments` and `run`; `run` imports what takes long."""
+"""Help of each command; its module has `add_arguments` and `run`, and `run` does the slow imports."""
 _WITH_KEYS = ("train", "study", "probe")
-"""Commands that take keys of recipes: the words that the parser does not know."""
+"""Commands whose remaining words are keys of recipes."""
 
 
 def _module(command: str) -> ModuleType:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = did_you_mean(rest[0].split("=")[0].lstrip("-"), vars(args), "--")  # `args` has all options of a command
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     try:
-        if getattr(args, "accelerate_config", None) is None:  # else it is for the processes that are launched
+        if getattr(args, "accelerate_config", None) is None:  # otherwise the launched processes do it
             _start(args.import_module)
         _module(args.command).run(args, rest)
     except KeyboardInterrupt:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(modules: list[str]) -> None:
-    """Prepares the libraries for a command; not done at import, so that `--help` is quick."""
+    """Imports and configures the libraries; done after parsing, so that `--help` is quick."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
@@ -103,7 +103,7 @@ def _start(modules: list[str]) -> None:
 
 
 def _end(code: int, message: str) -> int:
-    """Says why the command ends early, unless another process of torchrun has: what follows is the same or its result.
+    """Prints why the command ends early, unless another process of torchrun has: later errors follow from the first.
 
     Returns:
         `code`.

@@ -1,4 +1,4 @@
-"""Options that several commands have; importing them is quick."""
+"""Options shared by several commands; quick to import."""
 
 import argparse
 
@@ -62,7 +62,7 @@ def add_test_set_arguments(parser: argparse.ArgumentParser, or_images: str = "",
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser, corpus, or_images: str = "") -> None:
-    """Adds what names a corpus and its split; `corpus` is the group of the options of which one is given."""
+    """Adds the options that name a corpus and its split; `corpus` is the group of which one is given."""
     corpus.add_argument("--dataset_name", help=f"Hub id or folder with a `translation` column{or_images}, or cldr")
     corpus.add_argument("--test_files", nargs=2, metavar=("SOURCE", "TARGET"), help="two UTF-8 text files")
     add_split_arguments(parser)

@@ -30,7 +30,7 @@ _RANDOM_SEED = 0
 
 
 def probe_systems(args: argparse.Namespace, rest: list[str]) -> None:
-    """Prints a summary of what was measured, and writes all of it to `--output_dir`; `rest` are keys of recipes."""
+    """Prints a summary of the probes, and writes table and pictures to `--output_dir`; `rest` are keys of recipes."""
     _check(args, rest)
     names = _name([*args.systems, *args.run], args.names)
     folder = create_folder(args.output_dir) if args.output_dir else None
@@ -100,7 +100,7 @@ def _probe_all(args: argparse.Namespace, rest: list[str], names: dict[str, str])
 
 
 def _rename(tables: list[ProbedModel], names: dict[str, str], system: str, is_given: bool) -> list[ProbedModel]:
-    """An earlier table keeps its names where it stands alone, and gets a prefix where it does not."""
+    """Names the models of an earlier table: as they were if it is the only system, else with a prefix."""
     if is_given and len({table.model for table in tables}) == 1:
         return [replace(table, model=names[system]) for table in tables]
     if len(names) == 1 and not is_given:

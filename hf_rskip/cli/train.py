@@ -6,7 +6,7 @@ from ..errors import UserError
 from .options import count
 
 LAUNCH_OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
-"""Those of `accelerate launch` that differ from machine to machine; they win over the profile."""
+"""Options of `accelerate launch` that differ between machines; they override the profile."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     from ..recipe.parsing import parse_recipe
 
     recipe = parse_recipe(args.config, rest)
-    from ..training.train import train  # takes longer to import than a recipe to check
+    from ..training.train import train  # slow to import: after the recipe is checked
 
     train(recipe)
-    PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter abort the process
+    PartialState().destroy_process_group()  # else threads of gloo can abort the process at exit

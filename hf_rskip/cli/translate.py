@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
-    """Translates line by line: as many lines out as in, in their order, an empty one for an empty one.
+    """Translates line by line: one output line for each input line, in order; empty lines stay empty.
 
     With `--n_best` so many lines each, in the form of Moses; sentences are numbered from 0.
     """

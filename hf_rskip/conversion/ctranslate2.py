@@ -106,7 +106,7 @@ def _plain_transformer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _vocabularies(config: RSkipConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """The tokens of source and target in the order of their ids; rows without a token get a name that no text has."""
+    """The tokens of source and target in the order of their ids; rows without a token get an unused name."""
     if getattr(tokenizer, "separate_vocabs", False):
         raise UserError("A tokenizer with a vocabulary for each language is not exported to CTranslate2")
     known = {index: token for token, index in tokenizer.get_vocab().items()}

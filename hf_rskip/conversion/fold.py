@@ -174,7 +174,7 @@ def fold(
 
 
 def fold_exactly(model: RSkipForConditionalGeneration) -> RSkipForConditionalGeneration:
-    """[`fold`] for other software: raises a [`UserError`] where it would be an approximation, or is not possible."""
+    """[`fold`], or a [`UserError`] if it would be an approximation or is not possible."""
     if is_frozen(model.config):
         raise UserError(
             f"`skip_type` {model.config.skip_type!r} with `skip_recursions` {model.config.skip_recursions} is not a "
@@ -185,7 +185,7 @@ def fold_exactly(model: RSkipForConditionalGeneration) -> RSkipForConditionalGen
 
 def _fold_stack(stack_name: str, folded: RSkipForConditionalGeneration, skips: dict, linear: dict) -> None:
     stack = folded.get_submodule(stack_name)
-    emitting = [stack.embed_tokens.weight, stack.embed_positions.weight]  # what x is proportional to
+    emitting = [stack.embed_tokens.weight, stack.embed_positions.weight]  # the weights that x is proportional to
     for index, layer in enumerate(stack.layers):
         for name, readers in _READERS.items():
             if not hasattr(layer, name):
@@ -264,5 +264,5 @@ def _linear_form(skip: SkipConnection, statistics: Statistics | None):
     elif isinstance(skip, ReZero):
         matrix = matrix * skip.branch_scale.double()
     else:
-        w = w * skip.scale  # a number, or of `admin` a vector
+        w = w * skip.scale  # a number; for `admin` a vector
     return w, matrix, constant

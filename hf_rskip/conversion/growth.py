@@ -1,4 +1,4 @@
-"""Adds recursions to a trained model, nearly keeping its function."""
+"""Adds recursions to a trained model, whose outputs hardly change."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""MarianMT checkpoints as post-LN models of this package, which compute the same, and the way back."""
+"""Converts MarianMT checkpoints to post-LN models of this package with the same outputs, and back."""
 
 import copy
 import os
@@ -157,7 +157,7 @@ def create_marian_model(model: RSkipForConditionalGeneration) -> MarianMTModel:
                 f"`{name}` of a MarianMT model is always {value!r}, and here it is {getattr(config, name)!r}: "
                 "`--format onnx` takes any model, and `--format ctranslate2` all that folds"
             )
-    # By default it ends what reaches the maximum length with token 0, which is for the vocabularies of OPUS-MT.
+    # Marian's default forces token 0, the end token of OPUS-MT, at the maximum length.
     fields = {field: getattr(config, field) for field in _SAME_FIELDS} | {"forced_eos_token_id": None}
     marian = MarianMTModel(MarianConfig(**fields)).to(model.dtype)
     weights = model.state_dict()

@@ -151,7 +151,7 @@ def export_onnx(
 def trace(model: PreTrainedModel, graphs: dict[str, tuple]) -> dict:
     """The `onnx_ir.Model` of each of the `graphs` of [`translation_graphs`], by its name, which is printed before."""
     model.eval()
-    model.set_attn_implementation("eager")  # whose few operators onnxruntime fuses
+    model.set_attn_implementation("eager")  # onnxruntime fuses its few operators
     exporter, programs = _create_exporter(), {}
     for number, (name, graph) in enumerate(graphs.items(), start=1):
         print(f"[{number} of {len(graphs)}] {name}", flush=True)
@@ -238,7 +238,7 @@ def _export(exporter, module: nn.Module, inputs: dict, dynamic_shapes: dict):
     with _quiet():
         exported = exporter.export(module, inputs, OnnxConfig(dynamic_shapes=dynamic_shapes))
     program = exported.program
-    # Stack traces with the paths of this machine.
+    # Remove stack traces, which contain paths of this machine.
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program)
     return program
 

@@ -1,4 +1,4 @@
-"""ResNets of Transformers, torchvision and timm as plain ResNets of this package, which compute the same."""
+"""Converts ResNets of Transformers, torchvision and timm to plain ResNets of this package with the same outputs."""
 
 import math
 import os
@@ -44,7 +44,7 @@ _SAME_FIELDS = (
 )
 # Others, such as resnetaa50 and resnetblur50, can have the same weights and compute something else.
 _TIMM_ARCHITECTURES = re.compile(r"(?:tv_|ssl_|swsl_)?resnet(?:18|26|34|50|101|152|200)|gluon_resnet\d+_v1b")
-_TIMM_ARGUMENTS = {"num_classes", "in_chans"}  # those that the shapes of weights tell
+_TIMM_ARGUMENTS = {"num_classes", "in_chans"}  # known from the shapes of the weights
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 

@@ -23,10 +23,10 @@ from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 
 logger = logging.get_logger(__name__)
 
-_AVERAGED = ("state_dict_ema", "model_ema")  # of the training scripts of timm and torchvision, which evaluate these
+_AVERAGED = ("state_dict_ema", "model_ema")  # moving averages in checkpoints of timm's and torchvision's scripts
 _ENTRIES = (*_AVERAGED, "state_dict", "model", "model_state", "model_state_dict")
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of data parallelism, averaging and torch.compile
-_ANTIALIASED = re.compile(r"resnet(?:aa|blur)\d")  # of timm; they have the weights of the plain ones
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # prefixes by data parallelism, averaging and torch.compile
+_ANTIALIASED = re.compile(r"resnet(?:aa|blur)\d")  # timm's; their weights look like those of the plain ones
 _COUNT = "num_batches_tracked"
 _NORM = rf"(?:weight|bias|running_mean|running_var|{_COUNT})"
 _PLAIN = re.compile(
@@ -64,7 +64,7 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
                 weights = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError("it is not a file of weights that could be read without running code from it") from error
-    except Exception as error:  # of an unpickler that reads anything
+    except Exception as error:  # the unpickler raises errors of any class
         raise UserError(f"the file cannot be read ({first_sentence(error)})") from error
     if not isinstance(weights, Mapping):
         raise UserError(f"it contains a {type(weights).__name__}, not a state dict")

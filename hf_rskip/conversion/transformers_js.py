@@ -54,7 +54,7 @@ def export_transformers_js(
     graphs.mkdir(parents=True)
     for name, program in programs.items():
         for value in program.graph.inputs:
-            value.shape[0] = "batch_size"  # by which transformers.js makes the first, empty cache
+            value.shape[0] = "batch_size"  # the name from which transformers.js makes the first, empty cache
         onnx_ir.save(program, graphs / f"{_NAMES[name]}.onnx")
         onnx_ir.save(quantize(program), graphs / f"{_NAMES[name]}_quantized.onnx")
     config = json.loads(model.config.to_json_string()) | {"model_type": "marian"}

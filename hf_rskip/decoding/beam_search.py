@@ -99,7 +99,7 @@ def beam_search(
     active = torch.arange(sentences, device=device)
     unfinished = torch.ones_like(active, dtype=torch.bool)
     all_stay = any(type(rule) not in _ROW_BY_ROW for rule in [*logits_processor, *stopping_criteria])
-    # The first step has one row a sentence, as all beams are the same; where the model can, so has the source in all.
+    # The first step has one row a sentence, as its beams are equal; so has the source in every step, if the model can.
     shared = getattr(model, "rows_share_sources", False)
     of_beams = model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask")
     encoder_outputs = type(of_beams[0])(last_hidden_state=of_beams[0][0][::beams])
@@ -132,14 +132,14 @@ def beam_search(
         candidates[:, :, length] = words.view(len(active), -1).gather(1, chosen)
         stops = stopping_criteria(candidates[:, :, : length + 1].flatten(0, 1), None).view(best.shape)
 
-        # Those that end among the best `beams` compete with those that ended before.
+        # Ended hypotheses among the best `beams` compete with earlier ones.
         new = (best / (length + 1 - prompt) ** penalty).masked_fill(~stops, _NEVER)
         new[:, beams:] = _NEVER
         ended_scores, order = torch.cat([ended_scores, new], 1).topk(beams)
         ended = _gather(torch.cat([ended, candidates], 1), order)
         is_ended = _gather(torch.cat([is_ended, new > _NEVER], 1), order)
 
-        # The others go on.
+        # The best `beams` of the others continue.
         scores, order = best.masked_fill(stops, _NEVER).topk(beams)
         running, origin = _gather(candidates, order), origin.gather(1, order)
 

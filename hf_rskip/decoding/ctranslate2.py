@@ -24,7 +24,7 @@ _NEUTRAL = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_new_token
 
 
 def import_ctranslate2():
-    """The package; raises a [`UserError`] if it is not installed."""
+    """Imports the package; raises a [`UserError`] if it is not installed."""
     try:
         import ctranslate2
     except ImportError as error:
@@ -52,7 +52,7 @@ class CTranslate2Model:
     """
 
     device = torch.device("cpu")
-    """Where the tensors are that it takes and gives."""
+    """Device of its input and output tensors."""
 
     def __init__(self, folder: str, config: PreTrainedConfig):
         ctranslate2 = import_ctranslate2()
@@ -100,7 +100,7 @@ class CTranslate2Model:
                 [[self.source_tokens[token] for token in sources[index]] for index in group],
                 beam_size=beams,
                 num_hypotheses=options.get("num_return_sequences", 1),
-                length_penalty=penalty or 1e-9,  # with 0 it would end a sentence with its first hypothesis
+                length_penalty=penalty or 1e-9,  # 0 would end a sentence at its first hypothesis
                 max_decoding_length=limit,
                 min_decoding_length=0,  # not 1: the end token may come first
                 max_input_length=0,
@@ -127,7 +127,7 @@ class CTranslate2Model:
     def _check(self, kwargs: dict, options: dict) -> None:
         """Raises a [`UserError`] that names an option of another effect, or the `ValueError` of a wrong one."""
         check_options(options, kwargs, self.config.max_position_embeddings)
-        copy.deepcopy(self.generation_config).update(**kwargs)  # which validates them
+        copy.deepcopy(self.generation_config).update(**kwargs)  # validates the options
         for name in ("decoder_start_token_id", "pad_token_id"):
             own = getattr(self.config, name)
             if options.get(name, own) != own:
@@ -147,11 +147,11 @@ class CTranslate2Model:
             raise UserError(f"`early_stopping` is always true in CTranslate2, not {early!r}")
 
     def _limits(self, lengths: list[int], options: dict) -> list[int]:
-        """The most new tokens of each sentence, of which those are the source lengths."""
+        """The largest number of new tokens of each sentence; `lengths` are those of the sources."""
         a, b, most = (options.get(name) for name in ("max_len_a", "max_len_b", "max_new_tokens"))
         positions = self.config.max_position_embeddings
         if most is None and a is None and b is None:
-            most = options.get("max_length", 21) - 1  # which counts the start token; 21 as in Transformers
+            most = options.get("max_length", 21) - 1  # counts the start token; 21 is the default of Transformers
         most = min(most or positions, positions)
         if a is None and b is None:
             return [most] * len(lengths)

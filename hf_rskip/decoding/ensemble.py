@@ -54,7 +54,7 @@ class Ensemble(TranslationGenerationMixin, PreTrainedModel):
         config = copy.deepcopy(models[0].config)
         config.max_position_embeddings = min(model.config.max_position_embeddings for model in models)
         layers = [model.config.decoder_layers for model in models]
-        config.decoder_layers = sum(layers)  # those of the cache that `generate` prepares
+        config.decoder_layers = sum(layers)  # number of layers of the cache that `generate` prepares
         super().__init__(config)
         self.models = nn.ModuleList(models)
         self.encoder = EnsembleEncoder(models)

@@ -1,4 +1,4 @@
-"""Loads trained models, complete or not at all."""
+"""Loads trained models, and refuses incomplete ones."""
 
 import os
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def load_image_processor(name: str) -> BaseImageProcessor:
 
 
 def not_loaded(name: str, error: Exception) -> UserError:
-    """The error for a model that Transformers cannot load, which of a missing folder reports the Hub's answer alone."""
+    """The error for a model that Transformers cannot load; it also says if there is no such folder."""
     missing = "" if os.path.exists(name) else "there is no such folder, and as a Hub id: "
     private = "; a private one needs `hf auth login`" if isinstance(error.__cause__, RepositoryNotFoundError) else ""
     return UserError(f"No model could be loaded from {name!r}: {missing}{first_line(error)}{private}.")

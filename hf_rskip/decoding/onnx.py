@@ -42,7 +42,7 @@ class Graph:
             self.session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
             )
-        except Exception as error:  # onnxruntime's have no class in common
+        except Exception as error:  # onnxruntime's errors have no common class
             raise UserError(f"{path!r} is damaged: {first_line(error)}") from error
 
     def run(self, names: list[str], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -113,7 +113,7 @@ def compare_systems(
     normalized = scored != given
     n_samples = {test: n_samples or default for test, default in _N_SAMPLES.items()}
     weights = draw_resamples(len(references), n_samples["bs"])
-    # By metric, a list over the systems each: (sentences, statistics), a corpus score, (resamples,) of scores.
+    # By metric, for each system: statistics (sentences, statistics), corpus score, scores of resamples (resamples,).
     statistics, scores, resampled = {}, {}, {}
     for metric, scorer in metrics.items():
         counts = [np.array(scorer._extract_corpus_statistics(text, [scored[0]])) for text in scored[1:]]

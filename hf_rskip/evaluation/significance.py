@@ -23,7 +23,7 @@ from sacrebleu.metrics.base import Metric
 from ..checks import parse_count
 
 _ROUNDING = 1e-9
-"""Sums of floats in another order differ by less."""
+"""Above the rounding differences between sums in different orders."""
 
 
 def read_seed() -> int:

@@ -36,7 +36,7 @@ class PushCheckpoints(TrainerCallback):
         if self._jobs and not args.hub_always_push:
             return
         checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        # From links, as the checkpoint may be removed before it has been sent.
+        # Hard links, as the checkpoint may be removed before it is sent.
         snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=args.output_dir)
         files = {name: _link(path, Path(snapshot.name, name)) for name, path in collect_files(checkpoint).items()}
         subfolders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
@@ -49,7 +49,7 @@ class PushCheckpoints(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         for job in self._jobs:
-            job.exception()  # waits until it is done
+            job.exception()  # waits for the job
 
 
 def start_upload(
@@ -80,7 +80,7 @@ def start_upload(
 def _link(source: Path, target: Path) -> Path:
     try:
         target.hardlink_to(source)
-    except OSError:  # of a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copy(source, target)
     return target
 

@@ -69,14 +69,14 @@ def write_model_card(
                 metric_value=round(value, digits),
             )
         )
-        signature = signature.replace("|", "\\|")  # or it would end the cell
+        signature = signature.replace("|", "\\|")  # a plain bar would end the cell
         results.append({"metric": title, "score": f"{value:.2{kind}}", "signature": signature})
     skip, seconds, name = SKIP_CONNECTIONS[config.skip_type], metrics["train_runtime"], Path(folder).resolve().name
     idle = dict(find_idle_keys(recipe, config))
     keys = {key: value for key, value in recipe.keys.items() if key not in idle}
     card = ModelCard.from_template(
         ModelCardData(
-            # The Hub refuses a card with anything else.
+            # The Hub refuses cards with other codes.
             language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}(-\w+)*", code)] or None,
             library_name="transformers",
             pipeline_tag=recipe.task,

@@ -48,7 +48,8 @@ def _rewrite(path: Path) -> tuple[str, set[str]]:
     lines, siblings = path.read_text(encoding="utf-8").splitlines(keepends=True), set()
     tree = ast.parse("".join(lines))
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    for node in sorted(imports, key=lambda node: (node.lineno, node.col_offset), reverse=True):  # as places change
+    # From the end, so that the positions of earlier nodes stay.
+    for node in sorted(imports, key=lambda node: (node.lineno, node.col_offset), reverse=True):
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and "." not in node.module:
             siblings.add(f"{node.module}.py")
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.partition(".")[0] == _PACKAGE:

@@ -152,7 +152,7 @@ def upload(
             name: CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
         }
-        # One by one, to know which have arrived. They are kept by content, so that a repeated push sends the rest.
+        # One by one, to know which were sent. The Hub keeps them by content: a repeated push sends the rest.
         for name in weights:
             api.preupload_lfs_files(repo_id, [operations[name]], revision=revision, free_memory=False)
             sent.append(name)

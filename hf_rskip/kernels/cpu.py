@@ -91,7 +91,7 @@ def _compiler() -> list[str]:
 
 
 def _processor() -> str:
-    """The processor that `-march=native` stands for: a folder may be shared between machines."""
+    """Description of this processor, for which `-march=native` builds: machines may share the folder."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.findall(r"^(?:flags|Features|model name)\s*:.*", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     return "\n".join([platform.machine(), platform.processor(), *sorted(set(found))])

@@ -62,7 +62,7 @@ using TX = TYPE_OF_X;       // of x and its gradient
 using TF = TYPE_OF_BRANCH;  // of F and its gradient
 using TY = TYPE_OF_Y;       // of y and its gradient
 
-// The last values of a row, fewer than a vector; the lanes beyond them are 0 and are not stored.
+// The last values of a row, fewer than a vector; the other lanes are 0 and are not stored.
 struct Tail {
   int64_t count;
   template <class T>
@@ -90,8 +90,8 @@ struct Whole {
   V keep(V v) const { return v; }
 };
 
-// Stores past the caches, which would otherwise read first what is overwritten, at multiples of a vector. Vectors of 16
-// bits are no faster for it.
+// Streaming stores, to addresses that are multiples of a vector: a cache would first read the lines that are
+// overwritten. Vectors of 16 bits gain nothing.
 struct Streamed : Whole {
   using Whole::store;
 #if defined(__AVX512F__)
@@ -106,8 +106,8 @@ struct Streamed : Whole {
   }
 };
 
-// A sum in lanes that do not wait for each other. What they gathered is put by now and then: a lane that holds one
-// large value would round every later one alike.
+// A sum in independent lanes, which `put_by` empties every few vectors: a lane that holds one large value would round
+// every later one alike.
 constexpr int UNROLL = 2;
 struct Sum {
   V lanes[UNROLL] = {}, before = {};
@@ -177,7 +177,7 @@ static inline void ahead(const T* p, const Job& job) {
   __builtin_prefetch(p + 4 * job.n, 0, 2);
 }
 
-// Sums of squares lose digits far from the mean; that of the first eighth of a row is near enough, whatever is there.
+// Sums of squares lose digits far from the mean, so that values are shifted by the mean of the first eighth of a row.
 static inline int64_t sample_size(int64_t n) { return std::min(n, std::max(n / 8, int64_t(64))); }
 
 struct Pair {
@@ -204,10 +204,9 @@ static inline Shift shift_of(const Rows& at, const Job& job) {
   return {x.total() / few, f.total() / few};
 }
 
-// Statistics of a row: the shifts of x and F, then for each step -mean / std and 1 / std of what is
-// normalised, from which the shifts have been subtracted. `b` are biases, and `inner` those whose mean was subtracted,
-// which the next step does not notice. The processor does not see for itself, over more than a step of other work, that
-// the next rows are read soon; it is told while it does that work.
+// Statistics of a row: the shifts of x and F, then for each step -mean / std and 1 / std of its shifted input. `b` are
+// biases, `inner` biases less their mean, which does not change the next step. The first steps prefetch rows ahead, as
+// the processor does not foresee reads that are more than a step away.
 static void chain_forward(const Rows at, const float* w, const float* b, const float* inner, const Job job,
                           float* work) {
   const int64_t n = job.n, steps = job.steps;
@@ -260,10 +259,10 @@ static void chain_forward(const Rows at, const float* w, const float* b, const f
   });
 }
 
-// `acc_w` and `acc_b` gather the gradients of gains and biases; `work` holds the K normalised rows, each until the
-// gradient of what was normalised takes its place. What waits for the step before it goes by groups of vectors, which
-// wait together. Sums live as long as one pass: where later ones saw them, too, they would be in memory. Inlined it was
-// measured 7% slower (g++ 12).
+// `acc_w` and `acc_b` are sums of the gradients of gains and biases; `work` holds the K normalised rows, each until it
+// is overwritten by the gradient of the input of its step. Chains of dependent operations run on groups of vectors, to
+// overlap their latencies. Sums are local to a pass, so that they stay in registers. Inlined, the function was measured
+// 7% slower (g++ 12).
 constexpr int GROUP = 4;
 static __attribute__((noinline)) void chain_backward(const Rows at, const float* w, const float* inner, float* acc_w,
                                                      float* acc_b, const Job job, float* work) {
@@ -274,7 +273,8 @@ static __attribute__((noinline)) void chain_backward(const Rows at, const float*
     mean = job.centred ? -of_mean.total() * job.over_n * rstd : 0;
     std = -of_std.total() * job.over_n * rstd;
   };
-  // What the gradient `up` of the output of step k, which normalised to `h`, says of its gain, bias and input.
+  // Adds the gradients of gain and bias of step k, and the sums for that of its input; `up` is the gradient of its
+  // output, `h` its normalised input.
   const auto gather = [&](int64_t k, int64_t i, V up, V h, V& of_mean, V& of_std) {
     float *to_w = acc_w + k * stride + i, *to_b = acc_b + k * stride + i;
     const V weighted = up * widen(w + k * stride + i);
@@ -358,7 +358,7 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
 };
 
-// Rows of gains or biases with zeros up to whole vectors, less the mean of each where that is asked for.
+// Copies rows of gains or biases, padded with zeros to whole vectors; with `centred`, less the mean of each.
 static void pad(const float* rows, const Job& job, bool centred, float* result) {
   for (int64_t k = 0; k < job.steps; k++) {
     double mean = 0;
@@ -380,9 +380,10 @@ struct Affine {
 
 static Job make_job(const int64_t* sizes, double eps, std::initializer_list<const void*> outputs) {
   const int64_t n = sizes[1];
-  bool streams = sizes[0] * n >= 1 << 20 && n % LANES == 0;  // from there on faster with the next reading counted
+  // Measured from 2^20 values on: faster, the next reading of the output included.
+  bool streams = sizes[0] * n >= 1 << 20 && n % LANES == 0;
   for (const void* output : outputs) streams &= (uintptr_t)output % WIDTH == 0;
-  // Rows at multiples of 4096 bytes would take turns in one set of the cache.
+  // Rows at multiples of 4096 bytes would compete for one set of the cache.
   const int64_t stride = (n + LANES - 1) / LANES * LANES + 80;
   return {sizes[0], n, stride, sizes[2], float(eps), 1.0f / n, sizes[3] != 0, streams};
 }

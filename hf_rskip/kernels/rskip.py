@@ -133,7 +133,7 @@ def run(
     """The K steps by `backend`, without checks of shapes; gains and biases of each step are `(size,)` or `None`."""
     if backend == "auto":
         backend = choose_backend(x, branch, len(gains), axes)
-    # Of the gradients of a value that is normalised alone only rounding is left, which kernels multiply at each step.
+    # The gradient of a row of one value is 0 up to rounding, which kernels would amplify at each step.
     if backend == "reference" or (x.shape[1:].numel() if axes == "sample" else x.shape[-1]) <= 1:
         return reference(x, branch, gains, biases, centred, eps, axes)
     if _is_transformed():
@@ -143,7 +143,7 @@ def run(
     size = x.shape[-1]
     dtype = torch.promote_types(x.dtype, branch.dtype)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation there
+        dtype = torch.promote_types(dtype, torch.float32)  # as layer normalisation under autocast
     weight, bias = (
         torch.stack([x.new_full((size,), neutral, dtype=torch.float32) if row is None else row for row in rows])
         for rows, neutral in ((gains, 1.0), (biases, 0.0))
@@ -183,7 +183,7 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, axes:
         # the reference at K = 8, and .5 to 1.1 at K = 3 and 4; .7 on 64 positions.
         pays = recursions >= 8 and x.shape[1:-1].numel() >= 512 and x.numel() >= 2**20
         return "closed_form" if x.device.type == "cpu" and pays else "reference"
-    # What a call costs of itself is not shared among threads. Measured with one thread, forward and backward, K = 2
+    # The overhead of a call is not shared among threads. Measured with one thread, forward and backward, K = 2
     # and 4: from 64 features on 1.02 to 4.7 times the reference's speed; at half as many values or 16 features down to
     # .9 of it. Rows whose end does not fill a vector had .74 to .98 of it, and float16, which compilers widen value by
     # value, .3 to .6.
@@ -206,7 +206,7 @@ def cpu_threads() -> int:
 
 @torch.compiler.assume_constant_result
 def has_cpp(x: torch.dtype, branch: torch.dtype) -> bool:
-    """Whether the kernel for CPUs is or can be built; here is where that happens."""
+    """Whether the kernel for CPUs exists; builds it at the first call."""
     from .cpu import load
 
     return load((x, branch, torch.promote_types(x, branch))) is not None

@@ -10,7 +10,7 @@ from transformers.utils import TransformersKwargs
 LOWEST_TRANSFORMERS = "5.24"
 """The release that calls a cache of keys and values `cache`, which was `past_key_values` before."""
 ENCODER_KEYWORDS = ("logits_to_keep", "return_dict")
-"""What `generate` passes on to an encoder that takes any keyword."""
+"""Keywords that `generate` passes to an encoder."""
 _KNOWN_KEYWORDS = TransformersKwargs.__optional_keys__ | FlashAttentionKwargs.__optional_keys__
 # For packed sequences, state-space models and mixtures of experts, which no model here has.
 _WITHOUT_EFFECT = FlashAttentionKwargs.__optional_keys__ | {"position_ids", "seq_idx", "output_router_logits"}

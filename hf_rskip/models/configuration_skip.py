@@ -10,8 +10,8 @@ from .skip_connections import AFFINES, SKIP_CONNECTIONS
 from .skip_norms import NORMS
 
 Rule = tuple[Callable[[object], bool], str]
-"""Whether a value is allowed, and what is: the end of "`field` must be ..."."""
-# Above any model that was trained, so that a configuration from the Hub cannot exhaust the memory.
+"""A test of a value, and the allowed values in words: the end of "`field` must be ..."."""
+# Upper bounds above any trained model: a configuration from the Hub cannot exhaust the memory.
 MOST_LABELS, MOST_LAYERS, MOST_RECURSIONS, MOST_NORMS = 100_000, 10_000, 1_000, 20_000
 MOST_VALUES = 10**11
 
@@ -75,7 +75,7 @@ class SkipConfig(PreTrainedConfig):
             if number is not None and not (number == 0 or is_count(number) and number <= MOST_LABELS):
                 raise ValueError(f"`{field}` must be of 0 to {MOST_LABELS:,} classes, not {number!r}")
         if not self.is_remote_code():
-            kwargs.pop("auto_map", None)  # of a checkpoint with code, which this class does not need or save
+            kwargs.pop("auto_map", None)  # set by checkpoints with code, which this class does not need
         super().__post_init__(**kwargs)
 
     def _check(self, fields: str, *rules: Rule) -> None:

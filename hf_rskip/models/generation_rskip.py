@@ -8,7 +8,7 @@ from transformers.generation import GenerationMixin, StoppingCriteria, StoppingC
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
 TRANSLATION_OPTIONS = ("max_len_a", "max_len_b", "gnmt_length_penalty")
-"""What `generate` of other models does not know."""
+"""Options that `generate` of other models does not know."""
 
 
 class GNMTLengthPenalty(float):

@@ -273,7 +273,7 @@ class RSkipStack(RSkipPreTrainedModel):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given")
         inputs_embeds = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * self.embed_scale
         length = inputs_embeds.shape[1]
-        # A static cache counts in a tensor, whose value is not worth a synchronisation.
+        # A static cache counts in a tensor; reading it would synchronise the device.
         end = length if isinstance(offset, torch.Tensor) else length + offset
         if end > self.config.max_position_embeddings:
             raise ValueError(
@@ -346,7 +346,7 @@ class RSkipDecoder(RSkipStack):
         token_mask = input_ids != self.config.pad_token_id
         for end in eos if isinstance(eos, list) else [eos]:
             token_mask &= input_ids != end
-        # Where one of them is the start token, the first column is real all the same.
+        # The start token is real even if it is one of these.
         return torch.cat([torch.ones_like(token_mask[:, :1]), token_mask[:, 1:]], dim=1)
 
     @merge_with_config_defaults
@@ -466,7 +466,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         super().__init__(config)
         if config.share_encoder_decoder_embeddings:
             self._tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
-        # By the class's name Transformers would choose the causal loss, which shifts the labels a second time.
+        # The default for this class name is the causal loss, which would shift the labels a second time.
         self.loss_type = "ForMaskedLM"
         self.model = RSkipModel(config)
         self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=config.lm_head_bias)

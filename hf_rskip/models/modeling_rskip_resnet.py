@@ -200,7 +200,7 @@ class RSkipResNetPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
-            bound = 1 / math.sqrt(module.in_features)  # that of torch, and of Transformers' ResNet
+            bound = 1 / math.sqrt(module.in_features)  # as in torch and in Transformers' ResNet
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, SkipConnection):
@@ -253,7 +253,7 @@ def image_classification_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The loss of `config.problem_type`, which unless given is found as Transformers finds it.
+    """The loss of `config.problem_type`, whose default is found as in Transformers.
 
     That of Transformers would ignore `num_items_in_batch` where there is more than one label, or a number, for an
     image, and gradient accumulation would multiply the gradient.

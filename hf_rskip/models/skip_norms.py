@@ -113,7 +113,7 @@ class BatchNorm(_Norm, nn.BatchNorm1d):
         tokens = hidden.reshape(-1, self.num_features).to(torch.promote_types(hidden.dtype, torch.float32))
         mask = tokens.new_ones(()) if mask is None else mask
         keep = mask.expand(hidden.shape[:-1]).reshape(-1, 1).bool()
-        tokens = tokens.masked_fill(~keep, 0)  # a product would turn overflow into NaN
+        tokens = tokens.masked_fill(~keep, 0)  # multiplication by 0 would turn infinities into NaN
         kept = keep.sum()
         count = kept.clamp(min=1)
         mean = tokens.sum(0) / count

@@ -22,18 +22,18 @@ _STAGE = re.compile(r"\bstages\.(\d+)\.")
 class _Quantity:
     label: str
     name: str
-    """Of the field of [`SublayerProbe`]."""
+    """Name of the field of [`SublayerProbe`]."""
     line: str
     """Meaning of the line of one model and seed."""
     span: float | None = None
-    """Of a logarithmic axis at least, so that what is flat looks flat: its upper end over its lower. `None`: linear,
+    """Least ratio of upper to lower end of a logarithmic axis, so that flat lines look flat. `None`: linear,
     from 0, or around 1 if that has a meaning."""
     has_quartiles: bool = False
-    """Over positions; drawn where there is one line for a model only."""
+    """Whether there are quartiles over positions; drawn where a model has one line only."""
     one: bool = False
     """Whether 1 has a meaning, and a line."""
     index: int | None = None
-    """Of the norm, where the field has a number for each."""
+    """Index of the norm, where the field has a number for each."""
 
     def value(self, row: SublayerProbe) -> float:
         value = getattr(row, self.name)
@@ -107,9 +107,9 @@ class _Panel:
 
     title: str
     unit: str
-    """Of the horizontal axis."""
+    """Unit of the horizontal axis."""
     stage_ends: list[int]
-    """The last block of each stage but the last one; of a ResNet, where all that are shown have the same."""
+    """Last block of each stage but the last, if all models shown are ResNets with the same stages."""
     stacks: list[tuple[ProbedModel, list[SublayerProbe]]]
 
     @property
@@ -161,7 +161,7 @@ def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], mod
         np.median(values, axis=0),
         **style(index),
         markersize=4,
-        markevery=(index % every, every),  # so that lines that coincide are seen
+        markevery=(index % every, every),  # so that coinciding lines are visible
         linewidth=1.3,
         label=escape(model),
     )
@@ -235,7 +235,7 @@ def _use_log_scale(axes, values: np.ndarray, span: float) -> None:
     missing = max(1, span / (highest / lowest)) ** 0.5
     lowest, highest = lowest / missing, highest * missing
     axes.set_ylim(lowest, highest)
-    if highest / lowest < 1e4:  # else powers of ten are enough
+    if highest / lowest < 1e4:  # powers of ten are enough for wider axes
         even = highest / lowest < 10
         axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]) if even else LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -29,7 +29,7 @@ class SublayerProbe:
     """One sublayer y = skip(x, F). A token is a position that the mask keeps; of images, every position of a map."""
 
     name: str
-    """That of the skip connection among the modules of the model."""
+    """Name of the skip connection among the modules of the model."""
     stack: str
     """`"encoder"` (the only one of a ResNet) or `"decoder"`."""
     layer: int
@@ -40,14 +40,14 @@ class SublayerProbe:
     depth: int
     """Index of the sublayer in its stack, from 0, in the order of the forward pass."""
     tokens: int
-    """In the batch: the root mean square of the gradient norm of a token is the gradient norm / sqrt(tokens)."""
+    """Number of tokens of the batch: the root mean square gradient norm of a token is gradient norm / sqrt(tokens)."""
     loss: float
-    """Of the batch, in nats a target token or image."""
+    """Loss of the batch, in nats a target token or image."""
     gradient_norm_x: float
-    """Of the gradient of the loss with respect to the input of the sublayer, by all its ways, in the whole batch."""
+    """Norm, over the batch, of the gradient of the loss with respect to the input of the sublayer, by all paths."""
     gradient_norm_y: float
     gradient_norm_branch: float
-    """With respect to the parameters that are used between the two steps of the skip connection: those of the branch,
+    """Gradient norm of the parameters used between the two steps of the skip connection: those of the branch,
     and of the few shortcuts of a ResNet that have some. NaN where there are none."""
     relative_gradient_norm_x: float
     """`gradient_norm_x` divided by the `gradient_norm_y` of the last sublayer of the stack."""
@@ -57,19 +57,19 @@ class SublayerProbe:
     std_branch: float
     std_y: float
     angle: float
-    """Between x and y with centred features, in degrees; median over tokens."""
+    """Angle between x and y with centred features, in degrees; median over tokens."""
     angle_q1: float
     angle_q3: float
     skip_weight: float
-    """The r for which y, with the gain and bias of a norm at its end undone, is closest to r x + F up to a factor and a
+    """The r for which y, without the gain and bias of a norm at its end, is closest to r x + F up to a factor and a
     constant: a least-squares fit over the features of each token, or where that norm is over the batch over the tokens
     of each feature; median. Infinite where F has no part in y, NaN where x and F cannot be told apart."""
     skip_weight_q1: float
     skip_weight_q3: float
     skip_weight_r2: float
-    """How much of the variance of y the fit explains, at most 1; median."""
+    """Share of the variance of y that the fit explains, at most 1; median."""
     gain_mean: tuple[float, ...]
-    """Of |gain| over the features, for each norm of the skip connection in the order of their use."""
+    """Mean of |gain| over the features, for each norm of the skip connection in the order of use."""
     gain_rms: tuple[float, ...]
 
 
@@ -218,7 +218,7 @@ def _record_calls(model: nn.Module) -> Iterator[list[_Call]]:
 
         def recorded_normalize(hidden, weight, bias, *args, **kwargs):
             output = normalize(hidden, weight, bias, *args, **kwargs)
-            if output is not hidden and skip in begun:  # else there is no norm
+            if output is not hidden and skip in begun:  # an unchanged tensor means no norm
                 begun[skip].norms.append(_NormCall(norm, weight, bias, output))
             return output
 

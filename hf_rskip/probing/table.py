@@ -24,9 +24,9 @@ class ProbedModel:
     model: str
     """Its name in tables and figures."""
     seed: int | None
-    """Of the initialisation; `None` of a trained model."""
+    """Seed of the initialisation; `None` for a trained model."""
     step: int | None
-    """Of the training; 0 at initialisation, `None` where it is not known."""
+    """Training step; 0 at initialisation, `None` if unknown."""
     sublayers: list[SublayerProbe]
 
     def stacks(self) -> dict[str, list[SublayerProbe]]:

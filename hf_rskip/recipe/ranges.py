@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import UserError
 
-_LARGEST_SEED = 2**32 - 1  # of numpy
+_LARGEST_SEED = 2**32 - 1  # numpy's limit
 _RANGES = {
     "at least 0": (
         lambda value: value >= 0,

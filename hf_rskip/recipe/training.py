@@ -28,7 +28,7 @@ def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> t
     return make_dataclass(
         name,
         [
-            # A tuple is no default of a command line: `None` stands for that of the configuration.
+            # A command line has no tuples: `None` stands for the default of the configuration.
             (part.name, list[int] | None, HfArg(default=None, help=about[part.name]))
             if isinstance(part.default, tuple)
             else (part.name, part.type, HfArg(default=part.default, help=about[part.name]))
@@ -97,7 +97,7 @@ class CommonTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()  # a file is no place for a bar
+            self.disable_tqdm = not sys.stderr.isatty()  # no progress bar in a file
         # Without an accelerator the Trainer would not see the other processes, nor take bf16, unless it is told so.
         self.use_cpu |= not torch.accelerator.is_available()
         for part in fields(self):
@@ -109,14 +109,14 @@ class CommonTrainingArguments(TrainingArguments):
         if self.fp16 and self.use_cpu:
             raise UserError("fp16 needs a GPU: on a CPU it is bf16 that trains in half precision.")
         super().__post_init__()
-        self.logging_nan_inf_filter = False  # such a loss ends the run
+        self.logging_nan_inf_filter = False  # a loss that is not finite ends the run
         self._check_reporting()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         check_ranges(self)
         self._check_combinations()
         self._check_optimization()
         if self.average_checkpoints is not None and self.save_total_limit is not None:
-            # At 1, the Trainer removes all but the best at the end.
+            # With 1, the Trainer removes all but the best at the end.
             self.save_total_limit = max(self.save_total_limit, self.average_checkpoints, 2)
 
     def _check_combinations(self) -> None:

@@ -154,7 +154,7 @@ def make_panels(figure, count: int) -> list:
     for panel in panels.flat[count:]:
         panel.remove()
     for panel in panels.flat[max(0, count - columns) : count]:
-        panel.tick_params(labelbottom=True)  # the lowest of its column
+        panel.tick_params(labelbottom=True)  # the lowest panel of its column
     return list(panels.flat[:count])
 
 

@@ -17,7 +17,7 @@ from .results import Group, Results
 from .study import Study, describe_setting, varying_keys
 
 UNITS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}
-"""What tables call a metric, in points of 100."""
+"""Names of the metrics in tables, in points of 100."""
 
 
 def write_report(results: Results, command: str) -> None:
@@ -101,7 +101,7 @@ def _format_stages(results: Results) -> list[str]:
 
 
 def _format_by_key(results: Results) -> list[str]:
-    """A table, if one key varies."""
+    """A table of scores by the value of the varying key; nothing unless exactly one varies."""
     study = results.study
     keys = varying_keys(study.settings)
     if len(keys) != 1:

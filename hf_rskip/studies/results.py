@@ -15,7 +15,7 @@ from .differences import Bootstrap, Difference
 from .study import Cell, Setting, Study
 
 _SCALES = {"accuracy": 100.0}
-"""To points of 100."""
+"""Factors from scores to points of 100."""
 
 
 @dataclass(frozen=True)

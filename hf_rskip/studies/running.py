@@ -73,7 +73,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
                 process.join()
                 if process.exitcode == _SERVER_LOST:
                     with suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGTERM)  # it may still run
+                        os.kill(process.pid, signal.SIGTERM)  # the cell may still run
                     raise _lost_server()
                 if process.exitcode == TAKEN and not patience:
                     taken.append(cell)

@@ -22,12 +22,12 @@ from ..models import SKIP_CONNECTIONS
 from ..recipe.parsing import Recipe, check_values, group_words, parse_recipe, parse_values, read_yaml
 
 METRICS = {"translation": ("bleu", "chrf"), "image-classification": ("accuracy",)}
-"""By which a study of each task can judge, its default first."""
+"""Metrics by which studies of each task compare, the default first."""
 _OF_THE_STUDY = ("seed", "output_dir", "resume_from_checkpoint", "task")
 """Keys of a recipe that forms and grids cannot set."""
 
 _LONGEST_NAME = 200
-"""Of a cell's folder, in bytes of UTF-8; file systems take 255."""
+"""Longest name of a cell's folder, in bytes of UTF-8; file systems take 255."""
 
 Setting = tuple[tuple[str, Any], ...]
 """A point of the grid: pairs of key and value; empty without a grid."""

@@ -179,7 +179,7 @@ class MovingAverage(TrainerCallback):
         average = self.average.module.state_dict()
         swapped = set()
         for name, value in self.model.state_dict().items():
-            if value.data_ptr() not in swapped:  # tied weights go by several names
+            if value.data_ptr() not in swapped:  # tied weights have several names
                 swapped.add(value.data_ptr())
                 kept = value.clone()
                 value.copy_(average[name])
@@ -187,7 +187,7 @@ class MovingAverage(TrainerCallback):
 
     def save(self, folder: str | Path) -> None:
         """Writes the average into a checkpoint."""
-        save_model(self.average, str(Path(folder, MOVING_AVERAGE_NAME)))  # tied weights once
+        save_model(self.average, str(Path(folder, MOVING_AVERAGE_NAME)))  # writes tied weights once
 
     def load(self, folder: str | Path) -> None:
         """Reads the average of a checkpoint."""

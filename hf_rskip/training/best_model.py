@@ -12,9 +12,9 @@ from ..manifest import check_manifest
 logger = logging.get_logger(__name__)
 
 SCORES = ("bleu", "chrf", "accuracy", "top5_accuracy", "loss")
-"""Among which a recipe chooses its `metric_for_best_model`."""
+"""Values of `metric_for_best_model`."""
 TIE_BREAKERS = ("chrf", "accuracy", "loss")
-"""Decide in this order between evaluations that are equal by the metric."""
+"""Metrics that decide, in this order, between evaluations that are equal by the chosen one."""
 
 
 def rank_scores(scores: Mapping[str, float], metric: str) -> tuple[float, ...]:
@@ -49,7 +49,7 @@ class BestModelCallback(TrainerCallback):
         if self._is_training and metric is not None:
             *earlier, last = (rank_scores(log, metric) for log in list_evaluations(state))
             if all(last > rank for rank in earlier):
-                state.best_metric = None  # what the Trainer and early stopping compare with: anything is better
+                state.best_metric = None  # so that the Trainer and early stopping see an improvement
 
     def on_train_end(self, args, state, control, **kwargs):
         self._is_training = False

@@ -95,7 +95,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
             folder has the name of a checkpoint and is none; or if a fresh start would mix with an earlier run.
     """
     is_fresh = resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false"
-    # A fresh start that will be refused must not remove what another run may be writing.
+    # A refused fresh start must not remove files that another run may be writing.
     if not (is_fresh and list_checkpoints(output_dir)):
         clear_staging(output_dir)
     checkpoints = list_checkpoints(output_dir)
@@ -136,7 +136,7 @@ def _check_whole(checkpoint: Path) -> bool:
     """Checks the files of a checkpoint; returns whether it has a manifest."""
     has_manifest = check_manifest(checkpoint)
     read_step(checkpoint)
-    # Without one of these the Trainer goes on with a fresh one. Under FSDP and DeepSpeed they have longer names.
+    # The Trainer would replace a missing one by a fresh one. Under FSDP the names are longer.
     for kind, pattern in _KINDS.items():
         if not any(checkpoint.rglob(pattern)):
             raise UserError(f"it has no {kind}")

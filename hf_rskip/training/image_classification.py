@@ -39,7 +39,7 @@ class ImageClassification(Task):
 
     def create_model(self) -> RSkipResNetForImageClassification:
         model = create_model(self.recipe, self.class_names)
-        if self.checkpoint:  # whose weights may fit other classes
+        if self.checkpoint:  # its weights may fit other classes
             old, new = RSkipResNetConfig.from_pretrained(self.checkpoint).id2label, model.config.id2label
             if old != new:
                 raise UserError(f"{self.checkpoint} was trained with id2label {old!r} and cannot go on with {new!r}.")
@@ -130,7 +130,7 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
         raise UserError(f"The weights of {start!r} cannot be read: {error}.") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{first_line(error)}.") from error
-    # A classifier of other classes and other skip connections start anew; what else does not fit is a mistake.
+    # The classifier and the norms of skip connections may be new; other weights must fit.
     foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
     if any(key.startswith("classifier.") for key in foreign):
         print(f"note: the classifier is new, for {len(class_names):,} classes", flush=True)

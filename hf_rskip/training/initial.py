@@ -58,7 +58,7 @@ def _begin_translation(recipe: Recipe, samples: int) -> tuple[PreTrainedModel, B
     data = recipe.data
     train_set, _ = clean_corpus(load_translation_dataset(data, splits=("train",))["train"], data)
     tokenizer = make_tokenizer(recipe, train_set)
-    some = train_set.select(spread(train_set, 4 * samples))  # of which a part is too long, maybe
+    some = train_set.select(spread(train_set, 4 * samples))  # more than needed, as some may be too long
     some, _ = filter_by_length(tokenize_corpus(some, tokenizer, data), data)
     set_seed(recipe.training.seed)
     model = create_translation_model(recipe, tokenizer)

@@ -32,7 +32,7 @@ def locked(output_dir: str | Path) -> Iterator[None]:
         raise UserError(f"output_dir {str(output_dir)!r} cannot be written into: {error.strerror}.") from error
     with file:
         try:
-            # Of this process alone: with `flock`, workers that outlive a killed run for a moment would have it too.
+            # A lock of this process alone: with `flock`, its workers would hold it too, and outlive a killed run.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(

@@ -28,7 +28,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.due: TrainerControl | None = None
-        """What was due after the last step of a stopped run."""
+        """Control of the Trainer after the last step of a stopped run: evaluation, log and checkpoint that were due."""
         self._received: int | None = None
 
     @contextmanager
@@ -60,7 +60,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.on_epoch_end(args, state, control)
-        if self.due is not None and float(state.epoch).is_integer():  # what is due at the end of the epoch is due now
+        if self.due is not None and float(state.epoch).is_integer():  # also what is due at the end of an epoch
             DefaultFlowCallback().on_epoch_end(args, state, self.due)
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -83,7 +83,7 @@ class StopOnSignal(TrainerCallback):
         received = self._received
         if args.world_size > 1:
             received = int(gather(torch.tensor([received or 0], device=args.device)).max()) or None
-        if received is not None:  # else one may have come in the meantime, and is told to all at the next call
+        if received is not None:  # a signal that came in the meantime is kept for the next call
             self._received = received
         return received is not None
 
@@ -94,7 +94,7 @@ def _handled(numbers: Sequence[int], handler: Callable) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A study's Ctrl-C is not for its cells.
+    # Studies make their cells ignore Ctrl-C.
     previous = {number: old for number in numbers if (old := signal.getsignal(number)) != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, handler)

@@ -85,8 +85,8 @@ class RecipeTrainer(Trainer):
         self.record: dict | None = None
         """The record of the run ([`begin_record`]), written into every checkpoint."""
         self._resumed: TrainerState | None = None
-        self._is_overdue = False  # an evaluation that a signal has left to this run
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all labels, and their number
+        self._is_overdue = False  # whether a signal left an evaluation to this run
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses, and number of labels
         self._restart_clock()
 
     def init_hf_repo(self, *args, **kwargs) -> None:
@@ -130,7 +130,7 @@ class RecipeTrainer(Trainer):
         try:
             with self.stop.caught():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-                # A signal that came after the last step: what is left to do is left to the run that goes on.
+                # After a signal behind the last step, the resumed run does the rest.
                 if self.stop.is_told_to_stop(self.args) and self._checkpoint().is_dir():
                     raise self.stop.preempted(self.state.global_step)
                 return output
@@ -153,7 +153,7 @@ class RecipeTrainer(Trainer):
             self.moving_average.load(checkpoint)
         if state.best_model_checkpoint is None:
             return
-        # The best checkpoint is the one beside this: where it once was, another run may lie by now.
+        # The best checkpoint is the one beside this: at its old path there may be another run.
         best = checkpoint.parent / Path(state.best_model_checkpoint).name
         if best.is_dir():
             if self.args.load_best_model_at_end:
@@ -204,7 +204,7 @@ class RecipeTrainer(Trainer):
         if self._is_overdue:
             self._is_overdue = False
             self._make_up_for(metrics)
-            self._end.is_over = self.control.should_training_stop  # by early stopping
+            self._end.is_over = self.control.should_training_stop  # set by early stopping
         return metrics
 
     def _make_up_for(self, metrics: dict[str, float]) -> None:
@@ -290,7 +290,7 @@ class RecipeTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.process_index != 0 and self.args.local_process_index == 0 and staged.exists():
-            publish_checkpoint(staged, final)  # of a machine that does not share its folders with the first
+            publish_checkpoint(staged, final)  # on a machine without a shared folder
         if self.args.should_save:
             self._remove_checkpoints(run, final)
 
@@ -322,7 +322,7 @@ class RecipeTrainer(Trainer):
             self.moving_average = None
         if self.args.average_checkpoints is not None:
             checkpoints = self._checkpoints_to_average(Path(self.args.output_dir))
-            options = StateDictOptions(full_state_dict=True, strict=False)  # tied weights are in it once
+            options = StateDictOptions(full_state_dict=True, strict=False)  # it has tied weights once
             set_model_state_dict(self.model, average_weights(checkpoints), options=options)
             if self.is_world_process_zero():
                 print(f"the model is the mean of {', '.join(path.name for path in checkpoints)}", flush=True)
@@ -370,7 +370,7 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs[self.throughput_name] = round(float(self._items) / (time.perf_counter() - self._clock))
-        # Guesses: that a batch has per_device_train_batch_size examples, and that a number of an image is a token.
+        # Wrong here: they assume per_device_train_batch_size examples a batch, and a token for each number of an image.
         for name in ("train_samples_per_second", "total_flos"):
             logs.pop(name, None)
         super().log(logs, start_time)

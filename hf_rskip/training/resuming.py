@@ -17,7 +17,7 @@ from ..recipe.training import DEFAULT_LOGGING_STEPS
 from .checkpoints import checkpoint_step, list_checkpoints, read_state, read_step
 
 RECORD_NAME = "recipe.json"
-"""In every checkpoint, and in the folder of a run as the last file that is written there."""
+"""Name of the record in every checkpoint, and of the last file written to the folder of a run."""
 _OF_A_DEVICE = {"processes", "per_device_train_batch_tokens", "gradient_accumulation_steps"}
 """Keys that change no step where `global_batch_tokens` is set."""
 _OF_CONTENT = {"dataset_name", "train_files", "validation_files"}
@@ -75,9 +75,9 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     record = _read_record(folder / RECORD_NAME)
     named = [] if resume == "true" else [Path(training.resume_from_checkpoint)]
     if any(path not in list_checkpoints(path.parent) for path in named):
-        return None  # which [`find_checkpoint`] refuses
+        return None  # [`find_checkpoint`] refuses it
     if any(checkpoint_step(path) > record["step"] for path in named or list_checkpoints(folder)[-1:]):
-        return None  # of a longer training, which has not finished
+        return None  # a longer training has not finished
     changed = _find_changes(record, _values(recipe), str(folder))
     if any(key in changed for key in _LENGTHEN):
         _check_end(recipe, folder)

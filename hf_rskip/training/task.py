@@ -16,7 +16,7 @@ class Tested(NamedTuple):
     """Scores, predictions and references of the test split: texts, or numbers of classes."""
 
     metrics: dict[str, Any]
-    """By name, with `test_`."""
+    """Scores by name, with the prefix `test_`."""
     predictions: Sequence
     references: Sequence
 
@@ -35,7 +35,7 @@ class Task(ABC):
     """
 
     checksums: dict[str, int]
-    """Of the training and the validation data, by split; what is not known before it is read has none."""
+    """Checksums of training and validation data, by split; streams have none."""
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None):
         self.recipe, self.checkpoint = recipe, checkpoint

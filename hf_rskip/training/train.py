@@ -91,7 +91,7 @@ def _train(recipe: Recipe) -> dict[str, float | str]:
         trainer.log_metrics("test", tested.metrics)
         metrics = {**trained.metrics, **tested.metrics}
         for part, values in {"train": trained.metrics, "test": tested.metrics, "all": metrics}.items():
-            trainer.save_metrics(part, values, combined=False)  # which would keep what an earlier run left
+            trainer.save_metrics(part, values, combined=False)  # combining would keep results of an earlier run
         if trainer.is_world_process_zero():
             write_predictions(training.output_dir, tested.predictions, tested.references)
             task.write_card(trainer, metrics)

@@ -46,14 +46,14 @@ class RSkipTrainer(RecipeTrainer):
         self._check_arguments(compute_translation_metrics)
         # So that loading the best checkpoint does not report the tied weights as missing.
         self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
-        # The Trainer turns the cache off in the configuration, with which checkpoints are then saved.
+        # The Trainer turns the cache off in the configuration; checkpoints are to have it on.
         self.model.config.use_cache = True
         self.compute_translation_metrics = compute_translation_metrics
         if self.is_fsdp_enabled:
             self._check_fsdp()
         if self.args.chunked_cross_entropy and self.compute_loss_func is None:
             self.compute_loss_func = self._chunked_loss
-            # The loss asks for hidden states; done in the first step this would break the graph of a compiled model.
+            # The loss needs hidden states: hooks installed in the first step would break the graph of a compiled model.
             maybe_install_capturing_hooks(self.model)
 
     def _check_arguments(self, compute_translation_metrics: Callable | None) -> None:
@@ -126,7 +126,7 @@ class RSkipTrainer(RecipeTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        # As if there were one process: the sampler yields the batches of this one.
+        # Prepared for one process: the sampler yields the batches of this one alone.
         dataloader = prepare_data_loader(
             dataloader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )

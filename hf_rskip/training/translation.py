@@ -67,7 +67,7 @@ class Translation(Task):
         )
 
     def _for_the_loss(self, positions: int) -> Dataset:
-        """The validation pairs by length, for little padding, but for those that are cut for BLEU."""
+        """Validation pairs for the loss: sorted by length, for little padding, without those beyond the positions."""
         pairs = self.validation_set
         longest = np.maximum(pairs["source_length"], pairs["target_length"])
         order = np.argsort(pairs["target_length"], stable=True)

@@ -1,4 +1,4 @@
-"""The keys of a dataset of images, checked before anything is read."""
+"""Keys of a dataset of images, checked before any data is read."""
 
 from dataclasses import dataclass
 

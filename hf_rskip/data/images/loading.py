@@ -77,7 +77,7 @@ def name_row(args: ImageDataArguments, split: str, row: int) -> str:
 def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, split: str):
     """Selects the columns of images and labels, and calls them `image` and `label`."""
     features, where = dataset.features or {}, args.describe_split(split)
-    if args.label_column is None and list(features) == ["image"]:  # what `datasets` makes of pictures in one folder
+    if args.label_column is None and list(features) == ["image"]:  # as `datasets` loads pictures in one folder
         raise UserError(
             f"{where} has pictures without labels: give each class a folder of its own, and at least two of them."
         )
@@ -87,7 +87,7 @@ def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, 
         raise UserError(f"image_column and label_column are both {image!r}.")
     if not isinstance(features[image], Image):
         raise UserError(f"{where} has a column {image!r} that does not hold images: set image_column.")
-    # First of all, as every later step of a stream would decode what comes before it.
+    # Before all other steps: each later step of a stream would decode the images.
     dataset = dataset.cast_column(image, Image(decode=False)).select_columns([image, label])
     return dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
 
@@ -95,7 +95,7 @@ def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, 
 def _find_column(
     what: str, kind: type, usual_names: tuple[str, ...], features: Features, given: str | None, where: str
 ) -> str:
-    """Returns the column that is `given`, or else the only one of a kind, or with a usual name."""
+    """Returns the column that is `given`, or the only one of the feature type `kind` or with a usual name."""
     if given is not None:
         if given not in features:
             raise UserError(f"{where} has no column {given!r}, only {', '.join(features)}: set {what}_column.")

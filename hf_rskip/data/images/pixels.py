@@ -167,7 +167,7 @@ def open_image(image: dict | None, where: str) -> PilImage.Image:
         mode, decoded = opened.mode, load_image(opened)
     except UnidentifiedImageError as error:
         raise UserError(f"{where} has no image that can be decoded: it is of no known format.") from error
-    except Exception as error:  # what the readers of Pillow raise for broken files has no common class
+    except Exception as error:  # Pillow's readers raise errors of any class for broken files
         raise UserError(f"{where} has no image that can be decoded: {first_line(error)}.") from error
     if mode.startswith(("I", "F")):
         raise UserError(

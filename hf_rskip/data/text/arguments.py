@@ -1,4 +1,4 @@
-"""The keys of a parallel corpus, checked before anything is read."""
+"""Keys of a parallel corpus, checked before any data is read."""
 
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -95,7 +95,7 @@ class DataArguments(DatasetArguments):
         files = getattr(self, name)
         if not isinstance(files, (list, tuple)) or len(files) != 2:
             raise UserError(f"{name} must be exactly two files, source then target, not {files!r}.")
-        # Nothing downstream could notice the wrong direction; the suffixes are the only hint there is.
+        # The suffixes are the only hint at a wrong direction, which no later step could notice.
         first, second = (PurePath(file).suffixes for file in files)
         source, target = f".{self.source_lang}", f".{self.target_lang}"
         if target in first and source not in first and source in second and target not in second:
@@ -107,7 +107,7 @@ class DataArguments(DatasetArguments):
 
 def _code_of(name: str) -> str | None:
     """Returns the code of a language by its English name, in any case; `None` if there is no such language."""
-    if len(name) <= 3:  # a code
+    if len(name) <= 3:  # it is a code already
         return None
     from babel import Locale  # its tables take long to load
 

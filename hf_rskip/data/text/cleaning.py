@@ -12,7 +12,7 @@ from .arguments import DataArguments
 from .columns import read_column
 from .preprocessing import drop_pairs
 
-# Unicode's control characters but those that are white space.
+# Unicode's control characters, without those that are white space.
 _CONTROL_CHARACTERS = r"[\x00-\x08\x0E-\x1B\x7F-\x{84}\x{86}-\x{9F}]"
 
 

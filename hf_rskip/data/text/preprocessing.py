@@ -42,7 +42,7 @@ def tokenize_corpus(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: 
             "target_length": [len(ids) for ids in encoded["labels"]],
         }
 
-    # An epoch maps the whole file into memory: ids take no more room than they need.
+    # An epoch maps the whole file into memory: ids are stored in the smallest type.
     ids, length = List(Value("uint16" if len(tokenizer) <= 2**16 else "int32")), Value("int32")
     features = Features({"input_ids": ids, "labels": ids, "source_length": length, "target_length": length})
     return dataset.map(
@@ -60,7 +60,7 @@ def _fingerprint(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, features: Features
 ) -> str | None:
     if not tokenizer.is_fast:
-        return None  # no backend to describe: `datasets` hashes the Python object
+        return None  # without a backend: `datasets` hashes the Python object
     # A hash of the object, or of the whole description, changes when the tokenizer is used: calls leave their padding
     # and truncation behind in it.
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

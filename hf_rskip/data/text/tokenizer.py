@@ -59,7 +59,7 @@ def train_tokenizer(
         )
     tokenizer = None
     if cache_file is not None and cache_file.exists():
-        with suppress(Exception):  # tokenizers has no narrower one for a file that lost power tore
+        with suppress(Exception):  # tokenizers raises no narrower class for a file torn by a power failure
             tokenizer = Tokenizer.from_file(str(cache_file))
     if tokenizer is None:
         tokenizer = _train_backend(texts, vocab_size, lowercase)
@@ -149,7 +149,7 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
             f"The tokenizer of {name!r} needs a package that is not installed (most often sentencepiece): "
             "`pip install 'hf_rskip[marian]'`."
         ) from error
-    except (OSError, ValueError, TypeError):  # the last is of a MarianTokenizer without any of its files
+    except (OSError, ValueError, TypeError):  # TypeError: a MarianTokenizer without any of its files
         return None
 
 
@@ -157,7 +157,7 @@ def _load_file(path: str) -> PreTrainedTokenizerFast:
     """The special tokens are those that have a usual name; padding and the end token are added where there are none."""
     try:
         backend = Tokenizer.from_file(path)
-    except Exception as error:  # tokenizers has no narrower one
+    except Exception as error:  # tokenizers raises no narrower class
         raise UserError(f"{path!r} is not a file of the package `tokenizers`: {error}.") from error
     vocabulary = backend.get_vocab()
     special = {kind: next((t for t in names if t in vocabulary), None) for kind, names in _USUAL_NAMES.items()}
