@@ -19,7 +19,7 @@ BELOW = {
     "recipe": {"models", "data", "decoding", "evaluation"},
     "hub": {"models", "data", "recipe"},
     "training": {"models", "data", "decoding", "evaluation", "probing", "conversion", "recipe", "hub"},
-    "studies": {"models", "evaluation", "probing", "recipe", "training"},
+    "studies": {"models", "data", "evaluation", "probing", "recipe", "training"},
 }
 """The packages that each may import; the command line may import all of them."""
 
