@@ -11,16 +11,24 @@ from .options import add_model_argument
 class _Format(NamedTuple):
     writer: str
     """Module and function of `hf_rskip.conversion`: called with model, tokenizer or image processor, and folder."""
+    content: str
+    """What it writes, for the last line of output."""
     quantizations: tuple[str, ...] = ()
     """Values of its keyword `quantization`."""
     for_images: bool = False
 
 
 FORMATS = {
-    "onnx": _Format("onnx.export_onnx", ("int8",), for_images=True),
-    "ctranslate2": _Format("ctranslate2.export_ctranslate2", ("int8", "int8_float32", "int16", "float16", "bfloat16")),
-    "marian": _Format("marian.export_marian"),
-    "transformers.js": _Format("transformers_js.export_transformers_js"),
+    "onnx": _Format("onnx.export_onnx", "graphs, configurations and preprocessing", ("int8",), for_images=True),
+    "ctranslate2": _Format(
+        "ctranslate2.export_ctranslate2",
+        "model, vocabulary, configurations and tokenizer",
+        ("int8", "int8_float32", "int16", "float16", "bfloat16"),
+    ),
+    "marian": _Format("marian.export_marian", "model, configurations and tokenizer"),
+    "transformers.js": _Format(
+        "transformers_js.export_transformers_js", "graphs, configurations, tokenizer and index.html"
+    ),
 }
 
 
@@ -55,3 +63,4 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     export = getattr(import_module(f"hf_rskip.conversion.{module}"), writer)
     export(model.cpu().float(), processor, args.output, **options)
     write_manifest(args.output)
+    print(f"{chosen.content}: {args.output}")

@@ -32,6 +32,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     print(pushed.commit_url if pushed.changed else f"Nothing has changed since {pushed.commit_url}")
     if pushed.kept_card:
         print("The README.md on the Hub was kept; --overwrite_card replaces it.")
+    if pushed.old_graphs:
+        print("The graphs on the Hub are of an earlier push; --with-onnx replaces them.")
 
 
 def _export(name: str, folder: Path) -> dict[str, Path]:
@@ -39,9 +41,11 @@ def _export(name: str, folder: Path) -> dict[str, Path]:
     from ..conversion.transformers_js import PAGE_NAME, export_transformers_js
     from ..decoding.loading import classifies_images, load_model
     from ..errors import UserError
+    from ..hub.push import collect_files
 
     if classifies_images(name):
         raise UserError(f"--with-onnx is for models that translate, and {name!r} classifies images.")
+    collect_files(name)  # raises before the export, which takes long
     model, tokenizer = load_model(name)
     export_transformers_js(model.cpu().float(), tokenizer, folder)
     return {path.relative_to(folder).as_posix(): path for path in [*folder.glob("onnx/*"), folder / PAGE_NAME]}

@@ -88,7 +88,6 @@ def export_ctranslate2(
     generation_config.early_stopping = True if searches else None
     generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"model, vocabulary, configurations and tokenizer: {folder}", flush=True)
 
 
 def _plain_transformer(model: PreTrainedModel) -> PreTrainedModel:

@@ -185,7 +185,6 @@ def export_marian(
     folder = new_folder(folder)
     create_marian_model(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"model, configurations and tokenizer: {folder}", flush=True)
 
 
 def _new_name(name: str) -> str:

@@ -145,7 +145,6 @@ def export_onnx(
     if translates:
         model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    print(f"graphs, configurations and preprocessing: {folder}", flush=True)
 
 
 def trace(model: PreTrainedModel, graphs: dict[str, tuple]) -> dict:

@@ -65,4 +65,3 @@ def export_transformers_js(
     generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shutil.copy(Path(__file__).with_name(PAGE_NAME), folder)
-    print(f"graphs, configurations, tokenizer and {PAGE_NAME}: {folder}", flush=True)

@@ -69,7 +69,7 @@ def load_config(name: str, auto_class: type | None = None) -> PreTrainedConfig:
         raise UserError(f"{name!r} is a file, not the folder of a model.")
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two of values of another type
         raise not_loaded(name, error) from error
     if auto_class is not None:
         task, models = _TASKS[auto_class]

@@ -1,5 +1,6 @@
 """Sends a model folder to the Hub: in one commit, without pickles, and again only what has changed."""
 
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from transformers import AutoConfig
 from transformers.utils import (
     CONFIG_NAME,
@@ -18,7 +19,7 @@ from transformers.utils import (
 )
 
 from ..errors import UserError, first_line
-from ..manifest import MODEL_FILES, check_model
+from ..manifest import MODEL_FILES, check_model, read_json
 from ..models import RSkipConfig, RSkipResNetConfig
 from .remote_code import find_code
 from .training_curve import CURVE_NAME
@@ -40,6 +41,8 @@ class Pushed(NamedTuple):
     """Whether there was anything to send."""
     kept_card: bool
     """Whether the card on the Hub was left as it is."""
+    old_graphs: bool
+    """Whether there are graphs of an earlier push on the Hub."""
 
 
 def collect_files(folder: str | Path) -> dict[str, Path]:
@@ -55,10 +58,10 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
         raise UserError(f"There is no model folder {str(folder)!r}")
     weights = {SAFE_WEIGHTS_NAME}
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        weights = set(_read_json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
+        weights = set(_read_mapping(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
     required = {CONFIG_NAME, *weights}
     if (folder / CONFIG_NAME).is_file():
-        model_type = _read_json(folder / CONFIG_NAME).get("model_type")
+        model_type = _read_mapping(folder / CONFIG_NAME).get("model_type")
         required |= set(_COMPANIONS.get(model_type, _COMPANIONS[RSkipConfig.model_type]))
     missing = sorted(name for name in required if not (folder / name).is_file())
     if any(not name.endswith(".safetensors") for name in weights):
@@ -101,9 +104,9 @@ def push_folder(
     files: dict[str, Path | bytes] = dict(collect_files(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder)!r} is not a complete model: {first_line(error)}") from error
-    config_dict = _read_json(files[CONFIG_NAME])
+    config_dict = _read_mapping(files[CONFIG_NAME])
     auto_map, code = find_code(config) if with_code else (None, {})
     if config_dict.get("auto_map") != auto_map:
         config_dict.pop("auto_map", None)
@@ -152,11 +155,17 @@ def upload(
             name: CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
         }
+        # Weights of an earlier push in other files would be loaded in place of these.
+        stale = on_hub - files.keys() if CONFIG_NAME in files else set()
+        stale = fnmatch.filter(stale, "model*.safetensors") + fnmatch.filter(stale, SAFE_WEIGHTS_INDEX_NAME)
+        deletions = [CommitOperationDelete(name) for name in sorted(stale)]
         # One by one, to know which were sent. The Hub keeps them by content: a repeated push sends the rest.
         for name in weights:
             api.preupload_lfs_files(repo_id, [operations[name]], revision=revision, free_memory=False)
             sent.append(name)
-        commit = api.create_commit(repo_id, operations.values(), commit_message=commit_message, revision=revision)
+        commit = api.create_commit(
+            repo_id, [*operations.values(), *deletions], commit_message=commit_message, revision=revision
+        )
     except UserError:
         raise
     except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
@@ -167,7 +176,8 @@ def upload(
             f"The push to {repo_id} failed ({reason}); sent: {', '.join(sent) or 'nothing'}; not sent: "
             f"{', '.join([*unsent, 'the other files'])}; no commit was confirmed, and the same push can be repeated"
         ) from error
-    return Pushed(commit.commit_url, changed=commit.oid != head.sha, kept_card=kept_card)
+    old_graphs = any(name.startswith("onnx/") and name not in files for name in on_hub)
+    return Pushed(commit.commit_url, changed=commit.oid != head.sha, kept_card=kept_card, old_graphs=old_graphs)
 
 
 def _address_card(card: Path, repo_id: str, with_code: bool) -> bytes:
@@ -189,8 +199,8 @@ def _address_card(card: Path, repo_id: str, with_code: bool) -> bytes:
     return text.encode()
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}") from error
+def _read_mapping(path: Path) -> dict:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is damaged: it is not a mapping")
+    return content

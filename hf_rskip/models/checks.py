@@ -39,7 +39,8 @@ def check_keywords(
         if keyword not in _KNOWN_KEYWORDS and keyword not in also:
             hint = f": {needs}, where it is called `cache`" if keyword == "past_key_values" else ""
             raise TypeError(f"{name}.forward() got an unexpected keyword argument {keyword!r}{hint}")
-        if (keyword in _WITHOUT_EFFECT or keyword in without_effect) and value is not None and value is not False:
+        ignored = (keyword in _WITHOUT_EFFECT or keyword in without_effect) and value is not False
+        if value is not None and (ignored or keyword == "is_causal"):  # which would change the attention of every kind
             raise TypeError(f"{name}.forward() does not support {keyword!r}")
 
 

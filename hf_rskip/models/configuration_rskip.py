@@ -1,6 +1,6 @@
 """Configuration of the translation model."""
 
-from .configuration_skip import ACTIVATION, COUNT, MOST_LAYERS, RATE, SkipConfig, at_most, is_count
+from .configuration_skip import ACTIVATION, COUNT, FLAG, MOST_LAYERS, RATE, SkipConfig, at_most, is_count
 
 
 class RSkipConfig(SkipConfig):
@@ -96,6 +96,8 @@ class RSkipConfig(SkipConfig):
         self._check("encoder_layers decoder_layers", COUNT, at_most(MOST_LAYERS))
         self._check("dropout attention_dropout activation_dropout", RATE)
         self._check("activation_function", ACTIVATION)
+        self._check("learned_positions scale_embedding share_encoder_decoder_embeddings tie_word_embeddings", FLAG)
+        self._check("lm_head_bias use_cache is_encoder_decoder", FLAG)
         what = f"a token of the vocabulary, from 0 to {self.decoder_vocab_size - 1}"
         self._check("pad_token_id decoder_start_token_id", (self._is_token, what))
         self._check("eos_token_id bos_token_id", (self._are_tokens, what))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import fields
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -77,6 +78,14 @@ class SkipConfig(PreTrainedConfig):
         if not self.is_remote_code():
             kwargs.pop("auto_map", None)  # set by checkpoints with code, which this class does not need
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in Transformers, but keywords that are fields are checked like those of the constructor."""
+        names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        names |= cls.attribute_map.keys()
+        given = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
+        return super().from_dict(config_dict | given, **kwargs)
 
     def _check(self, fields: str, *rules: Rule) -> None:
         """Raises a `ValueError` that says "`field` must be ..." unless each of `fields` fulfils all rules."""

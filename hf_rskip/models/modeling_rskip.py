@@ -71,7 +71,8 @@ class RSkipAttention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        # Not -1 heads, which onnxruntime 1.26 cannot infer where all keys are in the cache and no tokens are left.
+        return states.view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
     def _keys_and_values(self, states, cache, is_cross_attention):
         """Keys and values of shape `(batch, heads, length, head_dim)`, through the cache where there is one."""

@@ -65,14 +65,18 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
         result = None
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    parts = _PARTS.get(result.get("state")) if isinstance(result, dict) else None
-    wrong = (
-        [] if parts is None else [name for name, kind in parts.items() if not isinstance(result.get(name, ...), kind)]
-    )
-    if parts is None or wrong:
-        lacks = f" (it has no proper {wrong[0]!r})" if wrong else ""
-        raise UserError(f"{str(path)!r} is not the result of a cell{lacks}: remove it, and the cell is run again.")
+    if wrong := find_fault(result):
+        raise UserError(f"{str(path)!r} is not the result of a cell ({wrong}): remove it, and the cell is run again.")
     return result
+
+
+def find_fault(result: Any) -> str | None:
+    """What is wrong with the content of a `result.json`; `None` if it is the result of a cell."""
+    parts = _PARTS.get(result.get("state")) if isinstance(result, dict) else None
+    if parts is None:
+        return "it has no proper 'state'"
+    wrong = [name for name, kind in parts.items() if not isinstance(result.get(name, ...), kind)]
+    return f"it has no proper {wrong[0]!r}" if wrong else None
 
 
 def write_result(cell: Cell, **values) -> None:

@@ -4,6 +4,7 @@ From it `hf-rskip study` makes the report again on another machine, and goes on 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +15,7 @@ from ..atomic import replace_text, write_then_rename
 from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
-from .cell import Surroundings, is_done, read_result, write_result
+from .cell import Surroundings, find_fault, is_done, read_result, write_result
 from .study import Cell, Study, compare_keys, name_point, write_recipe
 
 EVIDENCE_NAME = "evidence.parquet"
@@ -41,17 +42,21 @@ def write_evidence(study: Study) -> None:
 
 
 def restore_cells(study: Study) -> None:
-    """Restores the cells without a result from the evidence in the study's folder or beside its file.
+    """Restores the cells without a result from the evidence in the study's folder or beside its file, and says so.
 
     Raises:
         [`UserError`]: if the evidence cannot be read, or a cell was run with another recipe.
     """
     for path in (study.output_dir / EVIDENCE_NAME, study.path.with_name(EVIDENCE_NAME)):
         missing = {_identify(cell): cell for cell in study.cells if not is_done(cell)}
+        restored = 0
         for row in _read_rows(path) if missing else ():
             cell = missing.get((row["form"], row["setting"], row["seed"]))
             if cell is not None:
                 _unpack(row, cell, path)
+                restored += 1
+        if restored:
+            print(f"note: {restored} cells are restored from {path}, with the data that they ran on", file=sys.stderr)
 
 
 def _identify(cell: Cell) -> tuple[str, str, int]:
@@ -85,7 +90,14 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _unpack(row: dict, cell: Cell, path: Path) -> None:
-    if difference := compare_keys(yaml.safe_load(row["recipe"]), _without_places(cell.keys)):
+    try:
+        keys, result = dict(yaml.safe_load(row["recipe"])), dict(json.loads(row["result"]))
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{str(path)!r} is damaged: the row of {cell} cannot be read.") from error
+    result["command"] = Surroundings().command(cell)
+    if wrong := find_fault(result):
+        raise UserError(f"{str(path)!r} is damaged: the row of {cell} is not the result of a cell ({wrong}).")
+    if difference := compare_keys(keys, _without_places(cell.keys)):
         raise UserError(
             f"{str(path)!r}: the cell {name_point(cell.form, cell.setting)} was run with {difference}: remove the "
             "file, or choose another output_dir."
@@ -95,4 +107,4 @@ def _unpack(row: dict, cell: Cell, path: Path) -> None:
     for name in _TEXTS:
         if row[name] is not None:
             replace_text(cell.folder / name, row[name])
-    write_result(cell, **json.loads(row["result"]), command=Surroundings().command(cell))
+    write_result(cell, **result)

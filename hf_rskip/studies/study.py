@@ -19,12 +19,22 @@ from ..data.names import check_name
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
 from ..models import SKIP_CONNECTIONS
-from ..recipe.parsing import Recipe, check_values, group_words, parse_recipe, parse_values, read_yaml
+from ..recipe.parsing import (
+    Recipe,
+    check_configuration,
+    check_values,
+    group_words,
+    parse_recipe,
+    parse_values,
+    read_yaml,
+)
 
 METRICS = {"translation": ("bleu", "chrf"), "image-classification": ("accuracy",)}
 """Metrics by which studies of each task compare, the default first."""
 _OF_THE_STUDY = ("seed", "output_dir", "resume_from_checkpoint", "task")
 """Keys of a recipe that forms and grids cannot set."""
+_NAMED = {"dataset_name": "dataset", "model_name_or_path": "model", "tokenizer_name": "tokenizer"}
+"""Keys of a recipe that name a folder or Hub id, and of what."""
 
 _LONGEST_NAME = 200
 """Longest name of a cell's folder, in bytes of UTF-8; file systems take 255."""
@@ -173,11 +183,16 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     }
     if len(tokenizers) > 1:
         raise UserError(f"bleu_tokenize must be one for all cells of {path}, not {', '.join(sorted(tokenizers))}.")
-    for recipe in recipes if file.tune else ():
+    if any(recipe.training.push_to_hub for recipe in recipes):
+        raise UserError(f"push_to_hub is not for the cells of {path}: `hf-rskip push` sends one of their models.")
+    judge = "tune" if file.tune else "trains_at"
+    for recipe in recipes if file.tune or file.trains_at is not None else ():
         if recipe.training.eval_strategy == "no":
-            raise UserError(f"tune in {path} judges by validation scores: eval_strategy cannot be 'no'.")
+            raise UserError(f"{judge} in {path} judges by validation scores: eval_strategy cannot be 'no'.")
+        if recipe.task == "translation" and not recipe.training.predict_with_generate:
+            raise UserError(f"{judge} in {path} judges by validation scores: predict_with_generate must be true.")
         if recipe.task == "image-classification" and not (recipe.data.validation_split or recipe.data.validation_size):
-            raise UserError(f"tune in {path} judges by validation scores: set validation_split or validation_size.")
+            raise UserError(f"{judge} in {path} judges by validation scores: set validation_split or validation_size.")
     return Study(
         path=path,
         output_dir=folder,
@@ -245,16 +260,25 @@ def varying_keys(settings: list[Setting]) -> list[str]:
 
 
 def check_cells(cells: list[Cell]) -> None:
-    """Raises a [`UserError`] if the residual kind of a cell is not registered, or the folder of its data is missing."""
-    for cell in cells:
-        if cell.keys.get("dataset_name") is not None:
-            check_name(cell.keys["dataset_name"], "dataset")
+    """Raises a [`UserError`] if a cell names a residual kind, a folder or a file that does not exist, or no model."""
+    for cell in {(cell.form, str(cell.setting)): cell for cell in cells}.values():
+        for key, what in _NAMED.items():
+            if cell.keys.get(key) is not None:
+                check_name(cell.keys[key], what)
+        for key in ("train_files", "validation_files", "test_files"):
+            for path in cell.keys.get(key) or ():
+                if not Path(path).is_file():
+                    raise UserError(f"{key} names a file that does not exist: {path}.")
         kind = cell.keys.get("skip_type")
         if kind is not None and kind not in SKIP_CONNECTIONS:
             raise UserError(
                 f"The form {cell.form!r} has the skip_type {kind!r}, which is none of {', '.join(SKIP_CONNECTIONS)}; "
                 f"one of your own is known after --import_module MODULE{did_you_mean(kind, SKIP_CONNECTIONS) or '.'}"
             )
+        try:
+            check_configuration(parse_values(cell.keys, [], str(cell)))
+        except UserError as error:
+            raise UserError(f"{name_point(cell.form, cell.setting)}: {error}") from error
 
 
 def write_recipe(cell: Cell) -> None:
@@ -304,10 +328,13 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     check_seeds(file.seeds, "seeds")
     check(isinstance(forms, dict) and forms, "forms", "a mapping from names to keys of the recipe", forms)
     for name, keys in forms.items():
-        proper = isinstance(name, str) and isinstance(keys, dict | None)
-        check(proper, f"The form {name!r}", "a name and a mapping of keys", keys)
+        proper = isinstance(name, str) and name.isprintable() and name.strip() and isinstance(keys, dict | None)
+        check(proper, f"The form {name!r}", "a name of one line and a mapping of keys", keys)
     pairs = isinstance(contrasts, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in contrasts)
-    check(pairs, "contrasts", "a list of pairs [form, form]", contrasts)
+    pairs = pairs and all(isinstance(name, str) for pair in contrasts for name in pair)
+    once = pairs and all(len(set(pair)) == 2 for pair in contrasts)
+    once = once and len(set(map(frozenset, contrasts))) == len(contrasts)
+    check(once, "contrasts", "a list of pairs [form, form] of two forms, each pair once", contrasts)
     named = [("contrasts", name) for pair in contrasts for name in pair]
     for key, name in [*named, *([] if file.baseline is None else [("baseline", file.baseline)])]:
         if name not in forms:
@@ -325,7 +352,7 @@ def _check_file(values: dict, where: str) -> _StudyFile:
     for key in ("trains_at", "margin"):
         number = getattr(file, key)
         proper = isinstance(number, int | float | None) and not isinstance(number, bool)
-        check(proper, key, "a number, in points of 100", number)
+        check(proper and abs(number or 0) <= 100, key, "a number, in points of 100", number)
     if file.margin is not None and not (file.margin > 0 and contrasts):
         raise UserError(f"margin must be above 0, and needs contrasts, in {where}.")
     check(isinstance(file.keep_models, bool), "keep_models", "true or false", file.keep_models)

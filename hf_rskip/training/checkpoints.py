@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..errors import UserError
 from ..manifest import MANIFEST_NAME, check_manifest, read_json, unreadable, write_manifest
@@ -100,7 +100,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         clear_staging(output_dir)
     checkpoints = list_checkpoints(output_dir)
     if is_fresh:
-        if any(Path(output_dir, name).exists() for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME)) and not checkpoints:
+        names = (CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        if any(Path(output_dir, name).exists() for name in names) and not checkpoints:
             raise UserError(
                 f"{str(output_dir)!r} already holds a model: remove the folder, or choose another `output_dir`"
             )

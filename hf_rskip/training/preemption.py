@@ -41,13 +41,21 @@ class StopOnSignal(TrainerCallback):
     @contextmanager
     def raised(self, step: int) -> Iterator[None]:
         """Raises [`Preempted`] at SIGTERM inside this context, which begins after the last `step`."""
+        self._received = None
 
         def stop(signum, frame):
             self._received = signum
             raise self.preempted(step)
 
         with _handled([signal.SIGTERM], stop):
-            yield
+            try:
+                yield
+            except Exception as error:  # a library may have turned that exception into another one
+                if self._received is None:
+                    raise
+                raise self.preempted(step) from error
+            if self._received is not None:  # or have caught it
+                raise self.preempted(step)
 
     def _handle(self, signum, frame) -> None:
         self._received = signum

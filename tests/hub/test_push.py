@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from hf_rskip import (
     SKIP_CONNECTIONS,
@@ -181,7 +182,7 @@ def test_without_the_package_it_is_saved_trained_and_pushed_again(
     assert without(loaded, "module") == tuned
 
 
-def test_graphs_go_along(hub, run_with_package, trained):
+def test_graphs_go_along(hub, cli, run_with_package, trained):
     code = """
 from pathlib import Path
 from hf_rskip.hub.push import push_folder
@@ -193,6 +194,23 @@ push_folder({folder!r}, "tiny", graphs={{"onnx/encoder_model.onnx": Path("graph"
     files = hub.files("user/tiny")
     assert files.keys() == {".gitattributes", *MODEL, *RESULTS, "onnx/encoder_model.onnx"}
     assert files["onnx/encoder_model.onnx"] == b"graph"
+    again = cli("push", trained.folder, "tiny")
+    assert again.code == 0 and "The graphs on the Hub are of an earlier push; --with-onnx replaces them." in again.out
+
+
+def test_weights_of_an_earlier_push_in_other_files_go(hub, cli, trained, tmp_path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*", "model*", "manifest.json"))
+    AutoModelForSeq2SeqLM.from_pretrained(trained.folder).save_pretrained(folder, max_shard_size="20KB")
+    shards = {path.name for path in folder.glob("model*")}
+    assert len(shards) > 2
+    for source, weights in (
+        (trained.folder, {"model.safetensors"}),
+        (folder, shards),
+        (trained.folder, {"model.safetensors"}),
+    ):
+        assert cli("push", source, "tiny").code == 0
+        assert {name for name in hub.files("user/tiny") if name.startswith("model")} == weights
 
 
 def test_without_code_there_is_no_mention_of_any(

@@ -73,6 +73,10 @@ COUNTS = (
         ),
         *(("skip_norm", value, f"one of {', '.join(NORMS)}") for value in ("layernorm", None)),
         ("skip_norm_affine", "first", "one of per_step, shared, last"),
+        *(
+            (field, "false", "true or false")
+            for field in ("scale_embedding", "tie_word_embeddings", "learned_positions")
+        ),
         ("activation_function", "rleu", "a name of `transformers.activations.ACT2FN`"),
     ],
 )
@@ -132,6 +136,23 @@ def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
     path.write_text(path.read_text().replace('"skip_recursions": 2', '"skip_recursions": 0'))
     with pytest.raises(ValueError, match="`skip_recursions` must be an integer of at least 1, not 0"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layer_norm_eps": -1.0}, "`layer_norm_eps` must be a positive number, not -1.0"),
+        ({"skip_type": "b2t", "skip_norm": "none"}, "`skip_norm` must be one of"),
+        ({"hidden_size": 513}, "`d_model` must be a multiple of"),
+        ({"vocab_size": 60}, "`decoder_vocab_size` must equal `vocab_size`"),
+    ],
+)
+def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_path):
+    RSkipConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path, **values)
+    changed, others = AutoConfig.from_pretrained(tmp_path, skip_recursions=3, unknown=1, return_unused_kwargs=True)
+    assert (changed.skip_recursions, others) == (3, {"unknown": 1})
 
 
 def test_what_is_large_but_was_trained_is_allowed():

@@ -213,6 +213,20 @@ def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shortcut_type": "C"}, "`shortcut_type` must be one of A, B, not 'C'"),
+        ({"depths": [1, 1]}, "`depths` must have a number for each of the 4 `hidden_sizes`"),
+        ({"skip_type": "deep_norm"}, "`skip_type` 'deep_norm' is not for a ResNet"),
+    ],
+)
+def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_path):
+    RSkipResNetConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path, **values)
+
+
 @pytest.mark.parametrize("field", ["skip_recursions", "skip_norm_affine"])
 def test_an_option_that_the_plain_network_does_not_have(field):
     with pytest.raises(ValueError, match=f"`{field}` has no effect on the plain network: give a `skip_type`"):

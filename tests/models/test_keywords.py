@@ -74,6 +74,10 @@ def test_keywords_without_effect_are_refused(calls):
         for keyword in asked[name]:
             with pytest.raises(TypeError, match=rf"{type(model).__name__}.forward\(\) does not support '{keyword}'"):
                 model(**inputs, **{keyword: True})
+    model, inputs = calls[RSkipForConditionalGeneration]
+    for value in (True, False):  # either would change the attention of encoder and decoder
+        with pytest.raises(TypeError, match="does not support 'is_causal'"):
+            model(**inputs, is_causal=value)
 
 
 def test_the_encoder_of_an_ensemble_returns_a_tuple_if_asked(calls):

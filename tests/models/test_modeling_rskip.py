@@ -250,6 +250,12 @@ def test_logits_to_keep(build, batch):
     assert_close(model(**inputs, logits_to_keep=mask).logits, logits[mask])
 
 
+def test_attention_takes_no_tokens(build):
+    # As exported graphs do where all keys of the source are in the cache.
+    attention = build(d_model=32).model.decoder.layers[0].encoder_attn
+    assert attention._split_heads(torch.empty(3, 0, 32)).shape == (3, 32 // attention.head_dim, 0, attention.head_dim)
+
+
 def test_embeddings_in_place_of_tokens(build, batch):
     model, inputs = build(), without_labels(batch)
     expected = model(**inputs).logits

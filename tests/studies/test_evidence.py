@@ -2,9 +2,11 @@
 
 import shutil
 
+import pyarrow
 import pytest
 import yaml
 from made_up_cells import diverge, finish, leave_probes
+from pyarrow import parquet
 
 from hf_rskip.errors import UserError
 from hf_rskip.probing.callback import TABLE_NAME
@@ -36,11 +38,12 @@ def moved(make_study, tmp_path):
     return study, folder / "study.yaml"
 
 
-def test_the_report_is_the_same_elsewhere(moved):
+def test_the_report_is_the_same_elsewhere(moved, capsys):
     study, path = moved
     elsewhere = read_study(path, [])
     assert gather_results(elsewhere).groups[0].test_mean is None
     restore_cells(elsewhere)
+    assert "note: 5 cells are restored from" in capsys.readouterr().err
     write_report(gather_results(elsewhere), "hf-rskip study")
     before, after = study.output_dir, elsewhere.output_dir
     for name in ("report.md", "results.csv", "summary.csv"):
@@ -68,6 +71,13 @@ def test_evidence_of_another_recipe_is_refused(moved):
     _, path = moved
     with pytest.raises(UserError, match=r"the cell one was run with d_model 32, not 64: remove the file"):
         restore_cells(read_study(path, ["--d_model", "64"]))
+    table = parquet.read_table(path.with_name(EVIDENCE_NAME))
+    for column, content in {"recipe": None, "result": '{"state": "finished"}'}.items():
+        rows = table.to_pylist()
+        rows[0][column] = content
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), path.with_name(EVIDENCE_NAME))
+        with pytest.raises(UserError, match="evidence.parquet' is damaged: the row of one, seed 1 "):
+            restore_cells(read_study(path, []))
     path.with_name(EVIDENCE_NAME).write_bytes(b"PAR1 and something else")
     with pytest.raises(UserError, match="is not the evidence of a study"):
         restore_cells(read_study(path, []))

@@ -108,6 +108,21 @@ WRONG = {
         "judges by validation scores: eval_strategy cannot be 'no'",
     ),
     "margin": ({"margin": "small"}, [], "margin must be a number"),
+    "a form with itself": ({"contrasts": [["post-LN", "post-LN"]]}, [], "of two forms, each pair once"),
+    "a contrast twice": (
+        {"contrasts": [["post-LN", "rSkip K=2"], ["rSkip K=2", "post-LN"]]},
+        [],
+        "of two forms, each pair once",
+    ),
+    "no names": ({"contrasts": [[["post-LN"], "rSkip K=2"]]}, [], "contrasts must be a list of pairs"),
+    "form of two lines": ({"forms": {"a\nb": {}}}, [], "must be a name of one line"),
+    "trains_at unseen": (
+        {"trains_at": 5},
+        ["--predict_with_generate=false", "--metric_for_best_model=loss"],
+        "trains_at in",
+    ),
+    "push": ({}, ["--push_to_hub", "true"], "push_to_hub is not for the cells of"),
+    "margin of everything": ({"margin": float("inf")}, [], "margin must be a number, in points of 100"),
     "margin for nothing": ({"margin": 0.5}, [], "margin must be above 0, and needs contrasts"),
     "no recipe": ({"recipe": "none.yaml"}, [], "There is no recipe"),
 }  # fmt: skip
@@ -128,9 +143,15 @@ def test_residual_kinds_and_data_that_are_not_there(write_study):
     cells = read_study(write_study(forms={"a": {"skip_type": "pre_nrom"}}), []).cells
     with pytest.raises(UserError, match="did you mean 'pre_norm'"):
         check_cells(cells)
-    cells = read_study(write_study(forms={"a": {"dataset_name": "./none"}}), []).cells
-    with pytest.raises(UserError, match="There is no dataset './none'"):
-        check_cells(cells)
+    for form, message in (
+        ({"dataset_name": "./none"}, "There is no dataset './none'"),
+        ({"tokenizer_name": "./none"}, "There is no tokenizer './none'"),
+        ({"dataset_name": None, "train_files": ["no.en", "no.de"]}, "train_files names a file that does not exist: no"),
+        ({"d_model": 17}, "a: `d_model` must be a multiple of"),
+    ):
+        cells = read_study(write_study(forms={"a": form}), []).cells
+        with pytest.raises(UserError, match=message):
+            check_cells(cells)
 
 
 def test_folders_of_any_script_and_length(write_study, tmp_path):

@@ -90,6 +90,7 @@ def test_half_precision_is_accumulated_in_double(run, tmp_path):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "is not a safetensors file"),
         (lambda folder: edit(folder / "config.json", dropout=0.7), "has dropout 0.7, but"),
         (lambda folder: edit(folder / "tokenizer.json", version="2.0"), "has another tokenizer than"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has another tokenizer than"),
         (lambda folder: lose_a_tensor(folder / "model.safetensors"), "has other weights than"),
         (lambda folder: spoil_a_tensor(folder / "model.safetensors"), "The mean of model.decoder"),
     ],

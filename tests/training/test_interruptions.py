@@ -1,5 +1,6 @@
 """Runs that are killed, told to stop, or out of space go on from a whole checkpoint, and end as if they were not."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from hf_rskip.cli.main import main
+from hf_rskip.errors import Preempted
 from hf_rskip.training.checkpoints import find_checkpoint, list_checkpoints, rotate_checkpoints
 from hf_rskip.training.preemption import StopOnSignal
 from hf_rskip.training.resuming import RECORD_NAME
@@ -170,6 +172,16 @@ def test_a_signal_while_processes_tell_each_other_of_signals(monkeypatch):
     stop, args = StopOnSignal(), SimpleNamespace(world_size=2, device="cpu")
     with stop.caught():
         assert [stop.is_told_to_stop(args) for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("swallow", [contextlib.nullcontext(), contextlib.suppress(Exception)])
+def test_a_signal_after_the_training_reaches_the_end_whatever_a_library_makes_of_it(swallow):
+    stop = StopOnSignal()
+    with pytest.raises(Preempted, match="stopped by SIGTERM after step 7"), stop.raised(7), swallow:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise RuntimeError("Error calling __set_name__") from error
 
 
 @pytest.mark.slow
