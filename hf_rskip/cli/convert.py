@@ -114,7 +114,10 @@ def _fold(args: argparse.Namespace) -> None:
     if folded.config.learned_positions and not config.learned_positions:
         print("embeddings and positions are scaled: `tie_word_embeddings` is false, `learned_positions` true")
     differences = [abs(x - y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True)]
-    print(f"largest difference of log-probabilities: {max(differences):.2e} over {len(before)} {what}")
+    mean = sum(differences) / len(differences)
+    print(
+        f"differences of log-probabilities: mean {mean:.2e}, largest {max(differences):.2e}, over {len(before)} {what}"
+    )
     if has_pairs:
         evaluated = [evaluate_translation(each, tokenizer, sources, references, tokenize) for each in (model, folded)]
         (old, old_lines), (new, new_lines) = evaluated
@@ -122,6 +125,8 @@ def _fold(args: argparse.Namespace) -> None:
             print(f"{title}: {old[name]:.2f} before, {new[name]:.2f} after")
         same = sum(x == y for x, y in zip(old_lines, new_lines, strict=True))
         print(f"translations that are the same: {same} of {len(sources)}")
+    if frozen:
+        print("these pairs gave the means: what folding costs, `hf-rskip compare` tells on others")
 
 
 def _random_pairs(vocabularies: tuple[int, int], longest: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -72,7 +72,7 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--source_lang", help="default: that of the model's training")
     parser.add_argument("--target_lang", help="default: that of the model's training")
-    parser.add_argument("--split", default="test", help="default: test, of convert fold validation")
+    parser.add_argument("--split", default="test", help="of the dataset (default: test; convert fold: validation)")
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:

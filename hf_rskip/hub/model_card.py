@@ -72,6 +72,9 @@ def write_model_card(
         signature = signature.replace("|", "\\|")  # a plain bar would end the cell
         results.append({"metric": title, "score": f"{value:.2{kind}}", "signature": signature})
     skip, seconds, name = SKIP_CONNECTIONS[config.skip_type], metrics["train_runtime"], Path(folder).resolve().name
+    training, kept = recipe.training, None
+    if training.load_best_model_at_end and training.average_checkpoints is None and state.best_model_checkpoint:
+        kept = f"{int(Path(state.best_model_checkpoint).name.rpartition('-')[2]):,}"
     idle = dict(find_idle_keys(recipe, config))
     keys = {key: value for key, value in recipe.keys.items() if key not in idle}
     card = ModelCard.from_template(
@@ -106,6 +109,8 @@ def write_model_card(
         steps=f"{state.global_step:,}",
         epochs=f"{state.epoch:.1f}",
         time=f"{seconds:.1f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes",
+        kept=kept,
+        kept_by=(training.metric_for_best_model or "").removeprefix("eval_"),
         resumed="; ".join(map(describe_resumption, record["resumed"])),
         processes=recipe.training.world_size,
         device=describe_device(),

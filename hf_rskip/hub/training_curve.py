@@ -22,7 +22,8 @@ def draw_training_curve(
     """
     figure = new_figure(6, 3.2)
     axes = figure.subplots()
-    axes.plot(*_series(log_history, "loss"), color="tab:blue")
+    steps, losses = _series(log_history, "loss")
+    axes.plot(steps, losses, color="tab:blue", marker="." if len(steps) < 10 else None)
     axes.set_xlabel("step")
     axes.set_ylabel(loss, color="tab:blue")
     axes.grid(alpha=0.3)

@@ -100,7 +100,10 @@ class SkipConfig(PreTrainedConfig):
         self._check("skip_recursions", COUNT, at_most(MOST_RECURSIONS))
         self._check("skip_scale", FINITE)
         self._check("layer_norm_eps", POSITIVE)
-        self._check("skip_type", one_of(SKIP_CONNECTIONS, ", or a kind whose module was imported"))
+        self._check(
+            "skip_type",
+            one_of(SKIP_CONNECTIONS, ", or one of your own, whose module is imported first (`--import_module`)"),
+        )
         self._check("skip_norm", one_of(NORMS))
         self._check("skip_norm_affine", one_of(AFFINES))
         norms = SKIP_CONNECTIONS[self.skip_type].norms

@@ -61,7 +61,7 @@ def describe_schedule(args: TrainingArguments, steps: int) -> str:
     if getattr(args, "lr_milestones", None) is not None:
         name = f"times {args.lr_gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in args.lr_milestones)}"
     if warmup > steps:
-        name += " (its peak is never reached)"
+        name += " (its peak is never reached: lower warmup_steps)"
     return f"learning rate: {args.learning_rate:g}, {name}, warm-up in {warmup:,} of {steps:,} steps"
 
 

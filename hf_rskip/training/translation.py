@@ -91,6 +91,9 @@ class Translation(Task):
         print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
 
     def test(self, trainer: RSkipTrainer) -> Tested:
+        beams = self.recipe.generation.num_beams
+        if trainer.is_world_process_zero():
+            print(f"test: translates {len(self.corpus['test']):,} sentences with num_beams {beams}", flush=True)
         scores, translations = self._score(trainer.whole_model(), "test")
         _, references = split_languages(self.corpus["test"], self.recipe.data.source_lang, self.recipe.data.target_lang)
         scored = scored_form(translations, references, lowercase=lowercases(self.tokenizer))

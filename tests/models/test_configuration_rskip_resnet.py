@@ -136,7 +136,12 @@ FLAGS = ("preactivation", "downsample_in_first_stage", "downsample_in_bottleneck
         *(("skip_scale", value, "a finite number") for value in (math.nan, math.inf, -math.inf, "1", None, True)),
         *(("layer_norm_eps", value, "a positive number") for value in (0.0, -1e-5, math.nan, math.inf, "1e-5")),
         *(
-            ("skip_type", value, f"one of {', '.join(SKIP_CONNECTIONS)}, or a kind whose module was imported")
+            (
+                "skip_type",
+                value,
+                f"one of {', '.join(SKIP_CONNECTIONS)}, or one of your own, whose module is imported first "
+                "(`--import_module`)",
+            )
             for value in ("r_skip", "", None)
         ),
         *(("skip_norm", value, f"one of {', '.join(NORMS)}") for value in ("layernorm", None)),

@@ -262,7 +262,9 @@ def test_the_default_schedule_warms_up_and_decays(write_recipe):
     assert rates[0] == 0 and rates[40] == 1 and rates[160] == pytest.approx(0.5)
     assert describe_schedule(training, 400) == "learning rate: 0.01, inverse_sqrt, warm-up in 40 of 400 steps"
     training.warmup_steps = 4000
-    assert "inverse_sqrt (its peak is never reached), warm-up in 4,000 of 400" in describe_schedule(training, 400)
+    assert "inverse_sqrt (its peak is never reached: lower warmup_steps), warm-up in 4,000 of 400" in describe_schedule(
+        training, 400
+    )
 
 
 def test_a_key_that_stands_twice_is_an_error(write_recipe):
