@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
 
@@ -335,6 +336,25 @@ def test_what_the_trainer_cannot_use_is_refused(tmp_path):
         RSkipTrainer(**given, compute_metrics=lambda prediction: {})
     with pytest.raises(UserError, match="train_dataset has no column target_length"):
         RSkipTrainer(**given, train_dataset=trainer.train_dataset.remove_columns("target_length"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"ema_decay": 0.9}, "ema_decay does not go with FSDP: average_checkpoints does"),
+        ({"probe_steps": 2}, "probe_steps does not go with FSDP"),
+        (
+            {"average_checkpoints": 2, "save_strategy": "steps"},
+            "needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED_STATE_DICT",
+        ),
+    ],
+)
+def test_what_shards_cannot_do(tmp_path, monkeypatch, arguments, said):
+    trainer = create_trainer(tmp_path, COVERAGE_LENGTHS[:8], **arguments)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(UserError, match=said):
+        trainer._check_fsdp()
 
 
 def test_logs_count_target_tokens(tmp_path):
