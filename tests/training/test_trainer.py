@@ -87,14 +87,11 @@ COVERAGE_LENGTHS = [(1 + number % 7, 3 + number * number % 10) for number in ran
 def draw_epochs(folder):
     """What two epochs draw, uninterrupted and, from the middle of the second epoch, resumed."""
     arguments = {"per_device_train_batch_tokens": 40, "num_train_epochs": EPOCHS, "learning_rate": 1e-3}
-    whole = create_trainer(
-        folder, COVERAGE_LENGTHS, **arguments, save_strategy="steps", save_steps=1, save_total_limit=None
-    )
+    whole = create_trainer(folder, COVERAGE_LENGTHS, **arguments, save_strategy="steps")
+    whole.args.save_steps = len(whole.make_sampler()) + 3
     whole.train()
-    steps_an_epoch = len(whole.drawn[0])
-    checkpoint = f"{folder}/checkpoint-{steps_an_epoch + 3}"
     resumed = create_trainer(folder, COVERAGE_LENGTHS, **arguments)
-    resumed.train(resume_from_checkpoint=checkpoint)
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{whole.args.save_steps}")
     return {
         "whole": [whole.drawn[epoch] for epoch in range(EPOCHS)],
         "resumed": [resumed.drawn.get(epoch, []) for epoch in range(EPOCHS)],
