@@ -131,24 +131,32 @@ def test_a_run_goes_on_on_another_number_of_processes(alone, train, write, run_c
     check_same(train(*resume, recipe=recipe), alone)
 
 
-# Every process leaves its number.
+# Every process leaves its number, and looks for no libraries in the current folder.
 NUMBER = """
-    import os
+    import os, sys
     from pathlib import Path
+    assert os.getcwd() not in sys.path
     Path(__file__).with_name(f"process-{os.getpid()}").touch()
 """
-TERMINATE = """
-    import signal, time
+WAIT = """
+    import time
     from hf_rskip.training.trainer import RSkipTrainer
     step = RSkipTrainer.training_step
     def step_under_fire(self, *args, **kwargs):
         if self.args.process_index == 1 and self.state.global_step == 5:
-            os.kill(os.getppid(), signal.SIGTERM)  # the launcher, which passes it on
+            Path(__file__).with_name("waiting").touch()
             while not self.stop._received:
                 time.sleep(0.01)
         return step(self, *args, **kwargs)
     RSkipTrainer.training_step = step_under_fire
 """
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def running(recipe):
@@ -158,18 +166,19 @@ def running(recipe):
 
 
 @pytest.mark.slow
-def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli, shadow_libraries, tmp_path, monkeypatch):
+def test_sigterm_in_two_processes_changes_nothing(train, write, start_cli, warm_python, tmp_path):
     """In the middle of an epoch, with dropout, whose random numbers each process has of its own."""
     short = {"dropout": 0.1, "max_steps": 8, "eval_steps": 4, "save_steps": 4}
     whole = train(*launcher("cpu", 2), **short)
     recipe = write(**short)
     words = ("train", recipe, *launcher("cpu", 2), "--import_module", "beside")
-    with monkeypatch.context() as cold:
-        cold.delenv("PYTHON_EXEC", raising=False)
-        environment = module_for(recipe, NUMBER + TERMINATE)
-    stopped = run_cli(*words, environment=environment, cwd=shadow_libraries(tmp_path))
-    assert stopped.code == 143, stopped.err
-    assert "stopped by SIGTERM after step 6" in stopped.err and "Traceback" not in stopped.err
+    environment = module_for(recipe, NUMBER + WAIT)
+    process = start_cli(*words, python=[warm_python], environment=environment, cwd=tmp_path)
+    wait_for((recipe.parent / "waiting").exists, process)
+    process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143, error
+    assert "stopped by SIGTERM after step 6" in error and "Traceback" not in error
     assert running(recipe) == (2, [])
     run = train(*launcher("cpu", 2), "--resume_from_checkpoint", "true", recipe=recipe)
     assert run.curve == whole.curve
@@ -300,10 +309,7 @@ def test_ctrl_c_ends_all_processes(write, start_cli, warm_python, tmp_path):
     with open(log, "wb") as file:
         streams = {"stdout": file, "stderr": file}
         process = start_cli(*words, python=[warm_python], environment=module_for(recipe, NUMBER), **streams)
-        deadline = time.monotonic() + 120
-        while not re.search(rb"step \d+ of", log.read_bytes()) and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
+        wait_for(lambda: re.search(rb"step \d+ of", log.read_bytes()), process)
         count, numbers = running(recipe)
         assert len(numbers) == count == 2
         process.send_signal(signal.SIGINT)
