@@ -1,6 +1,7 @@
 """What all tests share: caches in a folder of their own, no network, a tiny corpus, and a model trained on it."""
 
 import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -84,6 +85,12 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    """What imports have made stays: each training, which starts with a search for garbage, need not look through it."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or the end finds leaks
 
 
 def sentence_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:

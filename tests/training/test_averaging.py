@@ -139,7 +139,7 @@ def test_what_cannot_be_asked(words, message, tmp_path, capfd):
 
 @pytest.mark.parametrize("by", ["last", "best"])
 def test_a_translation_model_ends_as_the_mean(by, write_recipe, capfd):
-    recipe = write_recipe(average_checkpoints=3, average_checkpoints_by=by, num_train_epochs=3, num_beams=1)
+    recipe = write_recipe(average_checkpoints=3, average_checkpoints_by=by, num_train_epochs=2, num_beams=1)
     assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
     run = recipe.parent / "output"
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]

@@ -62,13 +62,15 @@ def test_compiled_training_is_the_same(train, monkeypatch):
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         torch.compiler.reset()
         counters.clear()
-        folder, losses, shapes = train(pad_to_multiple_of=2, torch_compile_backend="aot_eager")
+        folder, losses, shapes = train(pad_to_multiple_of=2, torch_compile_backend="eager")
         assert len(shapes) > 10
         assert not counters["graph_break"] and 2 <= counters["stats"]["unique_graphs"] <= 4
         check_same(folder, losses, eager, expected)
         torch.compiler.reset()
         counters.clear()
         monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
+        # It would begin anew for the first number that it cannot make a tensor.
+        monkeypatch.setattr(torch._dynamo.config, "specialize_float", True)
         with inductor_config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1}):
             folder, losses, _ = train(pad_to_multiple_of=2, torch_compile=True)
         assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1

@@ -20,7 +20,7 @@ from hf_rskip.cli.main import main
 from hf_rskip.recipe import training as arguments
 from hf_rskip.training.averaging import average_weights
 
-STEPS = 50
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,9 @@ def write(write_recipe):
             "per_device_train_batch_tokens": 512,
             "max_steps": STEPS,
             "logging_steps": 1,
-            "eval_steps": 25,
-            "save_steps": 25,
+            "eval_steps": 12,
+            "save_steps": 8,
+            "average_checkpoints": 2,
             "early_stopping_patience": None,
             "load_best_model_at_end": False,
             "num_beams": 1,
@@ -121,8 +122,8 @@ STOP = """
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_processes(alone, train, write, run_cli):
-    """In the middle of an epoch of 14 steps: on one until step 17, on two until 34, and on one to the end."""
-    recipe = write(save_steps=17)
+    """On one until step 8 of an epoch of 14, on two until 16, which is in the next epoch, and on one to the end."""
+    recipe = write()
     resume = ("--resume_from_checkpoint", "true")
     for options in ((), (*launcher("cpu", 2), *resume)):
         words = ("train", recipe, *options, "--import_module", "beside")
@@ -130,13 +131,20 @@ def test_a_run_goes_on_on_another_number_of_processes(alone, train, write, run_c
     check_same(train(*resume, recipe=recipe), alone)
 
 
-TERMINATE = """
-    import os, signal, time
+# Every process leaves its number, and looks for no libraries in the current folder.
+NUMBER = """
+    import os, sys
+    from pathlib import Path
+    assert os.getcwd() not in sys.path
+    Path(__file__).with_name(f"process-{os.getpid()}").touch()
+"""
+WAIT = """
+    import time
     from hf_rskip.training.trainer import RSkipTrainer
     step = RSkipTrainer.training_step
     def step_under_fire(self, *args, **kwargs):
-        if self.args.process_index == 1 and self.state.global_step == 20:
-            os.kill(os.getppid(), signal.SIGTERM)  # the launcher, which passes it on
+        if self.args.process_index == 1 and self.state.global_step == 5:
+            Path(__file__).with_name("waiting").touch()
             while not self.stop._received:
                 time.sleep(0.01)
         return step(self, *args, **kwargs)
@@ -144,19 +152,34 @@ TERMINATE = """
 """
 
 
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(recipe):
+    """The processes that have left their numbers beside the recipe, and which of them are running."""
+    numbers = [path.name.partition("-")[2] for path in recipe.parent.glob("process-*")]
+    return len(numbers), [number for number in numbers if os.path.exists(f"/proc/{number}")]
+
+
 @pytest.mark.slow
-def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli, shadow_libraries, tmp_path, monkeypatch):
-    """In the middle of an epoch of 14 steps, with dropout, whose random numbers each process has of its own."""
-    short = {"dropout": 0.1, "max_steps": 26, "eval_steps": 13, "save_steps": 13}
+def test_sigterm_in_two_processes_changes_nothing(train, write, start_cli, warm_python, tmp_path):
+    """In the middle of an epoch, with dropout, whose random numbers each process has of its own."""
+    short = {"dropout": 0.1, "max_steps": 8, "eval_steps": 4, "save_steps": 4}
     whole = train(*launcher("cpu", 2), **short)
     recipe = write(**short)
     words = ("train", recipe, *launcher("cpu", 2), "--import_module", "beside")
-    with monkeypatch.context() as cold:
-        cold.delenv("PYTHON_EXEC", raising=False)
-        environment = module_for(recipe, TERMINATE)
-    stopped = run_cli(*words, environment=environment, cwd=shadow_libraries(tmp_path))
-    assert stopped.code == 143, stopped.err
-    assert "stopped by SIGTERM after step 21" in stopped.err
+    environment = module_for(recipe, NUMBER + WAIT)
+    process = start_cli(*words, python=[warm_python], environment=environment, cwd=tmp_path)
+    wait_for((recipe.parent / "waiting").exists, process)
+    process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143, error
+    assert "stopped by SIGTERM after step 6" in error and "Traceback" not in error
+    assert running(recipe) == (2, [])
     run = train(*launcher("cpu", 2), "--resume_from_checkpoint", "true", recipe=recipe)
     assert run.curve == whole.curve
     assert all(torch.equal(weight, whole.weights[name]) for name, weight in run.weights.items())
@@ -165,12 +188,12 @@ def test_sigterm_in_two_processes_changes_nothing(train, write, run_cli, shadow_
 
 @pytest.mark.slow
 def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, run_cli, capfd):
-    """On three processes, which share rows of weights, and batches, unevenly."""
+    """On three processes, which share rows of weights, and batches, unevenly; it ends with the mean of checkpoints."""
     recipe = write()
     words = ("train", recipe, *launcher("fsdp2", 3), "--import_module", "beside")
     stopped = run_cli(*words, environment=module_for(recipe, STOP))
     assert stopped.code == 9, stopped.err
-    checkpoint = recipe.parent / "output" / "checkpoint-25"
+    checkpoint = recipe.parent / "output" / "checkpoint-8"
     assert (checkpoint / "pytorch_model_fsdp.bin").is_file(), "sharded, and not DDP"
     assert main(["train", str(recipe), "--resume_from_checkpoint", "true"]) == 2
     assert "was saved under FSDP" in capfd.readouterr().err
@@ -179,26 +202,11 @@ def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, ru
     assert run.out.count("parameters, vocabulary of") == 1
     model = AutoModelForSeq2SeqLM.from_pretrained(run.folder)
     assert sum(weight.numel() for weight in model.parameters()) == sum(map(torch.numel, alone.weights.values()))
-
-
-@pytest.mark.slow
-def test_a_sharded_run_ends_with_the_average_of_its_checkpoints(train):
-    short = {"average_checkpoints": 2, "max_steps": 4, "save_steps": 2, "eval_strategy": "no"}
-    run = train(*launcher("fsdp2", 2), **short)
-    checkpoints = [run.folder / f"checkpoint-{step}" for step in (2, 4)]
+    checkpoints = [run.folder / f"checkpoint-{step}" for step in (16, 24)]
     expected, last = average_weights(checkpoints), load_file(checkpoints[-1] / "model.safetensors")
     assert run.weights.keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in run.weights.items())
     assert not any(torch.equal(weight, last[name]) for name, weight in run.weights.items())
-
-
-@pytest.mark.slow
-def test_an_average_that_shards_cannot_make(write, run_cli, tmp_path):
-    profile = tmp_path / "sharded.yaml"
-    profile.write_text(find_profile("fsdp2").read_text().replace("FULL_STATE", "SHARDED_STATE"))
-    result = run_cli("train", write(average_checkpoints=2), *launcher(profile, 2))
-    assert result.code == 2
-    assert "average_checkpoints needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED" in result.err
 
 
 @pytest.mark.parametrize(
@@ -224,6 +232,7 @@ def test_padding_to_multiples_does_not_change_the_loss(write):
         max_steps=1,
         eval_strategy="no",
         save_strategy="no",
+        average_checkpoints=None,
     )
     losses = []
     for multiple in (1, 32):
@@ -241,7 +250,11 @@ def test_padding_to_multiples_does_not_change_the_loss(write):
     ("profile", "changes", "message"),
     [
         ("cpu", {"dataset_name": "no/such"}, "hf-rskip: error: Dataset 'no/such' cannot be loaded"),
-        ("fsdp2", {"ema_decay": 0.9}, "hf-rskip: error: ema_decay does not go with FSDP: average_checkpoints does."),
+        (
+            "fsdp2",
+            {"ema_decay": 0.9, "average_checkpoints": None},
+            "hf-rskip: error: ema_decay does not go with FSDP: average_checkpoints does.",
+        ),
     ],
 )
 def test_an_error_is_said_once(profile, changes, message, write, run_cli):
@@ -254,7 +267,7 @@ def test_an_error_is_said_once(profile, changes, message, write, run_cli):
 @pytest.mark.slow
 def test_two_machines(write, start_cli, warm_python, alone):
     """Both of them this one."""
-    recipe = write(use_cpu=True, max_steps=2, eval_strategy="no", save_strategy="no")
+    recipe = write(use_cpu=True, max_steps=2, eval_strategy="no", save_strategy="no", average_checkpoints=None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -281,44 +294,33 @@ def test_a_launch_that_cannot_be(words, message, write, capfd):
     assert message in capfd.readouterr().err
 
 
-def descendants(pid):
-    rows = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.split()[2:]
-    parents = {int(child): int(parent) for child, parent in zip(rows[::2], rows[1::2], strict=True)}
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_all_processes(number, code, write, start_cli, tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHON_EXEC", raising=False)
+def test_ctrl_c_ends_all_processes(write, start_cli, warm_python, tmp_path):
     recipe = write(
         max_steps=100_000,
         eval_strategy="no",
         save_strategy="no",
+        average_checkpoints=None,
         predict_with_generate=False,
         metric_for_best_model="loss",
     )
     log = tmp_path / "log"
+    words = ("train", recipe, *launcher("cpu", 2), "--import_module", "beside")
     with open(log, "wb") as file:
-        process = start_cli("train", recipe, *launcher("cpu", 2), stdout=file, stderr=file)
-        deadline = time.monotonic() + 120
-        while not re.search(rb"step \d+ of", log.read_bytes()) and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        children = descendants(process.pid)
-        assert len(children) >= 2
-        process.send_signal(number)
-        assert process.wait(60) == code, log.read_text()
-    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+        streams = {"stdout": file, "stderr": file}
+        process = start_cli(*words, python=[warm_python], environment=module_for(recipe, NUMBER), **streams)
+        wait_for(lambda: re.search(rb"step \d+ of", log.read_bytes()), process)
+        count, numbers = running(recipe)
+        assert len(numbers) == count == 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, log.read_text()
+    assert running(recipe) == (2, [])
     assert "Traceback" not in log.read_text()
 
 
 def test_accelerate_launch_is_the_same_command(write, warm_python, alone):
     """And a profile is a file that accelerate reads."""
-    recipe = write(max_steps=1, eval_strategy="no", save_strategy="no")
+    recipe = write(max_steps=1, eval_strategy="no", save_strategy="no", average_checkpoints=None)
     command = ["accelerate.commands.launch", "--config_file", str(find_profile("cpu")), "--num_processes", "2"]
     words = ["-m", "hf_rskip.cli", "train", str(recipe), "--use_cpu", "true"]
     result = subprocess.run([warm_python, "-m", *command, *words], capture_output=True, text=True, timeout=120)
@@ -332,6 +334,7 @@ def test_tensorboard(write, monkeypatch, capfd):
     from hf_rskip.cli.main import main
 
     quick = {"report_to": "tensorboard", "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    quick |= {"average_checkpoints": None}
     pytest.importorskip("tensorboard")
     recipe = write(**quick)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(recipe.parent / "board"))

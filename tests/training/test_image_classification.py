@@ -164,7 +164,7 @@ def test_the_card(trained_resnet, run_cli):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lr_milestones": [1, 2], "ema_decay": 0.5},
+        {"lr_milestones": [1, 2], "ema_decay": 0.5, "num_train_epochs": 3},
         {"bf16": True, "channels_last": True, "label_smoothing_factor": 0.1},
         {"architecture": "resnet20_cifar", "hidden_sizes": None, "depths": None, "embedding_size": None},
         {"load_best_model_at_end": True, "early_stopping_patience": 2, "ema_decay": 0.5},
@@ -174,7 +174,8 @@ def test_the_card(trained_resnet, run_cli):
     ids=["steps and average", "bfloat16", "architecture", "best model", "no validation", "resized crops"],
 )
 def test_it_learns(write_image_recipe, changes):
-    path = write_image_recipe(**changes, **({} if "lr_milestones" in changes else {"num_train_epochs": 4}))
+    fixed = {"image_size": 16, "num_train_epochs": 4, "eval_steps": 9, "save_steps": 9, "logging_steps": 9}
+    path = write_image_recipe(**fixed | changes)
     assert main(["train", str(path)]) == 0
     results = json.loads((path.parent / "output" / "all_results.json").read_text())
     assert results["test_accuracy"] > 0.7
@@ -191,7 +192,13 @@ def test_the_best_model_is_the_best_average(write_image_recipe):
         assert torch.equal(value, average[f"module.{name}"]), name
 
 
-def test_streaming(write_image_recipe, imagenet_folder):
+@pytest.fixture
+def no_wait(monkeypatch):
+    """At the end of each epoch of a stream `datasets` waits for five seconds, lest the process ends while it reads."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+def test_streaming(write_image_recipe, imagenet_folder, no_wait):
     """The code of the ImageNet recipe, on a small folder of the same schema."""
     recipe = yaml.safe_load((RECIPES / "imagenet" / "resnet50.yaml").read_text())
     small = {
@@ -203,7 +210,7 @@ def test_streaming(write_image_recipe, imagenet_folder):
         "save_steps": 6,
         "logging_steps": 3,
         "shuffle_buffer_size": 32,
-        "per_device_train_batch_size": 16,  # two epochs: at the end of each `datasets` waits for five seconds
+        "per_device_train_batch_size": 16,
         "dataloader_num_workers": 0,
         "learning_rate": 0.05,
     }
@@ -229,7 +236,7 @@ def test_a_dropped_last_batch_is_one_of_training(write_image_recipe, cifar_folde
     assert scores["accuracy"] == results["test_accuracy"]
 
 
-def test_a_resumed_stream_is_read_anew(write_image_recipe, imagenet_folder):
+def test_a_resumed_stream_is_read_anew(write_image_recipe, imagenet_folder, no_wait):
     """Also after its first epoch, of 3 steps; in another order, as the place in the stream is not known."""
     recipe = {
         "dataset_name": imagenet_folder,

@@ -221,7 +221,7 @@ def test_crops_and_flips_are_drawn_anew_for_each_batch(tmp_path):
 
 def test_a_resumed_run_draws_what_the_whole_one_draws(tmp_path):
     arguments = {"data": {"crop_padding": 2}, "num_train_epochs": 2, "ema_decay": 0.8, "lr_milestones": [1]}
-    whole = create_trainer(tmp_path, **arguments, save_strategy="steps", save_steps=1, save_total_limit=None)
+    whole = create_trainer(tmp_path, **arguments, save_strategy="steps", save_steps=3, save_total_limit=None)
     whole.train()
     resumed = create_trainer(tmp_path, **arguments)
     resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-3")

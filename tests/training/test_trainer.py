@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
 
@@ -86,14 +87,11 @@ COVERAGE_LENGTHS = [(1 + number % 7, 3 + number * number % 10) for number in ran
 def draw_epochs(folder):
     """What two epochs draw, uninterrupted and, from the middle of the second epoch, resumed."""
     arguments = {"per_device_train_batch_tokens": 40, "num_train_epochs": EPOCHS, "learning_rate": 1e-3}
-    whole = create_trainer(
-        folder, COVERAGE_LENGTHS, **arguments, save_strategy="steps", save_steps=1, save_total_limit=None
-    )
+    whole = create_trainer(folder, COVERAGE_LENGTHS, **arguments, save_strategy="steps")
+    whole.args.save_steps = len(whole.make_sampler()) + 3
     whole.train()
-    steps_an_epoch = len(whole.drawn[0])
-    checkpoint = f"{folder}/checkpoint-{steps_an_epoch + 3}"
     resumed = create_trainer(folder, COVERAGE_LENGTHS, **arguments)
-    resumed.train(resume_from_checkpoint=checkpoint)
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{whole.args.save_steps}")
     return {
         "whole": [whole.drawn[epoch] for epoch in range(EPOCHS)],
         "resumed": [resumed.drawn.get(epoch, []) for epoch in range(EPOCHS)],
@@ -335,6 +333,25 @@ def test_what_the_trainer_cannot_use_is_refused(tmp_path):
         RSkipTrainer(**given, compute_metrics=lambda prediction: {})
     with pytest.raises(UserError, match="train_dataset has no column target_length"):
         RSkipTrainer(**given, train_dataset=trainer.train_dataset.remove_columns("target_length"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"ema_decay": 0.9}, "ema_decay does not go with FSDP: average_checkpoints does"),
+        ({"probe_steps": 2}, "probe_steps does not go with FSDP"),
+        (
+            {"average_checkpoints": 2, "save_strategy": "steps"},
+            "needs fsdp_state_dict_type FULL_STATE_DICT, not SHARDED_STATE_DICT",
+        ),
+    ],
+)
+def test_what_shards_cannot_do(tmp_path, monkeypatch, arguments, said):
+    trainer = create_trainer(tmp_path, COVERAGE_LENGTHS[:8], **arguments)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(UserError, match=said):
+        trainer._check_fsdp()
 
 
 def test_logs_count_target_tokens(tmp_path):
