@@ -122,8 +122,9 @@ def _run(words: list[str]) -> None:
 
 def _leave_out_teardown() -> None:
     if isinstance(code, int):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(ValueError):  # closed
+                stream.flush()
         os._exit(code)
     gc.unfreeze()  # or libraries report what is left as leaks
 
