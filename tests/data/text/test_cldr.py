@@ -62,7 +62,9 @@ RULES = {
 
 @pytest.fixture(scope="module")
 def corpus():
-    return build_cldr_corpus()
+    """What the dataset name `cldr` loads."""
+    args = DataArguments(dataset_name="cldr", source_lang="en", target_lang="de")
+    return load_translation_dataset(args, ["train", "validation", "test"])
 
 
 def pairs(dataset, source="en", target="de"):
@@ -81,12 +83,6 @@ def test_splits_and_schema(corpus):
     assert all(sentence for split in corpus.values() for pair in pairs(split) for sentence in pair)
 
 
-def test_is_what_the_dataset_name_cldr_loads(corpus):
-    args = DataArguments(dataset_name="cldr", source_lang="en", target_lang="de")
-    loaded = load_translation_dataset(args, ["validation"])
-    assert loaded["validation"].to_list() == corpus["validation"].to_list()
-
-
 def test_no_source_sentence_occurs_twice(corpus):
     sources = [source for split in corpus.values() for source, _ in pairs(split)]
     assert len(sources) == len(set(sources))
@@ -94,7 +90,7 @@ def test_no_source_sentence_occurs_twice(corpus):
 
 def test_a_source_sentence_has_one_target_whatever_the_seed(corpus):
     targets = dict(pair for split in corpus.values() for pair in pairs(split))
-    others = [pair for split in build_cldr_corpus(seed=1).values() for pair in pairs(split)]
+    others = [pair for split in build_cldr_corpus(seed=1, train_size=8_000).values() for pair in pairs(split)]
     assert len({source for source, _ in others} & targets.keys()) > 1_000
     assert all(targets.get(source, target) == target for source, target in others)
 
@@ -169,10 +165,9 @@ def test_same_corpus_for_a_seed_in_every_process():
         [sys.executable, "-c", program], env=environment, capture_output=True, encoding="utf-8", check=True
     )
 
-    corpus, again, other = (build_cldr_corpus(train_size=1_000, seed=seed) for seed in (0, 0, 1))
+    corpus, other = (build_cldr_corpus(train_size=1_000, seed=seed) for seed in (0, 1))
     rows = [split.to_list() for split in corpus.values()]
     assert done.stdout.strip() == repr(rows)
-    assert rows == [split.to_list() for split in again.values()]
     assert set(pairs(other["test"])) != set(pairs(corpus["test"]))
 
 
