@@ -71,6 +71,12 @@ def pairs(dataset, source="en", target="de"):
     return [(row[source], row[target]) for row in dataset["translation"]]
 
 
+@pytest.fixture(scope="module")
+def train(corpus):
+    """The pairs of the training split."""
+    return pairs(corpus["train"])
+
+
 def words(sentences):
     return set(re.findall(r"[^\W\d_]+", " ".join(sentences)))
 
@@ -101,8 +107,7 @@ def test_spaces_are_plain_and_single(corpus):
             assert sentence == " ".join(sentence.split())
 
 
-def test_training_split_has_every_word_and_name_of_the_others(corpus):
-    train = pairs(corpus["train"])
+def test_training_split_has_every_word_and_name_of_the_others(corpus, train):
     known = [words(sentences) for sentences in zip(*train, strict=True)]
     for name in ("validation", "test"):
         for sentences, vocabulary in zip(zip(*pairs(corpus[name]), strict=True), known, strict=True):
@@ -119,16 +124,15 @@ def test_training_split_has_every_word_and_name_of_the_others(corpus):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_translations(corpus, rule):
+def test_translations(train, rule):
     pattern, translate, least = RULES[rule]
-    found = [(re.fullmatch(pattern, source), target) for source, target in pairs(corpus["train"])]
+    found = [(re.fullmatch(pattern, source), target) for source, target in train]
     found = [(match, target) for match, target in found if match]
     assert len(found) >= least
     assert [target for _, target in found] == [translate(*match.groups()) for match, _ in found]
 
 
-def test_lists_of_names(corpus):
-    train = pairs(corpus["train"])
+def test_lists_of_names(corpus, train):
     names = {source: target for source, target in train if not re.search(r"\d|, | (and|or) ", source)}
     lists = [(re.fullmatch(r"(\w+) (and|or) (\w+)", source), target) for source, target in pairs(corpus["test"])]
     # English calls the language of Nauru by the name of the territory; German does not.
