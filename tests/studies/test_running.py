@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import time
@@ -78,7 +79,9 @@ def small_study(run_cli, shadow_libraries, write_recipe, tmp_path_factory):
 def test_every_cell_leaves_a_result(small_study):
     folder, _, result = small_study
     assert result.code == 1
-    assert "2 of 10 cells failed: broken, seed 1 (failed: Dataset" in result.err and "Traceback" not in result.err
+    # Of two at once, either may fail first.
+    assert re.search(r"2 of 10 cells failed: broken, seed [12] \(failed: Dataset", result.err), result.err
+    assert "Traceback" not in result.err
     results = read_results(folder / "output")
     assert {name: record["state"] for name, record in results.items()} == {
         f"{form}-seed-{seed}": state
