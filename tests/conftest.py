@@ -16,8 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # Before datasets, transformers or torch are imported, here and in every subprocess.
-_CACHE = tempfile.mkdtemp(prefix="hf-rskip-tests-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    _CACHE = os.environ["HF_HOME"]  # of the main process
+else:
+    _CACHE = tempfile.mkdtemp(prefix="hf-rskip-tests-")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ |= {
     "HF_HOME": _CACHE,
     "HF_DATASETS_CACHE": f"{_CACHE}/datasets",
@@ -57,17 +60,20 @@ ARTICLES, NOUNS, VERBS, ADJECTIVES = (
 
 
 def pytest_configure(config):
-    """Starts the server of `warm_python.py`, which the processes of pytest-xdist and of torchrun inherit."""
+    """Starts the server of `warm_python.py`, from which those of pytest-xdist and torchrun are forked, too."""
     if not hasattr(os, "pidfd_open"):
         return
     if not hasattr(config, "workerinput"):
         _start_warm_python(config)
+        config.option.tx = [f"{spec}//python={os.environ['PYTHON_EXEC']}" for spec in config.option.tx]
     multiprocessing.set_executable(os.environ["PYTHON_EXEC"])  # of the fork servers
 
 
 def _start_warm_python(config):
+    modules = ["hf_rskip.studies.cell", "hf_rskip.cli.launch", "transformers.integrations"]
+    modules += ["torch.distributed.checkpoint", "matplotlib.figure", "matplotlib.backends.backend_agg"]
     server = [sys.executable, str(Path(__file__).with_name("warm_python.py")), f"{_CACHE}/socket"]
-    process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*server, "--serve", *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     config.add_cleanup(process.wait)
     config.add_cleanup(process.stdin.close)  # is done first
     process.stdout.readline()

@@ -1,12 +1,19 @@
 """A `python` that has done its imports, which take seconds: a server forks a process for each command line.
 
-`warm_python.py SOCKET` is the server, until its standard input ends. With more words, `SCRIPT ...`, `-m MODULE ...` or
-`-c CODE`, it runs that program in a fork of the server, with the open files, folder and environment of the caller,
-passes signals on and ends as the program does. The fork servers of `multiprocessing` are started the same way. What
-packages do when they are imported is not the caller's: that needs `sys.executable`.
+`warm_python.py SOCKET --serve MODULE ...` is the server, until its standard input ends; it imports the modules before
+it first forks. With other words, `SCRIPT ...`, `-m MODULE ...` or `-c CODE`, it runs that program in a fork of the
+server, with the open files, folder and environment of the caller, passes signals on and ends as the program does. The
+fork servers of `multiprocessing` are started the same way. What packages do when they are imported is not the caller's:
+that needs `sys.executable`.
+
+The garbage collector and the teardown of modules write into every object, which copies the memory of the server and
+took longer than most programs: what the server has imported is kept from the former, and the latter is left out where
+the exit code is known.
 """
 
+import atexit
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -18,8 +25,6 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-
-IMPORTS = ("hf_rskip.studies.cell", "hf_rskip.cli.launch", "transformers.integrations", "torch.distributed.checkpoint")
 
 
 def run_in_server(path: str, words: list[str]) -> None:
@@ -47,15 +52,16 @@ def _is_inherited(number: int) -> bool:
     return False
 
 
-def serve(path: str) -> list[str]:
+def serve(path: str, modules: list[str]) -> list[str]:
     """Forks; returns in the new processes only, with the words of their command lines."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
         print("listening", flush=True)
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
-            for name in IMPORTS:
+            for name in modules:
                 import_module(name)
+            gc.freeze()
             client, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()  # before another file gets its number
@@ -100,11 +106,7 @@ def _start(client: socket.socket) -> list[str]:
     return words
 
 
-if __name__ == "__main__":
-    path, *words = sys.argv[1:]
-    if words:
-        run_in_server(path, words)
-    words = serve(path)
+def _run(words: list[str]) -> None:
     while words[0].startswith("-") and words[0] not in ("-c", "-m"):  # flags, which the server cannot change
         del words[0]
     if words[0] == "-c":
@@ -116,3 +118,26 @@ if __name__ == "__main__":
     else:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _leave_out_teardown() -> None:
+    if isinstance(code, int):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(ValueError):  # closed
+                stream.flush()
+        os._exit(code)
+    gc.unfreeze()  # or libraries report what is left as leaks
+
+
+if __name__ == "__main__":
+    path, *words = sys.argv[1:]
+    if words[0] != "--serve":
+        run_in_server(path, words)
+    code = None
+    atexit.register(_leave_out_teardown)  # the first, which is called after all that modules and the program register
+    try:
+        _run(serve(path, words[1:]))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+        raise

@@ -115,7 +115,7 @@ def test_several_rows_for_each_source(exported, model_and_tokenizer):
 
 
 class EveryKind(torch.nn.Module):
-    """All kinds of skip connections one after the other, around linear layers."""
+    """The kinds of skip connections that are in no other model here one after the other, around linear layers."""
 
     def __init__(self, size):
         super().__init__()
@@ -123,17 +123,12 @@ class EveryKind(torch.nn.Module):
             make(size)
             for make in [
                 partial(RSkip, recursions=1),
-                partial(RSkip, recursions=2, affine="last"),
-                partial(RSkip, recursions=2, norm="rms_norm"),
-                partial(RSkip, recursions=3, affine="per_step", norm="batch_norm"),
                 partial(RSkip, recursions=3, affine="shared"),
                 partial(RSkip, recursions=3, affine="last", norm="rms_norm"),
-                partial(DetachedRSkip, recursions=3),
+                partial(DetachedRSkip, recursions=2),
                 partial(XSkip, scale=1.7),
                 partial(XSkip, scale=0.5, norm="none"),
-                partial(PreNorm, norm="batch_norm"),
                 partial(PreNorm),
-                partial(PeriNorm),
                 partial(Admin, scale=1.5),
                 partial(Keel, scale=6.0),
                 partial(ReZero, norm="none"),
@@ -433,19 +428,14 @@ def forward_inputs(lengths, target_length, vocab_size):
     return {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": target}
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_torch_export_of_the_whole_model(model_and_tokenizer, tmp_path, dynamic):
+def test_torch_export_of_the_whole_model(model_and_tokenizer, tmp_path):
     model, _ = model_and_tokenizer
     sample = forward_inputs(SOURCE_LENGTHS, 5, 300)
-    shapes = (
-        {name: dict.fromkeys((0, 1), torch.export.Dim.AUTO) for name in sample} | {"use_cache": None}
-        if dynamic
-        else None
-    )
+    shapes = {name: dict.fromkeys((0, 1), torch.export.Dim.AUTO) for name in sample} | {"use_cache": None}
     with torch.no_grad():
         program = torch.export.export(model, (), sample | {"use_cache": False}, dynamic_shapes=shapes, strict=False)
         torch.export.save(program, tmp_path / "model.pt2")
         loaded = torch.export.load(tmp_path / "model.pt2").module()
-        for lengths, target_length in [(SOURCE_LENGTHS, 5), *([([9, 4], 7), ([30] * 5, 12)] if dynamic else [])]:
+        for lengths, target_length in [(SOURCE_LENGTHS, 5), ([9, 4], 7), ([30] * 5, 12)]:
             inputs = forward_inputs(lengths, target_length, 300) | {"use_cache": False}
             torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)

@@ -468,71 +468,44 @@ def plain_site(tmp_path_factory):
     return folder
 
 
-WORKER = """
-import importlib, json, os, sys, tempfile
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-answers = os.fdopen(os.dup(1), "w")
-for line in sys.stdin:
-    folder, code = json.loads(line)
-    streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
-    if pid := os.fork():
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        for stream in streams:
-            stream.seek(0)
-        out, err = (stream.read() for stream in streams)
-        print(json.dumps({"code": status, "out": out, "err": err}), file=answers, flush=True)
-        continue
-    for number, stream in enumerate([open(os.devnull), *streams]):
-        os.dup2(stream.fileno(), number)
-    sys.stdin = open(os.devnull)
-    os.chdir(folder)
-    exec(code, {"__name__": "__main__"})
-    sys.exit()
-"""
-
-
 @contextmanager
-def start_worker(options, modules, environment, folder):
-    """Yields a function that runs Python code in a folder, in a fork of a process that has imported modules, as that
-    takes seconds; it returns `code`, `out` and `err`."""
-    process = subprocess.Popen(
-        [sys.executable, *options, "-c", WORKER, *modules],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+def warm_process(options, modules, environment, folder):
+    """Yields a function that runs Python code in a folder, in a fork of a process that has imported modules (see
+    `tests/warm_python.py`); it returns `code`, `out` and `err`."""
+    python = [sys.executable, *options, Path(__file__).parents[1] / "warm_python.py", folder / "socket"]
+    server = subprocess.Popen(
+        [*python, "--serve", *modules], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    server.stdout.readline()
 
     def run(code: str, folder) -> SimpleNamespace:
-        process.stdin.write(json.dumps([str(folder), code]) + "\n")
-        process.stdin.flush()
-        return SimpleNamespace(**json.loads(process.stdout.readline()))
+        command = [python[0], "-ISE", *python[-2:], "-c", code]
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
 
     yield run
-    process.communicate()
+    server.communicate()
 
 
 @pytest.fixture(scope="session")
-def worker_without_package(hub_environment, plain_site, tmp_path_factory):
+def process_without_package(hub_environment, plain_site, tmp_path_factory):
     environment = hub_environment | {"PYTHONPATH": str(plain_site), "PATH": ""}
-    modules = "transformers.models.auto.modeling_auto", "transformers.trainer"
-    with start_worker(["-S"], modules, environment, tmp_path_factory.mktemp("worker")) as run:
+    modules = "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"
+    with warm_process(["-S"], modules, environment, tmp_path_factory.mktemp("plain")) as run:
         yield run
 
 
 @pytest.fixture
-def run_without_package(worker_without_package, tmp_path):
-    """Runs Python code where this package is not installed, and no compiler is on the path; see [`start_worker`]."""
-    return lambda code: worker_without_package(code, tmp_path)
+def run_without_package(process_without_package, tmp_path):
+    """Runs Python code where this package is not installed, and no compiler is on the path; see [`warm_process`]."""
+    return lambda code: process_without_package(code, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def run_with_package(hub_environment, tmp_path_factory):
-    """Runs Python code in an environment like this one; see [`start_worker`]."""
-    folder = tmp_path_factory.mktemp("worker")
-    with start_worker([], ["hf_rskip.training.train", "hf_rskip.hub.push"], hub_environment, folder) as run:
+    """Runs Python code in an environment like this one; see [`warm_process`]."""
+    folder = tmp_path_factory.mktemp("full")
+    with warm_process([], ["hf_rskip.training.train", "hf_rskip.hub.push"], hub_environment, folder) as run:
         yield lambda code: run(code, folder)
 
 

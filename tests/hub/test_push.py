@@ -105,13 +105,10 @@ def without(result, *keys):
 # Loading
 
 
-def test_with_code_it_loads_without_the_package(
-    hub, hub_environment, start_cli, run_without_package, run_with_package, trained, expected
-):
-    process = start_cli("push", trained.folder, "tiny", "--with-code", environment=hub_environment)
-    out, err = (text.decode() for text in process.communicate(timeout=300))
-    assert (process.returncode, err) == (0, "")
-    assert out.startswith(f"{hub.url}/user/tiny/commit/")
+def test_with_code_it_loads_without_the_package(hub, cli, run_without_package, run_with_package, trained, expected):
+    pushed = cli("push", trained.folder, "tiny", "--with-code")
+    assert (pushed.code, pushed.err) == (0, "")
+    assert pushed.out.startswith(f"{hub.url}/user/tiny/commit/")
     files = hub.files("user/tiny")
     assert files.keys() == {".gitattributes", *MODEL, *CODE, *RESULTS}
     assert hub.commits("user/tiny") == ["initial commit", "Upload model"]

@@ -32,12 +32,16 @@ def tiny(build):
 
 def best_of_all(model, source, penalty):
     """The sequences by `log p / penalty(length)`, best first, with that score."""
-    ranked = []
-    for tokens in every_sequence():
-        decoder_input_ids = torch.tensor([[1, *tokens[:-1]]])
-        log_probs = model(source[None], decoder_input_ids=decoder_input_ids).logits[0].log_softmax(-1)
-        total = sum(log_probs[step, token].item() for step, token in enumerate(tokens))
-        ranked.append((total / penalty(len(tokens)), tokens))
+    sequences = [*every_sequence()]
+    tokens = torch.tensor([[*sequence, *[0] * (LONGEST - len(sequence))] for sequence in sequences])
+    decoder_input_ids = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=1)
+    with torch.no_grad():
+        logits = model(source.expand(len(tokens), -1), decoder_input_ids=decoder_input_ids).logits
+    log_probs = logits.log_softmax(-1).gather(2, tokens[:, :, None])[:, :, 0].tolist()
+    ranked = [
+        (sum(row[: len(sequence)]) / penalty(len(sequence)), sequence)
+        for row, sequence in zip(log_probs, sequences, strict=True)
+    ]
     return sorted(ranked, reverse=True)
 
 

@@ -315,11 +315,13 @@ def test_detr_on_the_backbone(images):
 
 # Compilers and devices
 
+TWO_STAGES = {"hidden_sizes": [12, 20], "depths": [1, 1]}
+
 
 @KINDS
 def test_compiled_as_one_graph(kind, images, labels):
     torch._dynamo.reset()
-    model = build(**kind, depths=[1, 1, 1, 1]).train()
+    model = build(**kind, **TWO_STAGES).train()
     expected = model(images, labels=labels)
     expected.loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -332,7 +334,7 @@ def test_compiled_as_one_graph(kind, images, labels):
 
 @KINDS
 def test_exported_with_a_dynamic_batch(kind, images):
-    model = build(**kind, depths=[1, 1, 1, 1])
+    model = build(**kind, **TWO_STAGES)
     dynamic = {"pixel_values": {0: torch.export.Dim("batch", min=2)}}
     program = torch.export.export(model, (), {"pixel_values": images}, dynamic_shapes=dynamic)
     more = torch.randn(5, 3, 32, 32)

@@ -309,6 +309,22 @@ def test_autocast(build, batch, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_compiles_without_a_graph_break(build, batch, kind):
+    torch._dynamo.reset()
+    encoder = build(**kind, encoder_layers=1).get_encoder().train()
+    upstream = torch.randn(*batch["input_ids"].shape, 16) * batch["attention_mask"][:, :, None]
+
+    def states_and_gradients(call):
+        encoder.zero_grad()
+        states = call(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        states.backward(upstream)
+        return states[upstream != 0], [parameter.grad.clone() for parameter in encoder.parameters()]
+
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    assert_close(states_and_gradients(compiled), states_and_gradients(encoder))
+
+
+@pytest.mark.parametrize("kind", [{}, {"skip_type": "pre_norm", "skip_norm": "batch_norm"}], ids=["rskip", "pre_norm"])
 def test_compiles_without_a_graph_break(build, batch, kind):
     torch._dynamo.reset()
     model = build(**kind, encoder_layers=1, decoder_layers=1).train()

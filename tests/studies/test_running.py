@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import time
@@ -78,7 +79,9 @@ def small_study(run_cli, shadow_libraries, write_recipe, tmp_path_factory):
 def test_every_cell_leaves_a_result(small_study):
     folder, _, result = small_study
     assert result.code == 1
-    assert "2 of 10 cells failed: broken, seed 1 (failed: Dataset" in result.err and "Traceback" not in result.err
+    # Of two at once, either may fail first.
+    assert re.search(r"2 of 10 cells failed: broken, seed [12] \(failed: Dataset", result.err), result.err
+    assert "Traceback" not in result.err
     results = read_results(folder / "output")
     assert {name: record["state"] for name, record in results.items()} == {
         f"{form}-seed-{seed}": state
@@ -168,12 +171,15 @@ def test_a_killed_study_goes_on(start_cli, warm_python, run_study, write_recipe,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process by /proc")
-def test_a_killed_fork_server_is_one_sentence(start_cli, write_recipe, tmp_path):
+def test_a_killed_fork_server_is_one_sentence(start_cli, warm_python, write_recipe, tmp_path):
     path = write_study(tmp_path, write_recipe(num_train_epochs=500, early_stopping_patience=None), forms={"a": {}})
-    process = start_cli("study", path)
+    tell_id = f"import os, runpy, sys\nopen({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid()))\ndel sys.argv[0]\n"
+    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = start_cli("study", path, python=[warm_python, "-c", tell_id + run])
     cell = tmp_path / "output/cells/a-seed-1"
     wait_for(lambda: list(cell.glob("run/checkpoint-*")))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    study = (tmp_path / "id").read_text()
+    children = Path(f"/proc/{study}/task/{study}/children").read_text().split()
     (server,) = [pid for pid in children if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(int(server), signal.SIGKILL)
     _, err = process.communicate(timeout=600)

@@ -62,11 +62,19 @@ RULES = {
 
 @pytest.fixture(scope="module")
 def corpus():
-    return build_cldr_corpus()
+    """What the dataset name `cldr` loads."""
+    args = DataArguments(dataset_name="cldr", source_lang="en", target_lang="de")
+    return load_translation_dataset(args, ["train", "validation", "test"])
 
 
 def pairs(dataset, source="en", target="de"):
     return [(row[source], row[target]) for row in dataset["translation"]]
+
+
+@pytest.fixture(scope="module")
+def train(corpus):
+    """The pairs of the training split."""
+    return pairs(corpus["train"])
 
 
 def words(sentences):
@@ -81,12 +89,6 @@ def test_splits_and_schema(corpus):
     assert all(sentence for split in corpus.values() for pair in pairs(split) for sentence in pair)
 
 
-def test_is_what_the_dataset_name_cldr_loads(corpus):
-    args = DataArguments(dataset_name="cldr", source_lang="en", target_lang="de")
-    loaded = load_translation_dataset(args, ["validation"])
-    assert loaded["validation"].to_list() == corpus["validation"].to_list()
-
-
 def test_no_source_sentence_occurs_twice(corpus):
     sources = [source for split in corpus.values() for source, _ in pairs(split)]
     assert len(sources) == len(set(sources))
@@ -94,7 +96,7 @@ def test_no_source_sentence_occurs_twice(corpus):
 
 def test_a_source_sentence_has_one_target_whatever_the_seed(corpus):
     targets = dict(pair for split in corpus.values() for pair in pairs(split))
-    others = [pair for split in build_cldr_corpus(seed=1).values() for pair in pairs(split)]
+    others = [pair for split in build_cldr_corpus(seed=1, train_size=8_000).values() for pair in pairs(split)]
     assert len({source for source, _ in others} & targets.keys()) > 1_000
     assert all(targets.get(source, target) == target for source, target in others)
 
@@ -105,8 +107,7 @@ def test_spaces_are_plain_and_single(corpus):
             assert sentence == " ".join(sentence.split())
 
 
-def test_training_split_has_every_word_and_name_of_the_others(corpus):
-    train = pairs(corpus["train"])
+def test_training_split_has_every_word_and_name_of_the_others(corpus, train):
     known = [words(sentences) for sentences in zip(*train, strict=True)]
     for name in ("validation", "test"):
         for sentences, vocabulary in zip(zip(*pairs(corpus[name]), strict=True), known, strict=True):
@@ -123,16 +124,15 @@ def test_training_split_has_every_word_and_name_of_the_others(corpus):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_translations(corpus, rule):
+def test_translations(train, rule):
     pattern, translate, least = RULES[rule]
-    found = [(re.fullmatch(pattern, source), target) for source, target in pairs(corpus["train"])]
+    found = [(re.fullmatch(pattern, source), target) for source, target in train]
     found = [(match, target) for match, target in found if match]
     assert len(found) >= least
     assert [target for _, target in found] == [translate(*match.groups()) for match, _ in found]
 
 
-def test_lists_of_names(corpus):
-    train = pairs(corpus["train"])
+def test_lists_of_names(corpus, train):
     names = {source: target for source, target in train if not re.search(r"\d|, | (and|or) ", source)}
     lists = [(re.fullmatch(r"(\w+) (and|or) (\w+)", source), target) for source, target in pairs(corpus["test"])]
     # English calls the language of Nauru by the name of the territory; German does not.
@@ -169,10 +169,9 @@ def test_same_corpus_for_a_seed_in_every_process():
         [sys.executable, "-c", program], env=environment, capture_output=True, encoding="utf-8", check=True
     )
 
-    corpus, again, other = (build_cldr_corpus(train_size=1_000, seed=seed) for seed in (0, 0, 1))
+    corpus, other = (build_cldr_corpus(train_size=1_000, seed=seed) for seed in (0, 1))
     rows = [split.to_list() for split in corpus.values()]
     assert done.stdout.strip() == repr(rows)
-    assert rows == [split.to_list() for split in again.values()]
     assert set(pairs(other["test"])) != set(pairs(corpus["test"]))
 
 
