@@ -352,7 +352,7 @@ def test_a_residual_kind_of_ones_own(run_cli, fail, write_recipe, tmp_path, monk
         'SKIP_CONNECTIONS["mine"] = Mine\n'
     )
     recipe = write_recipe(skip_type="mine", max_steps=4)
-    assert "a kind whose module was imported" in fail("train", recipe)
+    assert "whose module is imported first (`--import_module`)" in fail("train", recipe)
     result = run_cli("train", recipe, "--import_module", "my_kinds", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "model: skip_type: mine, skip_norm: layer_norm, skip_recursions: 2" in result.out

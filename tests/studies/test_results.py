@@ -281,7 +281,7 @@ def test_a_result_that_is_none(make_study, text):
     study = make_study(forms={"a": {}}, seeds=[1])
     finish(study.cells[0], 20.0, [1.0])
     (study.cells[0].folder / "result.json").write_text(text)
-    with pytest.raises(UserError, match="a-seed-1/result.json' is not the result of a cell: remove it"):
+    with pytest.raises(UserError, match="a-seed-1/result.json' is not the result of a cell .* 'state'.: remove it"):
         gather_results(study)
 
 
