@@ -148,7 +148,7 @@ def recipe(corpus_folder) -> dict:
         "encoder_layers": 1,
         "decoder_layers": 1,
         "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
+        "decoder_attention_heads": 4,
         "encoder_ffn_dim": 64,
         "decoder_ffn_dim": 64,
         "max_position_embeddings": 64,

@@ -24,12 +24,8 @@ from transformers import AutoModelForImageClassification, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rskip import (
-    SKIP_CONNECTIONS,
     PreNorm,
     RSkip,
-    RSkipConfig,
-    RSkipForConditionalGeneration,
-    SkipConnection,
     XSkip,
 )
 from hf_rskip.cli.export import FORMATS
@@ -115,7 +111,7 @@ def test_several_rows_for_each_source(exported, model_and_tokenizer):
 
 
 class EveryKind(torch.nn.Module):
-    """The kinds of skip connections that are in no other model here one after the other, around linear layers."""
+    """All kinds of skip connections one after the other, around linear layers."""
 
     def __init__(self, size):
         super().__init__()
@@ -123,12 +119,17 @@ class EveryKind(torch.nn.Module):
             make(size)
             for make in [
                 partial(RSkip, recursions=1),
+                partial(RSkip, recursions=2, norm="rms_norm"),
+                partial(RSkip, recursions=3, norm="batch_norm"),
                 partial(RSkip, recursions=3, affine="shared"),
                 partial(RSkip, recursions=3, affine="last", norm="rms_norm"),
                 partial(DetachedRSkip, recursions=2),
                 partial(XSkip, scale=1.7),
                 partial(XSkip, scale=0.5, norm="none"),
                 partial(PreNorm),
+                partial(PreNorm, norm="batch_norm"),
+                partial(PeriNorm),
+                partial(B2T, norm="none"),
                 partial(Admin, scale=1.5),
                 partial(Keel, scale=6.0),
                 partial(ReZero, norm="none"),
@@ -169,55 +170,6 @@ def test_every_kind_of_skip_connection(tmp_path):
             expected = module(x, mask)["states"]
         np.testing.assert_allclose(states[mask.numpy()], expected[mask].numpy(), atol=1e-4, rtol=0)
         assert expected.std() > 0.1
-
-
-@pytest.fixture
-def mixed(monkeypatch):
-    """A skip type whose sublayers are of different kinds, with norms around a layer and after the last."""
-    kinds = {
-        "encoder": [partial(PreNorm, norm="batch_norm"), partial(RSkip, recursions=2, norm="rms_norm")],
-        "decoder": [PeriNorm, partial(RSkip, recursions=3, norm="batch_norm"), partial(B2T, norm="none")],
-    }
-
-    class Mixed(SkipConnection):
-        @classmethod
-        def from_config(cls, config, size, position):
-            return kinds[position.stack].pop(0)(size)
-
-        @classmethod
-        def around_layer(cls, size, norm, eps):
-            return B2T.around_layer(size, norm, eps)
-
-        @classmethod
-        def final_norm(cls, size, norm, eps):
-            return PreNorm.final_norm(size, norm, eps)
-
-    monkeypatch.setitem(SKIP_CONNECTIONS, "mixed", Mixed)
-    yield
-    assert not any(kinds.values())
-
-
-@pytest.mark.slow
-def test_a_model_of_several_kinds_and_sizes(mixed, model_and_tokenizer, tmp_path):
-    config = RSkipConfig(
-        vocab_size=30,
-        decoder_vocab_size=40,
-        share_encoder_decoder_embeddings=False,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=32,
-        max_position_embeddings=24,
-        skip_type="mixed",
-    )
-    torch.manual_seed(0)
-    model = randomize(RSkipForConditionalGeneration(config))
-    export_onnx(model, model_and_tokenizer[1], tmp_path)
-    assert_equal_to_torch(tmp_path, model, SOURCE_LENGTHS, [1, 2, 5])
-    assert count_same_tokens(OnnxTranslationModel(tmp_path), model, num_beams=4, max_new_tokens=12) > 1
 
 
 # Search

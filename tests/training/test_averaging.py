@@ -143,7 +143,8 @@ def test_a_translation_model_ends_as_the_mean(by, write_recipe, capfd):
     assert main(["train", str(recipe)]) == 0, capfd.readouterr().err
     run = recipe.parent / "output"
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    scores = {log["step"]: log["eval_bleu"] for log in history if "eval_bleu" in log}
+    *logs, _ = [log for log in history if "eval_bleu" in log]  # the last is of the mean
+    scores = {log["step"]: (log["eval_bleu"], log["eval_chrf"], -log["eval_loss"]) for log in logs}
     steps = sorted(scores, key=lambda step: (scores[step], step))[-3:] if by == "best" else list(scores)[-3:]
     assert_mean(run, numbered(run, *sorted(steps)))
     assert len(list_checkpoints(run)) <= 4, "those of the mean, and the last or the best"
