@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
 
 from .. import models
 from ..atomic import replace_text
@@ -134,6 +135,7 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
     with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
+    logging.disable_progress_bar()
     write_recipe(cell)
     (cell.folder / "result.json").unlink(missing_ok=True)
     started, resumed = time.perf_counter(), bool(list_checkpoints(cell.run_folder))
