@@ -72,7 +72,7 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
 
 
 def find_fault(result: Any) -> str | None:
-    """What is wrong with the content of a `result.json`; `None` if it is the result of a cell."""
+    """The fault of the content of a `result.json` in words; `None` if it is the result of a cell."""
     parts = _PARTS.get(result.get("state")) if isinstance(result, dict) else None
     if parts is None:
         return "it has no proper 'state'"
