@@ -56,7 +56,8 @@ def restore_cells(study: Study) -> None:
                 _unpack(row, cell, path)
                 restored += 1
         if restored:
-            print(f"note: {restored} cells are restored from {path}, with the data that they ran on", file=sys.stderr)
+            cells = "1 cell is" if restored == 1 else f"{restored} cells are"
+            print(f"note: {cells} restored from {path}, trained on the data of its study", file=sys.stderr)
 
 
 def _identify(cell: Cell) -> tuple[str, str, int]:
