@@ -58,7 +58,10 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
         raise UserError(f"There is no model folder {str(folder)!r}")
     weights = {SAFE_WEIGHTS_NAME}
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        weights = set(_read_mapping(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
+        weight_map = _read_mapping(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+        if not weight_map or not isinstance(weight_map, dict):
+            raise UserError(f"{str(folder / SAFE_WEIGHTS_INDEX_NAME)!r} is damaged: it names no weights")
+        weights = set(weight_map.values())
     required = {CONFIG_NAME, *weights}
     if (folder / CONFIG_NAME).is_file():
         model_type = _read_mapping(folder / CONFIG_NAME).get("model_type")

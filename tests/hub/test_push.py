@@ -490,6 +490,8 @@ def test_folders_that_are_no_models(cli, trained, tmp_path):
         folder = tmp_path / name
         shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*", name))
         assert f"is not a complete model: it has no {name}" in fail(cli, folder, "tiny")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "model.safetensors.index.json' is damaged: it names no weights" in fail(cli, folder, "tiny")
 
 
 def test_a_refused_token(hub, cli, trained, run_with_package):
