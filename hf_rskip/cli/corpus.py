@@ -1,6 +1,7 @@
 """Loads the test set that the options of a command name."""
 
 import argparse
+from collections import Counter
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -56,7 +57,14 @@ def load_test_set(
 def load_test_images(
     args: argparse.Namespace, config: PreTrainedConfig, max_samples: int | None = None
 ) -> tuple[ImageDataArguments, ImageDatasets]:
-    """The images of a split, in the columns of the model's training unless the command line names others."""
+    """The images of a split, in the columns of the model's training unless the command line names others.
+
+    Labels are indices of the model's classes, which are found by name.
+    """
+    class_names = [name for _, name in sorted(config.id2label.items())]
+    (name, number), *_ = Counter(class_names).most_common(1)
+    if number > 1:
+        raise UserError(f"The model has {number} classes {name!r}, and the classes of a dataset are found by name.")
     data = ImageDataArguments(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -65,4 +73,4 @@ def load_test_images(
         test_split=args.split,
         max_predict_samples=max_samples,
     )
-    return data, load_image_dataset(data, splits=("test",))
+    return data, load_image_dataset(data, ("test",), class_names)

@@ -26,12 +26,15 @@ class ImageDatasets(NamedTuple):
 
 
 def load_image_dataset(
-    args: ImageDataArguments, splits: tuple[str, ...] = ("train", "validation", "test")
+    args: ImageDataArguments,
+    splits: tuple[str, ...] = ("train", "validation", "test"),
+    class_names: list[str] | None = None,
 ) -> ImageDatasets:
     """Loads the images that `args` names.
 
     Args:
         splits: the splits that are needed, out of "train", "validation" (without an error if there is none) and "test".
+        class_names: of a trained model, in its order; by default those of the split "train", which is needed then.
 
     Raises:
         UserError: if something is missing, empty or not a class; the message names the dataset, split and row.
@@ -42,12 +45,8 @@ def load_image_dataset(
     if {"train", "test"} <= found.keys() and args.test_split == args.train_split:
         raise UserError(f"train_split and test_split are both {args.train_split!r}: the test would be of no use.")
     found = {split: _name_columns(dataset, args, split) for split, dataset in found.items()}
-    # The training split names the classes, also where only another one is needed.
-    if "train" not in found and args.train_split in corpus:
-        named = _name_columns(corpus[args.train_split], args, "train")
-    else:
-        named = found.get("train", found[needed[0]])
-    class_names = _class_names(named, args)
+    if class_names is None:
+        class_names = _class_names(found["train"], args)
     loaded = {}
     for split, dataset in found.items():
         limit, where = args.sample_limit(split), args.describe_split(split)
@@ -152,7 +151,7 @@ def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
 
 def _index_labels(feature, class_names: list[str], args: ImageDataArguments, split: str) -> Callable[[Any, int], int]:
     """Returns a function from the label of a row to the index of its class."""
-    # Another split may name the same classes in another order, or others.
+    # A split may name the same classes in another order than the model or the training split, or name others.
     index = {name: number for number, name in enumerate(class_names)}
 
     def to_index(label, row: int) -> int:

@@ -1,6 +1,7 @@
 """Datasets of images: their shapes and schemas, held-out images, decoding against Pillow, and what is refused."""
 
 import io
+from argparse import Namespace
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PilImage
 
+from hf_rskip import RSkipResNetConfig
+from hf_rskip.cli.corpus import load_test_images
 from hf_rskip.data.images.arguments import ImageDataArguments
 from hf_rskip.data.images.augmentation import normalize
 from hf_rskip.data.images.loading import load_image_dataset
@@ -88,6 +91,23 @@ def test_labels_that_are_numbers(tmp_path):
     save(tmp_path, "test", [0], label_feature=Value("int32"))
     images = load_image_dataset(arguments(tmp_path))
     assert images.class_names == ["0", "1", "2"] and images.splits["train"]["label"][:] == [2, 0, 2]
+
+
+@pytest.mark.parametrize("labels", [["9", "3", "9"], [9, 3, 9]])
+def test_labels_of_a_trained_model(tmp_path, labels):
+    """They are found by name, in a folder of the test split alone that lacks some; others are refused with the row."""
+    save(tmp_path, "test", labels, label_feature=Value("string" if "3" in labels else "int32"))
+    images = load_image_dataset(arguments(tmp_path), ("test",), ["3", "5", "9"])
+    assert images.class_names == ["3", "5", "9"] and images.splits["test"]["label"][:] == [2, 0, 2]
+    with pytest.raises(UserError, match="'test', row 1 .* has the label '?3'?, which is not one of 5, 9"):
+        load_image_dataset(arguments(tmp_path), ("test",), ["5", "9"])
+
+
+def test_a_model_with_two_classes_of_one_name():
+    args = Namespace(dataset_name="none", dataset_config_name=None, split="test")
+    config = RSkipResNetConfig(id2label={0: "crane", 1: "ant", 2: "crane"})
+    with pytest.raises(UserError, match="The model has 2 classes 'crane', and the classes of a dataset are found by"):
+        load_test_images(args, config)
 
 
 def test_a_folder_of_pictures(tmp_path):
