@@ -75,7 +75,11 @@ def name_row(args: ImageDataArguments, split: str, row: int) -> str:
 
 def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, split: str):
     """Selects the columns of images and labels, and calls them `image` and `label`."""
-    features, where = dataset.features or {}, args.describe_split(split)
+    features, where = dataset.features, args.describe_split(split)
+    if features is None:
+        raise UserError(
+            f"{where} is a stream that does not tell its columns before it is read: set streaming to false."
+        )
     if args.label_column is None and list(features) == ["image"]:  # as `datasets` loads pictures in one folder
         raise UserError(
             f"{where} has pictures without labels: give each class a folder of its own, and at least two of them."

@@ -401,6 +401,13 @@ def test_a_label_that_the_training_split_does_not_know(tmp_path, label):
         load_image_dataset(arguments(tmp_path))
 
 
+def test_a_stream_of_unknown_columns(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("image,label\na.png,ant\n")
+    with pytest.raises(UserError, match="'train', is a stream that does not tell its columns before it is read: set"):
+        load_image_dataset(arguments(tmp_path, streaming=True))
+
+
 def test_a_missing_label_in_a_stream(tmp_path):
     save(tmp_path, "train", [0, 1, -1])
     save(tmp_path, "test", [0])
