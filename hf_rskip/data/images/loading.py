@@ -90,6 +90,9 @@ def _name_columns(dataset: Dataset | IterableDataset, args: ImageDataArguments, 
         raise UserError(f"image_column and label_column are both {image!r}.")
     if not isinstance(features[image], Image):
         raise UserError(f"{where} has a column {image!r} that does not hold images: set image_column.")
+    kind = getattr(features[label], "dtype", "nested")
+    if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
+        raise UserError(f"{where} has labels of type {kind}, no names or whole numbers: set label_column.")
     # Before all other steps: each later step of a stream would decode the images.
     dataset = dataset.cast_column(image, Image(decode=False)).select_columns([image, label])
     return dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
@@ -117,11 +120,8 @@ def _class_names(dataset: Dataset | IterableDataset, args: ImageDataArguments) -
         return list(feature.names)
     if args.streaming:
         raise UserError(f"{where} has labels without names, which cannot be found out by streaming it.")
-    kind = getattr(feature, "dtype", "nested")
-    if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
-        raise UserError(f"{where} has labels of type {kind}, no names or whole numbers: set label_column.")
     labels = set(dataset.unique("label")) - {None}
-    if "string" in kind:
+    if "string" in feature.dtype:
         return sorted(labels)
     largest = max(labels, default=-1)
     if largest >= len(dataset):
@@ -136,21 +136,11 @@ def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
     """Chooses the first `limit` rows, or as many at even distances if those lack classes (a folder sorted by class)."""
     if limit is None or limit >= len(dataset):
         return np.arange(len(dataset))
-    labels, names = dataset["label"][:], getattr(dataset.features["label"], "names", None)
-
-    def name_missing(rows: np.ndarray) -> str:
-        missing = set(labels) - {labels[row] for row in rows} - {None, -1}
-        return ", ".join(sorted(str(label if names is None else names[label]) for label in missing))
-
-    first, spread = np.arange(limit), np.arange(limit) * len(dataset) // limit
-    if not (missing := name_missing(first)):
-        return first
-    still_missing = name_missing(spread)
-    end = f", which have none of {still_missing}" if still_missing else ""
-    logger.warning(
-        f"{where} has no image of {missing} among its first {limit:,}: {limit:,} at even distances are used{end}."
-    )
-    return spread
+    labels = dataset["label"][:]
+    if set(labels[:limit]) >= set(labels) - {None, -1}:
+        return np.arange(limit)
+    logger.warning(f"{where} lacks classes among its first {limit:,} images: {limit:,} at even distances are used.")
+    return np.arange(limit) * len(dataset) // limit
 
 
 def _index_labels(feature, class_names: list[str], args: ImageDataArguments, split: str) -> Callable[[Any, int], int]:
