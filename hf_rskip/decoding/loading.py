@@ -23,7 +23,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..data.names import check_different, check_name
 from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError, first_line
-from ..manifest import check_model
+from ..manifest import MODEL_FILES, TOKENIZER_FILES, check_model
 from ..models import RSkipResNetConfig
 from .ctranslate2 import CTranslate2Model, is_ctranslate2
 from .ensemble import Ensemble
@@ -46,7 +46,7 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
         [`UserError`]: if there is no such model, it is of another kind, weights are missing, or a file is not as it was
             written.
     """
-    check_model(name)
+    check_model(name, set(MODEL_FILES) - set(TOKENIZER_FILES))  # `load_tokenizer` checks the others
     load_config(name, auto_class)
     try:
         model, info = auto_class.from_pretrained(name, output_loading_info=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_rskip import manifest
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.decoding.translate import search, translate
 from hf_rskip.errors import UserError
@@ -112,3 +113,10 @@ def test_a_folder_without_a_model(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         load_model(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_files_are_checksummed_once(trained, monkeypatch):
+    read, describe = [], manifest._describe
+    monkeypatch.setattr(manifest, "_describe", lambda path: read.append(path.name) or describe(path))
+    load_model(str(trained.folder))
+    assert len(read) == len(set(read)) and {"model.safetensors", "tokenizer.json"} <= set(read)
