@@ -33,7 +33,7 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: Path) -> Path:
-    """Writes a PNG, byte-identical each time; characters that no font has are drawn as boxes."""
+    """Writes a picture, a PNG byte-identical each time; characters that no font has are drawn as boxes."""
     from matplotlib.font_manager import get_font_names
     from matplotlib.text import Text
 
@@ -43,7 +43,8 @@ def save_figure(figure, path: Path) -> Path:
         text.set_fontfamily(families)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(path, dpi=120, metadata={"Software": None})  # without the time and version
+        # A PNG without the version of matplotlib; other formats have no such entry.
+        figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix.lower() == ".png" else None)
     return path
 
 

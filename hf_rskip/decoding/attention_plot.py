@@ -1,9 +1,12 @@
 """Cross-attention of a translation to its source tokens, and its picture."""
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError, first_line
+from ..picture import new_figure, save_figure
 
 
 def cross_attention(
@@ -37,11 +40,9 @@ def plot_attention(
     Raises:
         [`UserError`]: if the picture cannot be written.
     """
-    from matplotlib.figure import Figure
-
     weights, target_tokens, source_tokens = cross_attention(model, tokenizer, source, target)
     rows, columns = weights.shape
-    figure = Figure(figsize=(2.5 + 0.35 * columns, 2 + 0.3 * rows), layout="constrained")
+    figure = new_figure(2.5 + 0.35 * columns, 2 + 0.3 * rows)
     axes = figure.subplots()
     # cividis reads the same with any colour vision, and in grey.
     image = axes.imshow(weights.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -52,6 +53,6 @@ def plot_attention(
     axes.set_ylabel("predicted token")
     figure.colorbar(image, label="cross-attention, last layer, mean of heads")
     try:
-        figure.savefig(path, dpi=150)
+        save_figure(figure, Path(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path!r} cannot be written: {first_line(error)}") from error

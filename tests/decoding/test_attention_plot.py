@@ -3,9 +3,12 @@
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
 from hf_rskip.cli.main import main
-from hf_rskip.decoding.attention_plot import cross_attention
+from hf_rskip.decoding.attention_plot import cross_attention, plot_attention
 from hf_rskip.decoding.translate import translate
 
 
@@ -48,3 +51,20 @@ def test_a_picture_that_cannot_be_written(trained, tmp_path, capfd, name):
     assert main(["attention", str(trained.folder), "the cat", str(tmp_path / name), "--translation", "die Katze"]) == 2
     *_, line = capfd.readouterr().err.splitlines()
     assert "cannot be written" in line
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ending", ["png", "svg", "jpg"])
+def test_scripts_that_the_font_of_matplotlib_lacks(tmp_path, ending):
+    """Are drawn in another font, or as boxes without a warning, in every format."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "猫", "고양이"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    config = RSkipConfig(
+        vocab_size=6, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    path = tmp_path / f"attention.{ending}"
+    plot_attention(RSkipForConditionalGeneration(config).eval(), tokenizer, "猫 猫", "고양이", str(path))
+    assert path.stat().st_size > 1000
