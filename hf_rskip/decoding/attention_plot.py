@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError, first_line
 from ..picture import new_figure, save_figure
+from .score import tokenize_pairs
 
 
 def cross_attention(
@@ -17,18 +18,21 @@ def cross_attention(
     Returns:
         Weights `(target tokens, source tokens)` whose rows, each of them where its token is predicted, sum to 1; and
         the target tokens and source tokens, end tokens with them.
+
+    Raises:
+        [`UserError`]: if a sentence has more tokens than the model has positions.
     """
-    inputs = tokenizer(source, return_tensors="pt").to(model.device)
-    labels = tokenizer(text_target=target, return_tensors="pt").input_ids.to(model.device)
+    pair = tokenize_pairs(model, tokenizer, [source], [target])
+    input_ids, labels = (torch.tensor(ids, device=model.device) for ids in pair)
     attn_implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the others give no weights
     try:
         with torch.inference_mode():
             decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
-            output = model(**inputs, decoder_input_ids=decoder_input_ids, output_attentions=True, use_cache=False)
+            output = model(input_ids, decoder_input_ids=decoder_input_ids, output_attentions=True, use_cache=False)
     finally:
         model.set_attn_implementation(attn_implementation)
-    tokens = ([tokenizer.decode(token).strip() for token in ids[0]] for ids in (labels, inputs.input_ids))
+    tokens = ([tokenizer.decode(token).strip() for token in ids[0]] for ids in (labels, input_ids))
     return output.cross_attentions[-1][0].mean(0).cpu(), *tokens
 
 
@@ -38,7 +42,7 @@ def plot_attention(
     """Draws [`cross_attention`] as a picture; the ending of `path` gives its format.
 
     Raises:
-        [`UserError`]: if the picture cannot be written.
+        [`UserError`]: if a sentence has more tokens than the model has positions, or the picture cannot be written.
     """
     weights, target_tokens, source_tokens = cross_attention(model, tokenizer, source, target)
     rows, columns = weights.shape

@@ -27,6 +27,15 @@ def score(
     Raises:
         [`UserError`]: if a sentence has more tokens than the model has positions.
     """
+    source_ids, target_ids = tokenize_pairs(model, tokenizer, sources, targets)
+    with tqdm(total=len(source_ids), unit=" sentences", leave=False, disable=None) as bar:  # `None`: no terminal
+        return score_tokens(model, tokenizer, source_ids, target_ids, max_batch_tokens, bar.update)
+
+
+def tokenize_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], targets: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of each sentence and translation; raises a [`UserError`] if one has more than the model takes."""
     source_ids = tokenizer(list(sources), return_attention_mask=False, verbose=False)["input_ids"]
     target_ids = tokenizer(text_target=list(targets), return_attention_mask=False, verbose=False)["input_ids"]
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -34,8 +43,7 @@ def score(
         longest = max(map(len, pair))
         if limit and longest > limit:
             raise UserError(f"Sentence {number} has {longest} tokens, more than the {limit} positions of the model")
-    with tqdm(total=len(source_ids), unit=" sentences", leave=False, disable=None) as bar:  # `None`: no terminal
-        return score_tokens(model, tokenizer, source_ids, target_ids, max_batch_tokens, bar.update)
+    return source_ids, target_ids
 
 
 def score_tokens(

@@ -10,6 +10,7 @@ from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
 from hf_rskip.cli.main import main
 from hf_rskip.decoding.attention_plot import cross_attention, plot_attention
 from hf_rskip.decoding.translate import translate
+from hf_rskip.errors import UserError
 
 
 def test_weights_against_the_formula(model_and_tokenizer, pairs):
@@ -44,6 +45,11 @@ def test_the_command(trained, model_and_tokenizer, tmp_path, capfd):
     assert capfd.readouterr().out.splitlines() == translate(*model_and_tokenizer, [sentence])
     with Image.open(tmp_path / "attention.png") as picture:
         assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_a_sentence_beyond_the_positions(model_and_tokenizer):
+    with pytest.raises(UserError, match="Sentence 1 has 202 tokens, more than the 64 positions of the model"):
+        cross_attention(*model_and_tokenizer, "cat " * 200, "die Katze")
 
 
 @pytest.mark.parametrize("name", ["no/attention.png", "attention.xyz"])
