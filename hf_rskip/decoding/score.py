@@ -1,6 +1,6 @@
 """Log-probabilities of given translations."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -27,9 +27,7 @@ def score(
     Raises:
         [`UserError`]: if a sentence has more tokens than the model has positions.
     """
-    source_ids, target_ids = tokenize_pairs(model, tokenizer, sources, targets)
-    with tqdm(total=len(source_ids), unit=" sentences", leave=False, disable=None) as bar:  # `None`: no terminal
-        return score_tokens(model, tokenizer, source_ids, target_ids, max_batch_tokens, bar.update)
+    return score_tokens(model, tokenizer, *tokenize_pairs(model, tokenizer, sources, targets), max_batch_tokens)
 
 
 def tokenize_pairs(
@@ -52,22 +50,20 @@ def score_tokens(
     sources: Sequence[list[int]],
     targets: Sequence[list[int]],
     max_batch_tokens: int = 4096,
-    progress: Callable[[int], object] = lambda count: None,
 ) -> list[list[float]]:
-    """Scores tokens, as [`score`] does texts: the natural logarithm of p(token | source, tokens before it).
-
-    `progress` is called with the number of sentences of each batch that is done.
-    """
+    """Scores tokens, as [`score`] does texts: the natural logarithm of p(token | source, tokens before it)."""
     lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
     log_probs = [[] for _ in lengths]
     model.eval()
+    bar = tqdm(total=len(lengths), unit=" sentences", leave=False, disable=None, delay=1)  # `None`: no terminal
     for batch in batches_by_length(dict(enumerate(lengths)), max_batch_tokens):
         pairs = [sources[index] for index in batch], [targets[index] for index in batch]
         is_torch = not isinstance(model, CTranslate2Model)
         rows = _score_in_torch(model, tokenizer, *pairs) if is_torch else model.score_tokens(*pairs)
         for index, row in zip(batch, rows, strict=True):
             log_probs[index] = row[: len(targets[index])]
-        progress(len(batch))
+        bar.update(len(batch))
+    bar.close()
     return log_probs
 
 

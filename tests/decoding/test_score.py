@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 from hf_rskip.cli.main import main
 from hf_rskip.decoding.ensemble import Ensemble
 from hf_rskip.decoding.loading import load_ensemble
-from hf_rskip.decoding.score import score, score_tokens
+from hf_rskip.decoding.score import score
 from hf_rskip.decoding.translate import translate, translate_n_best, until_end
 from hf_rskip.errors import UserError
 
@@ -80,12 +80,6 @@ def test_n_best_has_the_scores_of_the_search(model_and_tokenizer, sides, penalty
         )
         assert [text for text, _ in hypotheses] == tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
         assert [value for _, value in hypotheses] == pytest.approx(output.sequences_scores.tolist(), abs=2e-5)
-
-
-def test_the_bar_counts_every_sentence(model_and_tokenizer):
-    counts = []
-    score_tokens(*model_and_tokenizer, [[5, 2]] * 7, [[6, 7, 2]] * 7, 9, counts.append)
-    assert counts == [3, 3, 1]
 
 
 def test_n_best_needs_beams(model_and_tokenizer):
