@@ -123,15 +123,23 @@ def load_ensemble(names: Sequence[str]) -> tuple[PreTrainedModel | CTranslate2Mo
     """The model of one name, or the [`Ensemble`] of several, and the tokenizer that they share.
 
     Raises:
-        [`UserError`]: if one is given twice, cannot be loaded, or has another vocabulary than the first.
+        [`UserError`]: if one is given twice, cannot be loaded or translates alone, or if one has another vocabulary, or
+            other special tokens, than the first.
     """
     check_different(names)
     loaded = [load_translator(name) for name in names]
-    (first, tokenizer), *others = loaded
-    for name, (model, _) in zip(names, loaded, strict=True):
-        if others and isinstance(model, CTranslate2Model):
+    first, tokenizer = loaded[0]
+    if len(names) == 1:
+        return first, tokenizer
+    for name, (model, other) in zip(names, loaded, strict=True):
+        if isinstance(model, CTranslate2Model):
             raise UserError(f"{name!r} is an export to CTranslate2, which translates alone")
-    for name, (_, other) in zip(names[1:], others, strict=True):
+        for key in ("decoder_layers", "max_position_embeddings"):
+            if not hasattr(model.config, key):
+                raise UserError(f"{name!r} of type {model.config.model_type!r} translates alone: it has no {key}")
         if other.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{name!r} has another vocabulary than {names[0]!r}: they cannot translate together")
-    return (Ensemble([model for model, _ in loaded]) if others else first), tokenizer
+        for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+            if getattr(model.config, key) != getattr(first.config, key):
+                raise UserError(f"{name!r} has another {key} than {names[0]!r}: they cannot translate together")
+    return Ensemble([model for model, _ in loaded]), tokenizer

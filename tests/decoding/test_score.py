@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from hf_rskip.cli.main import main
 from hf_rskip.decoding.ensemble import Ensemble
@@ -139,6 +139,23 @@ def test_models_of_different_vocabularies_do_not_mix(trained, other, tmp_path, m
     smaller = tokenizer.train_new_from_iterator(["a b c"] * 4, 300)
     smaller.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="another vocabulary"):
+        load_ensemble([str(trained.folder), str(tmp_path)])
+
+
+def test_models_of_different_special_tokens_do_not_mix(trained, other, tmp_path, model_and_tokenizer):
+    other.config.decoder_start_token_id, start = 3, other.config.decoder_start_token_id
+    other.save_pretrained(tmp_path)
+    other.config.decoder_start_token_id = start
+    model_and_tokenizer[1].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has another decoder_start_token_id than '.*': they cannot translate together"):
+        load_ensemble([str(trained.folder), str(tmp_path)])
+
+
+def test_a_model_that_translates_alone(trained, tmp_path, model_and_tokenizer):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=300, **sizes)).save_pretrained(tmp_path)
+    model_and_tokenizer[1].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="' of type 't5' translates alone: it has no decoder_layers"):
         load_ensemble([str(trained.folder), str(tmp_path)])
 
 
