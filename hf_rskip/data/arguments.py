@@ -1,10 +1,13 @@
 """The keys of a dataset that all tasks share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from transformers.hf_argparser import HfArg
 
 from ..checks import check_count
+from ..errors import UserError
 
 _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
@@ -30,11 +33,21 @@ class DatasetArguments:
     max_predict_samples: int | None = HfArg(default=None, help="Use only so many examples of the test split.")
     preprocessing_num_workers: int | None = HfArg(default=None, help="Number of processes that prepare the dataset.")
 
-    def check_counts(self, *required: str) -> None:
-        """Raises a [`UserError`] unless each of `required`, and of the optional counts where given, is at least 1."""
-        for name in (*_SAMPLE_LIMITS.values(), "validation_size", "preprocessing_num_workers", *required):
-            if name in required or getattr(self, name) is not None:
+    def __post_init__(self):
+        for name in (*_SAMPLE_LIMITS.values(), "validation_size", "preprocessing_num_workers"):
+            if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        for name in ("validation_split", "validation_files"):
+            if self.validation_size is not None and getattr(self, name, None) is not None:
+                raise UserError(f"validation_size and {name} are both set: give one or the other.")
+
+    def check_splits(self, splits: Sequence[str]) -> None:
+        """Raises a [`UserError`] if two of `splits` are the same."""
+        for one, other in combinations(splits, 2):
+            for kind in ("split", "files"):
+                value = getattr(self, f"{one}_{kind}", None)
+                if value is not None and value == getattr(self, f"{other}_{kind}", None):
+                    raise UserError(f"{one}_{kind} and {other}_{kind} are both {value!r}: each needs its own examples.")
 
     def sample_limit(self, split: str) -> int | None:
         """Returns the largest number of examples of a split; `None` for all."""

@@ -36,4 +36,5 @@ def select_split(corpus: DatasetDict | IterableDatasetDict, args: DatasetArgumen
         raise UserError(
             f"{problem} {next(iter(corpus))!r}: split it first, with `train_test_split` of `datasets`, say."
         )
-    raise UserError(f"{problem} {', '.join(corpus)}: set {split}_split to one of these.")
+    instead = ", or set validation_size" if split == "validation" else ""
+    raise UserError(f"{problem} {', '.join(corpus)}: set {split}_split to one of these{instead}.")

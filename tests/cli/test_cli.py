@@ -117,7 +117,7 @@ def test_misaligned_text_files(fail, write_recipe, tmp_path):
     for language, text in {"en": "a\nb\n", "de": "a\n"}.items():
         (tmp_path / f"train.{language}").write_text(text)
     files = [str(tmp_path / f"train.{language}") for language in ("en", "de")]
-    line = fail("train", write_recipe(dataset_name=None, train_files=files, validation_files=files, test_files=files))
+    line = fail("train", write_recipe(dataset_name=None, train_files=files))
     assert "train.en has 2 and " in line and "train.de only 1" in line
 
 

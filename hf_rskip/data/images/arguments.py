@@ -54,12 +54,12 @@ class ImageDataArguments(DatasetArguments):
     horizontal_flip: bool = HfArg(default=True, help="Mirror half of the training images.")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dataset_name is None:
             raise UserError("No dataset is named: set dataset_name.")
-        self.check_counts("image_size", "shuffle_buffer_size")
+        for name in ("image_size", "shuffle_buffer_size"):
+            check_count(name, getattr(self, name))
         check_count("crop_padding", self.crop_padding, least=0)
-        if self.validation_size is not None and self.validation_split is not None:
-            raise UserError("validation_size and validation_split are both set: give one or the other.")
         if self.validation_size is not None and self.streaming:
             raise UserError("validation_size cannot hold out images that are streamed: set validation_split.")
         if not 0.1 <= self.crop_pct <= 1:

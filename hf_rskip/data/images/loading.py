@@ -39,11 +39,10 @@ def load_image_dataset(
     Raises:
         UserError: if something is missing, empty or not a class; the message names the dataset, split and row.
     """
+    args.check_splits(splits)
     corpus = load_named_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     needed = [split for split in splits if getattr(args, f"{split}_split") is not None]
     found = {split: select_split(corpus, args, split) for split in needed}
-    if {"train", "test"} <= found.keys() and args.test_split == args.train_split:
-        raise UserError(f"train_split and test_split are both {args.train_split!r}: the test would be of no use.")
     found = {split: _name_columns(dataset, args, split) for split, dataset in found.items()}
     if class_names is None:
         class_names = _class_names(found["train"], args)

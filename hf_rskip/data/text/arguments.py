@@ -5,6 +5,7 @@ from pathlib import PurePath
 
 from transformers.hf_argparser import HfArg
 
+from ...checks import check_count
 from ...errors import UserError
 from ..arguments import DatasetArguments
 
@@ -55,6 +56,7 @@ class DataArguments(DatasetArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("source_lang", "target_lang"):
             value = getattr(self, name)
             # `no` (Norwegian) is the boolean False in an unquoted YAML value.
@@ -78,13 +80,11 @@ class DataArguments(DatasetArguments):
                 raise UserError(
                     f"{name} has no effect with {given[0] if given else 'dataset_name cldr'}: leave it out."
                 )
-        for name in ("validation_split", "validation_files"):
-            if self.validation_size is not None and getattr(self, name) is not None:
-                raise UserError(f"validation_size and {name} are both set: give one or the other.")
         if self.dataset_name is not None and self.validation_size is None and self.validation_split is None:
             self.validation_split = "validation"
 
-        self.check_counts("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples")
+        for name in ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples"):
+            check_count(name, getattr(self, name))
         if self.lowercase and self.tokenizer_name is not None:
             raise UserError("lowercase shapes a tokenizer that is trained, so it cannot be set with tokenizer_name.")
         ratio = self.max_length_ratio

@@ -1,7 +1,7 @@
 """Loads parallel corpora from the Hub, local folders, CLDR or text files, in one format and checked."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _HOLD_OUT_SEED = 0
 
 
 def load_translation_dataset(
-    args: DataArguments, splits: Iterable[str] = ("train", "validation", "test")
+    args: DataArguments, splits: Sequence[str] = ("train", "validation", "test")
 ) -> DatasetDict:
     """Loads the corpus that `args` names.
 
@@ -38,6 +38,7 @@ def load_translation_dataset(
         UserError: if something is missing, misaligned, empty or not text; the message names the file and line, or the
             dataset, split and row.
     """
+    args.check_splits(splits)
     corpus = None if args.dataset_name is None else _load_corpus(args)
     loaded = DatasetDict()
     for split in splits:
@@ -45,7 +46,7 @@ def load_translation_dataset(
             continue
         dataset = _load_text_files(args, split) if corpus is None else select_split(corpus, args, split)
         if (limit := args.sample_limit(split)) is not None:
-            dataset = dataset.take(min(limit, len(dataset)))
+            dataset = dataset.take(limit)
         loaded[split] = dataset if corpus is None else _select_languages(dataset, args, split)
     if "validation" in splits and args.validation_size is not None:
         loaded["train"], loaded["validation"] = _hold_out(loaded["train"], args)
@@ -150,7 +151,8 @@ def checksum(dataset: Dataset, args: DataArguments) -> int:
 def _load_text_files(args: DataArguments, split: str) -> Dataset:
     field = f"{split}_files"
     if getattr(args, field) is None:
-        raise UserError(f"{field} is not set, but the {split} split is needed: give its source and target file.")
+        instead = ", or set validation_size" if split == "validation" else ""
+        raise UserError(f"{field} is not set: give the source and the target file of the {split} split{instead}.")
     paths = [Path(file).absolute() for file in getattr(args, field)]
     for path in paths:
         if not path.is_file():

@@ -201,8 +201,15 @@ def test_the_splits_that_are_asked_for_are_loaded_and_limited(tmp_path):
     corpus = load_translation_dataset(args, ("train", "validation"))
     assert {split: len(dataset) for split, dataset in corpus.items()} == {"train": 2, "validation": 4}
     assert [pair["de"] for pair in corpus["train"]["translation"]] == ["1", "2"]
-    with pytest.raises(UserError, match=r"^test_files is not set, but the test split is needed: "):
+    with pytest.raises(
+        UserError, match=r"^test_files is not set: give the source and the target file of the test split\.$"
+    ):
         load_translation_dataset(args)
+    args.validation_files = None
+    with pytest.raises(
+        UserError, match="^validation_files is not set: .* of the validation split, or set validation_s"
+    ):
+        load_translation_dataset(args, ("train", "validation"))
 
 
 @pytest.mark.parametrize(("longer", "shorter"), [("en", "de"), ("de", "en")])
@@ -259,8 +266,28 @@ def test_splits_by_other_names(tmp_path):
     with pytest.raises(UserError) as error:
         load_translation_dataset(arguments(dataset_name=name))
     assert str(error.value) == (
-        f"Dataset {name!r} has no split 'validation', only train, test: set validation_split to one of these."
+        f"Dataset {name!r} has no split 'validation', only train, test: set validation_split to one of these, or "
+        "set validation_size."
     )
+
+
+FILES = {"dataset_name": None, "train_files": ["a", "b"], "validation_files": ["c", "d"], "test_files": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "both"),
+    [
+        ({"test_split": "train"}, "train_split and test_split are both 'train'"),
+        ({"validation_split": "train"}, "train_split and validation_split are both 'train'"),
+        ({"test_split": "validation"}, "validation_split and test_split are both 'validation'"),
+        (FILES, "train_files and test_files are both ['a', 'b']"),
+    ],
+)
+def test_splits_that_are_the_same(values, both):
+    """Before any is loaded."""
+    with pytest.raises(UserError) as error:
+        load_translation_dataset(arguments(**{"dataset_name": "none"} | values))
+    assert str(error.value) == f"{both}: each needs its own examples."
 
 
 def test_a_dataset_without_the_language(tmp_path):
