@@ -8,7 +8,7 @@ from ..checks import check_count
 from ..data.names import short_names
 from ..errors import UserError
 from .files import create_folder, read_all_lines
-from .options import add_decoding_arguments, add_test_set_arguments, count, decoding_kwargs
+from .options import DECODING, add_decoding_arguments, add_test_set_arguments, count, decoding_kwargs, refuse
 
 _LEAST_SAMPLES = 100
 """Least number of resamples: with fewer, the ends of a 95% interval are one or two extreme resamples."""
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     if len(names) < 2:
         raise UserError("A comparison needs at least two systems: the baseline, then what to compare with it.")
     decoding = decoding_kwargs(args)
-    files = {system: _read_translations(system) for system in args.systems if Path(system).is_file()}
+    files = {system: read_all_lines(system) for system in args.systems if Path(system).is_file()}
     configs = {system: load_config(system, AutoModelForSeq2SeqLM) for system in args.systems if system not in files}
-    if decoding and not configs:
-        raise UserError(f"--{next(iter(decoding))} is for models, and all systems are files of translations.")
+    if not configs:
+        refuse(args, DECODING, "is for models, and all systems are files of translations.")
     if args.n_samples is not None:
         check_count("--n_samples", args.n_samples, _LEAST_SAMPLES)
     languages = find_languages(args, configs)
@@ -77,10 +77,3 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     print(format_table(comparison), *format_signatures(comparison), QUESTIONS, sep="\n")
     if folder:
         write_comparison(comparison, folder)
-
-
-def _read_translations(path: str) -> list[str]:
-    lines = read_all_lines(path)
-    if not lines:
-        raise UserError(f"{path} is empty.")
-    return lines

@@ -12,6 +12,7 @@ from ..data.text.arguments import DataArguments
 from ..data.text.corpora import load_translation_dataset
 from ..errors import UserError
 from ..evaluation.evaluate import split_languages
+from .options import refuse
 
 logger = logging.get_logger(__name__)
 
@@ -42,15 +43,18 @@ def load_test_set(
     args: argparse.Namespace, source_lang: str, target_lang: str, max_samples: int | None = None
 ) -> tuple[list[str], list[str]]:
     """The sources and references of a translation corpus."""
+    if args.test_files:
+        refuse(args, ["dataset_config_name", "split"], "has no effect with --test_files: leave it out.")
     data = DataArguments(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
-        test_files=getattr(args, "test_files", None),
+        test_files=args.test_files,
         source_lang=source_lang,
         target_lang=target_lang,
-        test_split=args.split,
+        test_split=args.split or "test",
         max_predict_samples=max_samples,
     )
+    data.split_key = "--split"
     return split_languages(load_translation_dataset(data, splits=("test",))["test"], source_lang, target_lang)
 
 
@@ -70,7 +74,8 @@ def load_test_images(
         dataset_config_name=args.dataset_config_name,
         image_column=args.image_column or config.image_column,
         label_column=args.label_column or config.label_column,
-        test_split=args.split,
+        test_split=args.split or "test",
         max_predict_samples=max_samples,
     )
+    data.split_key = "--split"
     return data, load_image_dataset(data, ("test",), class_names)

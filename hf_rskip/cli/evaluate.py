@@ -15,6 +15,7 @@ from .options import (
     add_test_set_arguments,
     count,
     decoding_kwargs,
+    refuse,
 )
 
 _OF_IMAGES = ("image_column", "label_column", "batch_size")
@@ -45,9 +46,7 @@ def _evaluate_translation(args: argparse.Namespace) -> dict:
     from ..evaluation.evaluate import evaluate_translation
     from .corpus import find_languages, load_test_set
 
-    for option in _OF_IMAGES:
-        if getattr(args, option) is not None:
-            raise UserError(f"--{option} is for models that classify images, and {args.model!r} translates.")
+    refuse(args, _OF_IMAGES, f"is for models that classify images, and {args.model!r} translates.")
     check_output(args.output_file, args.test_files or ())
     decoding = decoding_kwargs(args)
     languages = find_languages(args, {args.model: load_config(args.model)})
@@ -72,9 +71,7 @@ def _evaluate_images(args: argparse.Namespace) -> dict:
 
     if args.dataset_name is None:
         raise UserError("An image classifier is evaluated on a --dataset_name.")
-    for option in _OF_TRANSLATION:
-        if getattr(args, option) not in (None, []):
-            raise UserError(f"--{option} is for models that translate, and {args.model!r} classifies images.")
+    refuse(args, _OF_TRANSLATION, f"is for models that translate, and {args.model!r} classifies images.")
     model, processor = load_image_classifier(args.model)
     data, images = load_test_images(args, model.config, args.max_samples)
     test_set = images.splits["test"]

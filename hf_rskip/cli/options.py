@@ -1,6 +1,7 @@
 """Options shared by several commands; quick to import."""
 
 import argparse
+from collections.abc import Iterable
 
 from ..checks import parse_count
 from ..errors import UserError
@@ -55,24 +56,31 @@ def decoding_kwargs(args: argparse.Namespace) -> dict:
     return given
 
 
+def refuse(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raises a [`UserError`], "--NAME REASON", about the first of the options `names` that is given."""
+    for name in names:
+        if getattr(args, name) not in (None, []):
+            raise UserError(f"--{name} {reason}")
+
+
 def add_test_set_arguments(parser: argparse.ArgumentParser, or_images: str = "", required: bool = True) -> None:
-    add_corpus_arguments(parser, parser.add_mutually_exclusive_group(required=required), or_images)
+    """Adds a corpus, by which a model is tested or, where it is not `required`, folded."""
+    corpus = parser.add_mutually_exclusive_group(required=required)
+    add_corpus_arguments(parser, corpus, or_images, "test" if required else "validation")
     parser.add_argument("--max_samples", type=count, help=f"only the first so many sentences{or_images}")
     parser.add_argument("--bleu_tokenize", help="sacreBLEU's `tokenize` (default: that of the target language)")
 
 
-def add_corpus_arguments(parser: argparse.ArgumentParser, corpus, or_images: str = "") -> None:
+def add_corpus_arguments(
+    parser: argparse.ArgumentParser, corpus, or_images: str = "", default_split: str = "test"
+) -> None:
     """Adds the options that name a corpus and its split; `corpus` is the group of which one is given."""
     corpus.add_argument("--dataset_name", help=f"Hub id or folder with a `translation` column{or_images}, or cldr")
     corpus.add_argument("--test_files", nargs=2, metavar=("SOURCE", "TARGET"), help="two UTF-8 text files")
-    add_split_arguments(parser)
-
-
-def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--source_lang", help="default: that of the model's training")
     parser.add_argument("--target_lang", help="default: that of the model's training")
-    parser.add_argument("--split", default="test", help="of the dataset (default: test; convert fold: validation)")
+    parser.add_argument("--split", help=f"of the dataset (default: {default_split})")
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,20 +4,15 @@ import argparse
 import math
 import sys
 
-from ..errors import UserError
-from .files import check_output, new_file, read_all_lines, write_lines
-from .options import add_model_argument, add_split_arguments, count
+from .files import check_output, new_file, write_lines
+from .options import add_corpus_arguments, add_model_argument, count
 
 _COLUMNS = ("log_probability", "token_count", "token_log_probabilities", "tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    corpus = parser.add_mutually_exclusive_group(required=True)
-    corpus.add_argument("--dataset_name", help="Hub id or folder with a `translation` column, or cldr")
-    corpus.add_argument("--source_file", help="UTF-8 text, a sentence a line; with --target_file")
-    parser.add_argument("--target_file", help="its translations")
-    add_split_arguments(parser)
+    add_corpus_arguments(parser, parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--max_samples", type=count, help="only the first so many sentences")
     parser.add_argument("--ensemble", nargs="+", default=[], metavar="MODEL", help="average probabilities with these")
     parser.add_argument("--per_token", action="store_true", help="add every token and its log-probability")
@@ -31,34 +26,21 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
 
     The perplexity of all pairs goes to standard error.
     """
-    if bool(args.source_file) != bool(args.target_file):
-        raise UserError("--source_file and --target_file need each other")
-    defaults = {"dataset_config_name": None, "source_lang": None, "target_lang": None, "split": "test"}
-    for option, default in defaults.items():
-        if args.source_file and getattr(args, option) != default:
-            raise UserError(f"--{option} is for a --dataset_name, and --source_file is given")
-    check_output(args.output_file, [args.source_file, args.target_file])
+    check_output(args.output_file, args.test_files or ())
     with new_file(args.output_file) as file:
         write_lines(file, _score_lines(args))
 
 
 def _score_lines(args: argparse.Namespace) -> list[str]:
-    from ..decoding.loading import load_ensemble
+    from transformers import AutoModelForSeq2SeqLM
+
+    from ..decoding.loading import load_config, load_ensemble
     from ..decoding.score import score
     from .corpus import find_languages, load_test_set
 
+    languages = find_languages(args, {args.model: load_config(args.model, AutoModelForSeq2SeqLM)})
+    sources, targets = load_test_set(args, *languages, args.max_samples)
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
-    if args.source_file:
-        sources, targets = read_all_lines(args.source_file), read_all_lines(args.target_file)
-        if len(sources) != len(targets):
-            raise UserError(
-                f"{args.source_file!r} has {len(sources)} lines and {args.target_file!r} has {len(targets)}"
-            )
-        sources, targets = sources[: args.max_samples], targets[: args.max_samples]
-    else:
-        sources, targets = load_test_set(args, *find_languages(args, {args.model: model.config}), args.max_samples)
-    if not sources:
-        raise UserError("There is nothing to score")
     log_probs = score(model, tokenizer, sources, targets, args.max_batch_tokens)
     lines = ["\t".join(_COLUMNS if args.per_token else _COLUMNS[:2])]
     for values, target in zip(log_probs, targets, strict=True):

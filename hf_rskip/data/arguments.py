@@ -32,6 +32,8 @@ class DatasetArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Use only so many examples of the validation split.")
     max_predict_samples: int | None = HfArg(default=None, help="Use only so many examples of the test split.")
     preprocessing_num_workers: int | None = HfArg(default=None, help="Number of processes that prepare the dataset.")
+    split_key = "{}_split"
+    """Name of the key of a split in messages; not a field. Commands, which have one split only, say `--split`."""
 
     def __post_init__(self):
         for name in (*_SAMPLE_LIMITS.values(), "validation_size", "preprocessing_num_workers"):

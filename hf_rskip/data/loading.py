@@ -37,4 +37,4 @@ def select_split(corpus: DatasetDict | IterableDatasetDict, args: DatasetArgumen
             f"{problem} {next(iter(corpus))!r}: split it first, with `train_test_split` of `datasets`, say."
         )
     instead = ", or set validation_size" if split == "validation" else ""
-    raise UserError(f"{problem} {', '.join(corpus)}: set {split}_split to one of these{instead}.")
+    raise UserError(f"{problem} {', '.join(corpus)}: set {args.split_key.format(split)} to one of these{instead}.")

@@ -167,7 +167,7 @@ def test_the_commands(trained, model_and_tokenizer, other, sides, corpus_folder,
     tokenizer.save_pretrained(second)
     for name, lines in {"source": sources, "target": targets}.items():
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    files = ["--source_file", tmp_path / "source", "--target_file", tmp_path / "target"]
+    files = ["--test_files", tmp_path / "source", tmp_path / "target"]
 
     def run(*words):
         assert main([str(word) for word in words]) == 0
