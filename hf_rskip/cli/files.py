@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,14 +12,19 @@ from ..atomic import write_then_rename
 from ..errors import UserError
 
 _LINES_AT_ONCE = 10_000
+_RESULTS = ("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.md", "*.csv", "*.png", "*.py")
+"""Patterns of the names of files that training, export and push write beside [`~hf_rskip.manifest.MODEL_FILES`]."""
 
 
 def check_output(output: str | None, inputs: Sequence[str | None]) -> None:
     """Raises a [`UserError`] if a file to be written is one of those to be read, or belongs to a model."""
+    from ..manifest import MODEL_FILES
+
     if not output:
         return
     path = Path(output).resolve()
-    if path.is_file() and path.with_name("config.json").exists():
+    is_ours = any(fnmatch(path.name, pattern) for pattern in (*MODEL_FILES, *_RESULTS))
+    if is_ours and path.is_file() and path.with_name("config.json").exists():
         raise UserError(f"{output!r} is there already, in the folder of a model: choose another --output_file")
     for source in filter(None, inputs):
         if Path(source).resolve() == path:

@@ -11,8 +11,10 @@ import pytest
 import sacrebleu
 
 from hf_rskip import SKIP_CONNECTIONS, cli
+from hf_rskip.cli.files import check_output
 from hf_rskip.cli.main import COMMANDS, main
 from hf_rskip.decoding.translate import translate
+from hf_rskip.errors import UserError
 from hf_rskip.own_modules import import_modules
 
 
@@ -152,6 +154,14 @@ def test_a_failure_leaves_the_output_file_as_it_was(fail, trained, tmp_path, com
     # And what cannot be written is found before there is any work.
     corpus = [] if command == "translate" else words
     assert str(folder / "output.txt") in fail(command, trained.folder, *corpus, "--output_file", folder / "output.txt")
+
+
+def test_an_output_in_the_folder_of_a_model_is_written_again(tmp_path):
+    for name in ("config.json", "hypotheses.txt", "vocab.txt"):
+        (tmp_path / name).touch()
+    check_output(str(tmp_path / "hypotheses.txt"), ())
+    with pytest.raises(UserError, match="is there already, in the folder of a model"):
+        check_output(str(tmp_path / "vocab.txt"), ())
 
 
 def test_an_output_dir_that_cannot_be_written_is_found_first(fail, write_recipe, tmp_path):
