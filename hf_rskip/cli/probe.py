@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random tokens, SIZE a sentence, or images of SIZE x SIZE (default: 32); no data is read",
     )
     add_image_arguments(parser)
-    parser.add_argument("--samples", type=count, default=32, help="sentence pairs or images (default: 32)")
+    parser.add_argument("--samples", type=count, help="sentence pairs or images (default: 32)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of recipes (default: their own)")
     parser.add_argument(
         "--label_smoothing_factor", type=float, help="of the loss (default: a recipe's own, 0 of models)"
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The summary has a row a stack: the gradient norm at its bottom over that at its top; the factor by which each "
         "sublayer changes it on the way down; the standard deviation of input x and output y over features; and "
         "medians over the sublayers of the angle between x and y and of the effective skip weight r, with which y, but "
-        "for the gain of its norm, is parallel to r x + F(x). probe.csv has a row a sublayer; README.md explains its "
-        "columns."
+        "for the gain of its norm, is parallel to r x + F(x). probe.csv has a row a sublayer; its columns are "
+        "explained in recipes/studies/README.md."
     )
 
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
 from ..data.names import check_different, short_names
 from ..data.text.tokenizer import load_tokenizer
-from ..decoding.loading import classifies_images, load_complete, load_config, load_image_processor
+from ..decoding.loading import classifies_images, load_complete, load_image_processor
 from ..errors import UserError
-from ..probing.batches import image_batch, random_batch, sentence_batch, spread
+from ..probing.batches import SAMPLES, image_batch, random_batch, sentence_batch, spread
 from ..probing.callback import TABLE_NAME
 from ..probing.figure import draw_probes
 from ..probing.probe import probe
@@ -21,12 +21,17 @@ from ..training.checkpoints import checkpoint_step, list_checkpoints
 from ..training.initial import begin_recipe
 from .corpus import find_languages, load_test_images, load_test_set
 from .files import create_folder
+from .options import refuse
 
 _RECIPE_KEYS = (
     *("dataset_name", "dataset_config_name", "source_lang", "target_lang", "image_column", "label_column"),
     "label_smoothing_factor",
 )
 _RANDOM_SEED = 0
+_OF_IMAGES, _OF_TRANSLATION = ("image_column", "label_column"), ("test_files", "source_lang", "target_lang")
+_NOT_RANDOM = ("dataset_config_name", "split", "source_lang", "target_lang", *_OF_IMAGES)
+_PROBED = ("dataset_name", "test_files", "random_data", *_NOT_RANDOM, "samples", "label_smoothing_factor")
+"""Options that tables, which were probed before, do not need."""
 
 
 def probe_systems(args: argparse.Namespace, rest: list[str]) -> None:
@@ -57,14 +62,27 @@ def _check(args: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("A model is probed on data: give --dataset_name, --test_files or --random_data.")
     if args.label_smoothing_factor is not None and not 0 <= args.label_smoothing_factor < 1:
         raise UserError(f"label_smoothing_factor must be from 0 to below 1, not {args.label_smoothing_factor}.")
-    for system, kind in zip(args.systems, kinds, strict=True):
-        if kind == "model":
-            load_config(system)
+    models = [system for system, kind in zip(args.systems, kinds, strict=True) if kind == "model"]
     for run in args.run:
         if not Path(run).is_dir():
             raise UserError(f"There is no folder {run!r}.")
         if not list_checkpoints(run):
             raise UserError(f"{run!r} has no checkpoints to probe.")
+        models.append(str(list_checkpoints(run)[0]))
+    of_images = {classifies_images(model) for model in models}
+    if args.random_data:
+        refuse(args, _NOT_RANDOM, "has no effect with --random_data")
+    if not models:
+        refuse(args, ["split"], "is for models, and none is given: a recipe is probed on its training split")
+    if "recipe" in kinds:
+        return
+    refuse(args, ["seeds"], "is for recipes, and none is given")
+    if not models:
+        refuse(args, _PROBED, "has no effect on an earlier table, and nothing else is given")
+    if of_images == {False}:
+        refuse(args, _OF_IMAGES, "is for models that classify images, and none is given")
+    if of_images == {True}:
+        refuse(args, _OF_TRANSLATION, "is for models that translate, and none is given")
 
 
 def _name(systems: list[str], names: list[str] | None) -> dict[str, str]:
@@ -116,24 +134,25 @@ def _probe_recipe(path: str, name: str, seed: int | None, args: argparse.Namespa
     recipe = parse_recipe(path, [*rest, *words])
     smoothing = recipe.training.label_smoothing_factor or None
     _print_loss(name, smoothing)
-    model, batch = begin_recipe(recipe, args.samples, args.random_data)
+    model, batch = begin_recipe(recipe, args.samples or SAMPLES, args.random_data)
     return ProbedModel(name, recipe.training.seed, 0, probe(model.to(recipe.training.device), batch, smoothing))
 
 
 def _probe_model(path: str, name: str, step: int | None, args: argparse.Namespace) -> ProbedModel:
     is_image_model = classifies_images(path)
     model = load_complete(AutoModelForImageClassification if is_image_model else AutoModelForSeq2SeqLM, path)
+    samples = args.samples or SAMPLES
     if args.random_data:
-        batch = random_batch(model.config, args.samples, args.random_data, _RANDOM_SEED)
+        batch = random_batch(model.config, samples, args.random_data, _RANDOM_SEED)
     elif is_image_model:
         if args.dataset_name is None:
             raise UserError("An image classifier is probed on a --dataset_name or on --random_data.")
         data, images = load_test_images(args, model.config)
         dataset = images.splits["test"]
-        batch = image_batch(load_image_processor(path), dataset.select(spread(dataset, args.samples)), data, "test")
+        batch = image_batch(load_image_processor(path), dataset.select(spread(dataset, samples)), data, "test")
     else:
         sources, targets = load_test_set(args, *find_languages(args, {path: model.config}))
-        rows = spread(sources, args.samples)
+        rows = spread(sources, samples)
         texts = [sources[row] for row in rows], [targets[row] for row in rows]
         batch = sentence_batch(model, load_tokenizer(path), *texts)
     return ProbedModel(name, None, step, probe(model, batch, args.label_smoothing_factor or None))

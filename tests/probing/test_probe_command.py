@@ -108,7 +108,20 @@ def test_mistakes_are_one_sentence(fail, write_recipe, trained, trained_resnet, 
     assert "has no checkpoints" in fail("--run", tmp_path, "--random_data")
     assert "given twice" in fail(trained.folder, trained.folder, "--random_data")
     assert "missing': no such file or folder." in fail(tmp_path / "missing", "--random_data")
-    assert "probed on a --dataset_name" in fail(trained_resnet.folder, "--test_files", "a", "b")
+    assert "--test_files is for models that translate" in fail(trained_resnet.folder, "--test_files", "a", "b")
     assert "must be from 0 to below 1" in fail(trained.folder, "--random_data", "--label_smoothing_factor", 1)
+    table, recipe, resnet = tmp_path / "table.csv", write_recipe(), trained_resnet.folder
+    for words, message in (
+        ((trained.folder, "--random_data", "--seeds", 1), "--seeds is for recipes, and none is given"),
+        ((recipe, "--split", "test"), "--split is for models, and none is given: a recipe is probed on its training"),
+        ((table, "--seeds", 1), "--seeds is for recipes, and none is given"),
+        ((table, "--samples", 4), "--samples has no effect on an earlier table, and nothing else is given"),
+        ((table, "--dataset_name", "data"), "--dataset_name has no effect on an earlier table, and nothing else is"),
+        ((table, "--label_smoothing_factor", 0), "--label_smoothing_factor has no effect on an earlier table"),
+        ((trained.folder, "--dataset_name", "data", "--image_column", "a"), "--image_column is for models that classi"),
+        ((resnet, "--dataset_name", "data", "--target_lang", "de"), "--target_lang is for models that translate, and"),
+        ((recipe, "--random_data", "--source_lang", "en"), "--source_lang has no effect with --random_data"),
+    ):
+        assert message in fail(*words)
     (tmp_path / "empty.csv").write_text("")
     assert "not a table" in fail(tmp_path / "empty.csv")
