@@ -1,9 +1,6 @@
 """Beam search of Transformers, but a sentence leaves the batch when its search has ended."""
 
-import math
-
 import torch
-from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, generation
 
 from ..models.generation_rskip import SourceLengthCriteria
@@ -37,17 +34,6 @@ def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
     return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], beams]
 
 
-def _topk(scores: torch.Tensor, k: int, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """`scores.topk(k)` of `(rows, words)`: the best of the `k` groups of `size` words with the greatest maxima."""
-    words = scores.shape[1]
-    if words < 2 * k * size:
-        return scores.topk(k)
-    groups = nn.functional.pad(scores, (0, -words % size), value=-math.inf).view(len(scores), -1, size)
-    chosen = groups.amax(-1).topk(k).indices
-    best, places = _gather(groups, chosen).flatten(1).topk(k)
-    return best, (chosen.gather(1, places // size) * size + places % size).clamp(max=words - 1)
-
-
 @torch.no_grad()
 def beam_search(
     model: PreTrainedModel,
@@ -60,9 +46,9 @@ def beam_search(
     """A `custom_generate` of `model.generate` that finds what its own beam search finds, in less time.
 
     The search of Transformers runs every sentence of a batch until the last one ends. Here a sentence leaves the batch
-    when its search is over, and only the best words of each beam are sorted. Its rules are the same: which hypotheses
-    end, when no better one is expected (`early_stopping`), and how `length_penalty` scores them. Where a processor or
-    criterion may know a sentence by its row, as that of `prefix_allowed_tokens_fn` does, all sentences stay to the end.
+    when its search is over. Its rules are the same: which hypotheses end, when no better one is expected
+    (`early_stopping`), and how `length_penalty` scores them. Where a processor or criterion may know a sentence by its
+    row, as that of `prefix_allowed_tokens_fn` does, all sentences stay to the end.
 
     Args:
         model: an encoder-decoder whose cache is a dynamic `EncoderDecoderCache`.
@@ -124,7 +110,7 @@ def beam_search(
         width = min(keep, log_probs.shape[-1])
         if logits_processor:
             log_probs = logits_processor(running[:, :, :length].flatten(0, 1), log_probs)
-        best, words = _topk(log_probs, width)
+        best, words = log_probs.topk(width)
         best = (best.view(len(active), beams, width) + scores[:, :, None]).flatten(1)
         best, chosen = best.topk(min(keep, best.shape[1]))
         origin = chosen // width

@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_rskip import RSkipConfig, RSkipForConditionalGeneration
-from hf_rskip.decoding.beam_search import _topk, beam_search
+from hf_rskip.decoding.beam_search import beam_search
 from hf_rskip.decoding.ensemble import Ensemble
 
 
@@ -148,13 +148,6 @@ def test_rows_share_a_source(models, batch, attn_implementation):
         mask = batch["attention_mask"]
         rest = models[0](attention_mask=mask, encoder_outputs=states, decoder_input_ids=targets[:, 3:], cache=cache)
     torch.testing.assert_close(torch.cat([outputs.logits, rest.logits], 1), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("words", [20, 1024, 5000])
-def test_topk(words):
-    logits = torch.randn(7, words, generator=torch.Generator().manual_seed(0))
-    for found, expected in zip(_topk(logits, 8), logits.topk(8), strict=True):
-        torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_nothing_but_padding(models, batch):
