@@ -1,6 +1,8 @@
 """Exceptions whose messages are for users."""
 
 import signal
+from importlib import import_module
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -34,6 +36,14 @@ class Preempted(Exception):
     def __init__(self, message: str, signum: int = signal.SIGTERM):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Imports a module; raises a [`UserError`] if it is not installed, which the `extra` of this package does."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"This needs {module}: `pip install 'hf_rskip[{extra}]'`.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,16 @@
 """What is quoted of the errors of other packages."""
 
-from hf_rskip.errors import first_line
+import json
+
+import pytest
+
+from hf_rskip.errors import UserError, first_line, require
+
+
+def test_a_package_that_is_required():
+    assert require("json", "none") is json
+    with pytest.raises(UserError, match=r"^This needs no_such_package: `pip install 'hf_rskip\[extra\]'`\.$"):
+        require("no_such_package", "extra")
 
 
 def test_the_first_line_of_an_error():

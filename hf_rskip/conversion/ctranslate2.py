@@ -16,8 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..decoding.ctranslate2 import import_ctranslate2
-from ..errors import UserError
+from ..errors import UserError, require
 from ..models import RSkipConfig
 from .fold import fold_exactly
 from .output import new_folder
@@ -63,7 +62,7 @@ def export_ctranslate2(
         [`UserError`]: if ctranslate2 is missing, the folder is not empty, or CTranslate2 cannot compute the model.
     """
     folder = new_folder(folder)
-    import_ctranslate2()
+    require("ctranslate2", "ctranslate2")
     from ctranslate2.specs import TransformerSpec
 
     model = _plain_transformer(model)

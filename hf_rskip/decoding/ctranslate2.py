@@ -2,16 +2,15 @@
 
 import copy
 import json
-import os
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, require
 from ..models.generation_rskip import GNMTLengthPenalty, check_options, find_options, length_limits
 
 logger = logging.get_logger(__name__)
@@ -23,20 +22,6 @@ _SAME |= {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_i
 _NEUTRAL = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 
 
-def import_ctranslate2():
-    """Imports the package; raises a [`UserError`] if it is not installed."""
-    try:
-        import ctranslate2
-    except ImportError as error:
-        raise UserError("CTranslate2 needs `pip install 'hf_rskip[ctranslate2]'`") from error
-    return ctranslate2
-
-
-def is_ctranslate2(name: str | os.PathLike) -> bool:
-    """Whether that is a folder with a model of CTranslate2."""
-    return Path(name, "model.bin").is_file()
-
-
 class CTranslate2Model:
     """A model in CTranslate2 with the calls that [`translate`] and [`score_tokens`] make.
 
@@ -45,7 +30,6 @@ class CTranslate2Model:
 
     Args:
         folder: an exported one.
-        config: its configuration.
 
     Raises:
         [`UserError`]: if ctranslate2 is missing, or cannot load the model.
@@ -54,11 +38,12 @@ class CTranslate2Model:
     device = torch.device("cpu")
     """Device of its input and output tensors."""
 
-    def __init__(self, folder: str, config: PreTrainedConfig):
-        ctranslate2 = import_ctranslate2()
-        self.config = config
+    def __init__(self, folder: str):
+        ctranslate2 = require("ctranslate2", "ctranslate2")
         try:
-            self.generation_config = GenerationConfig.from_pretrained(folder)
+            self.config, self.generation_config = (
+                each.from_pretrained(folder) for each in (AutoConfig, GenerationConfig)
+            )
             self.translator = ctranslate2.Translator(folder, device="auto", intra_threads=torch.get_num_threads())
             self.source_tokens, self.target_tokens = (_read_vocabulary(folder, side) for side in ("source", "target"))
         except (OSError, ValueError, RuntimeError) as error:

@@ -25,14 +25,17 @@ from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError, first_line
 from ..manifest import MODEL_FILES, TOKENIZER_FILES, check_model
 from ..models import RSkipResNetConfig
-from .ctranslate2 import CTranslate2Model, is_ctranslate2
+from .ctranslate2 import CTranslate2Model
 from .ensemble import Ensemble
-from .onnx import OnnxTranslationModel, is_onnx
+from .onnx import ENCODER_NAME, OnnxTranslationModel
 
 _TASKS = {
     AutoModelForSeq2SeqLM: ("translate", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     AutoModelForImageClassification: ("classify images", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
 }
+
+_ENGINES = {"model.bin": CTranslate2Model, ENCODER_NAME: OnnxTranslationModel}
+"""The engine of an export, by a file that it has."""
 
 
 def load_complete(auto_class: type, name: str) -> PreTrainedModel:
@@ -107,11 +110,11 @@ def load_translator(name: str) -> tuple[PreTrainedModel | CTranslate2Model, PreT
     """Model and tokenizer of [`load_model`], or of an export to another engine, which is called in the same way."""
     if Path(name, "onnx").is_dir() and not any(Path(name).glob("*.safetensors")):
         raise UserError(f"{name!r} is an export for browsers: `hf-rskip export` without --format makes one to run here")
-    if not (is_ctranslate2(name) or is_onnx(name)):
-        return load_model(name)
-    check_model(name, "*")
-    model = CTranslate2Model(name, load_config(name)) if is_ctranslate2(name) else OnnxTranslationModel(name)
-    return model, load_tokenizer(name)
+    for file, engine in _ENGINES.items():
+        if Path(name, file).is_file():
+            check_model(name, "*")
+            return engine(name), load_tokenizer(name)
+    return load_model(name)
 
 
 def load_image_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:

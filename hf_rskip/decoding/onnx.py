@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, require
 from ..models.checks import ENCODER_KEYWORDS, check_cache, check_keywords
 from ..models.generation_rskip import TranslationGenerationMixin
 
@@ -19,19 +19,11 @@ ENCODER_NAME, DECODER_NAME = "encoder.onnx", "decoder.onnx"
 _NOT_IN_GRAPHS = ("output_attentions", "output_hidden_states")
 
 
-def is_onnx(name: str | os.PathLike) -> bool:
-    """Whether that is a folder with the graphs of a model that translates."""
-    return os.path.isfile(os.path.join(name, ENCODER_NAME))
-
-
 class Graph:
     """A session of onnxruntime that shares its inputs and outputs with torch; as many threads as torch has."""
 
     def __init__(self, folder: str | os.PathLike, name: str):
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UserError(f"Running an exported model needs {INSTALL}") from error
+        onnxruntime = require("onnxruntime", "onnx")
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             raise UserError(f"There is no {name} in {os.fspath(folder)!r}")
