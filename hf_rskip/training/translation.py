@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainerCallback
 
 from ..data.text.cleaning import clean_corpus
-from ..data.text.corpora import checksum, load_translation_dataset
+from ..data.text.corpora import checksum, hold_out, load_translation_dataset
 from ..data.text.preprocessing import describe_dropped, filter_by_length, tokenize_corpus
 from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError
@@ -31,9 +31,14 @@ class Translation(Task):
         super().__init__(recipe, checkpoint)
         data = recipe.data
         self.corpus = load_translation_dataset(data)
-        self.checksums = {split: checksum(self.corpus[split], data) for split in ("train", "validation")}
         # `pop`, so that the corpus does not stay mapped into memory.
         train_set, unclean = clean_corpus(self.corpus.pop("train"), data)
+        if data.validation_size is not None:
+            train_set, self.corpus["validation"] = hold_out(train_set, data)
+        self.checksums = {
+            split: checksum(part, data)
+            for split, part in (("train", train_set), ("validation", self.corpus["validation"]))
+        }
         self.tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else make_tokenizer(recipe, train_set)
         self.train_set, too_long = filter_by_length(tokenize_corpus(train_set, self.tokenizer, data), data)
         self.validation_set = tokenize_corpus(self.corpus["validation"], self.tokenizer, data)

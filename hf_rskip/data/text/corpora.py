@@ -32,7 +32,8 @@ def load_translation_dataset(
     Returns:
         A dataset for each of `splits`, under these names whatever the corpus calls them, with the one column
         `translation`: a dictionary from each of the two language codes to a string. No split is empty. In the training
-        split alone, text may be missing: [`~hf_rskip.data.text.cleaning.clean_corpus`] drops such pairs.
+        split alone, text may be missing: [`~hf_rskip.data.text.cleaning.clean_corpus`] drops such pairs. With
+        `validation_size` there is no validation split: [`hold_out`] makes one.
 
     Raises:
         UserError: if something is missing, misaligned, empty or not text; the message names the file and line, or the
@@ -48,30 +49,32 @@ def load_translation_dataset(
         if (limit := args.sample_limit(split)) is not None:
             dataset = dataset.take(limit)
         loaded[split] = dataset if corpus is None else _select_languages(dataset, args, split)
-    if "validation" in splits and args.validation_size is not None:
-        loaded["train"], loaded["validation"] = _hold_out(loaded["train"], args)
-        if args.max_eval_samples is not None:
-            loaded["validation"] = loaded["validation"].take(args.max_eval_samples)
     return loaded
 
 
-def _hold_out(dataset: Dataset, args: DataArguments) -> tuple[Dataset, Dataset]:
-    """Splits off `validation_size` pairs that have text on both sides, the same at every call."""
-    tables = dataset.with_format("arrow").iter(10_000)
-    usable = np.flatnonzero(np.concatenate([_has_text(table["translation"], args) for table in tables]))
-    if not args.validation_size < len(usable):
+def hold_out(dataset: Dataset, args: DataArguments) -> tuple[Dataset, Dataset]:
+    """Splits `validation_size` pairs off, of which `max_eval_samples` are kept; the same at every call.
+
+    Args:
+        dataset: A training split after [`~hf_rskip.data.text.cleaning.clean_corpus`]: before it, a pair and its
+            duplicate could go to different sides.
+
+    Returns:
+        The training split and the validation split.
+
+    Raises:
+        UserError: if no training pair would be left.
+    """
+    if not args.validation_size < len(dataset):
         raise UserError(
-            f"validation_size must be below {len(usable):,}, the number of training pairs with text, not "
+            f"validation_size must be below {len(dataset):,}, the number of training pairs after cleaning, not "
             f"{args.validation_size:,}."
         )
     is_held_out = np.zeros(len(dataset), dtype=bool)
-    is_held_out[np.random.default_rng(_HOLD_OUT_SEED).choice(usable, args.validation_size, replace=False)] = True
-    return keep_rows(dataset, ~is_held_out), keep_rows(dataset, is_held_out)
-
-
-def _has_text(pairs: pa.ChunkedArray, args: DataArguments) -> np.ndarray:
-    sides = [pc.utf8_trim_whitespace(pc.struct_field(pairs, code)) for code in (args.source_lang, args.target_lang)]
-    return np.logical_and(*[pc.fill_null(pc.not_equal(side, ""), False).to_numpy() for side in sides])
+    is_held_out[np.random.default_rng(_HOLD_OUT_SEED).choice(len(dataset), args.validation_size, replace=False)] = True
+    validation = keep_rows(dataset, is_held_out)
+    limit = args.sample_limit("validation")
+    return keep_rows(dataset, ~is_held_out), validation if limit is None else validation.take(limit)
 
 
 def _load_corpus(args: DataArguments) -> DatasetDict:
@@ -138,12 +141,12 @@ def iterate_sentences(dataset: Dataset, args: DataArguments, max_pairs: int) -> 
 
 
 def checksum(dataset: Dataset, args: DataArguments) -> int:
-    """Computes the CRC-32 of the sentences of both sides in their order."""
+    """Computes the CRC-32 of the sentences of both sides in their order; none may be missing."""
     value = 0
     for table in dataset.with_format("arrow").iter(1_000):
         for language in (args.source_lang, args.target_lang):
             side = pc.struct_field(table["translation"].combine_chunks(), language).cast(pa.string())
-            lines = pa.ListArray.from_arrays([0, len(side)], pc.fill_null(side, ""))
+            lines = pa.ListArray.from_arrays([0, len(side)], side)
             value = zlib.crc32(pc.binary_join(lines, "\n")[0].as_buffer(), value)
     return value
 

@@ -7,8 +7,10 @@ from datasets import Dataset, DatasetDict, Features, Translation
 from transformers import HfArgumentParser
 
 from hf_rskip.data.text.arguments import DataArguments
-from hf_rskip.data.text.corpora import iterate_sentences, load_translation_dataset
+from hf_rskip.data.text.corpora import hold_out, iterate_sentences, load_translation_dataset
 from hf_rskip.errors import UserError
+from hf_rskip.recipe.parsing import parse_recipe
+from hf_rskip.training import translation
 
 PAIRS = [("A dog.", "Ein Hund."), ("Two cats.", "Zwei Katzen."), ("", "Leer.")]
 
@@ -129,29 +131,32 @@ def test_sentences_of_evenly_spaced_pairs():
 
 
 def test_pairs_held_out_for_validation(tmp_path):
-    """Each pair is in one of the two splits, in its order; those without text stay in training."""
-    pairs = [(f"s{number}", f"t{number}") for number in range(20)] + [(None, "Leer."), ("Empty.", " ")]
-    name = parquet(tmp_path / "data", train=rows(pairs), test=rows(pairs[:2]))
-    args = arguments(dataset_name=name, validation_size=5, max_eval_samples=4)
-    loaded, again = (load_translation_dataset(args) for _ in range(2))
-    assert loaded["validation"][:] == again["validation"][:]
-    train, validation = ([pair["en"] for pair in loaded[split]["translation"]] for split in ("train", "validation"))
-    assert (len(train), len(validation), len(loaded["test"])) == (17, 4, 2)
-    assert len({*train, *validation}) == 21 and train[-2:] == [None, "Empty."]
-    for side in (train[:-2], validation):
+    """Each pair is in one of the two splits, in its order, the same at every call."""
+    pairs = [(f"s{number}", f"t{number}") for number in range(20)]
+    args = arguments(train_files=["a", "b"], validation_size=5)
+    dataset = Dataset.from_dict(rows(pairs))
+    parts, again = (hold_out(dataset, args) for _ in range(2))
+    assert [part[:] for part in parts] == [part[:] for part in again]
+    train, validation = ([pair["en"] for pair in part["translation"]] for part in parts)
+    assert (len(train), len(validation), len({*train, *validation})) == (15, 5, 20)
+    for side in (train, validation):
         assert side == sorted(side, key=lambda text: int(text[1:])) != [f"s{number}" for number in range(len(side))]
+    args.max_eval_samples = 4
+    assert [pair["en"] for pair in hold_out(dataset, args)[1]["translation"]] == validation[:4]
+    args.validation_size = 20
+    with pytest.raises(UserError, match="validation_size must be below 20, the number of training pairs after cleani"):
+        hold_out(dataset, args)
 
-    args = arguments(train_files=text_files(tmp_path, b"a\nb\n", b"x\ny\n"), validation_size=1)
-    loaded = load_translation_dataset(args, ("train", "validation"))
-    assert sorted(loaded["train"][:]["translation"] + loaded["validation"][:]["translation"], key=str) == [
-        {"en": "a", "de": "x"},
-        {"en": "b", "de": "y"},
-    ]
-    args.validation_size = 2
-    with pytest.raises(
-        UserError, match="validation_size must be below 2, the number of training pairs with text, not 2"
-    ):
-        load_translation_dataset(args, ("train", "validation"))
+
+def test_duplicates_of_held_out_pairs_are_not_trained_on(write_recipe, tmp_path):
+    name = parquet(tmp_path / "data", train=rows([(f"s{n}", f"t{n}") for n in range(10)] * 2), test=rows(PAIRS))
+    options = {"dataset_name": name, "validation_size": 5, "remove_duplicates": True, "vocab_size": 300}
+    task = translation.Translation(parse_recipe(write_recipe(**options)), None)
+    assert (len(task.train_set), len(task.validation_set)) == (5, 5)
+    sources = [{tuple(ids) for ids in part["input_ids"]} for part in (task.train_set, task.validation_set)]
+    assert len(sources[0] | sources[1]) == 10
+    # Loading leaves the validation split to `hold_out`.
+    assert set(load_translation_dataset(arguments(dataset_name=name, validation_size=5))) == {"train", "test"}
 
 
 # Text files
