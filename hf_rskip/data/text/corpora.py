@@ -31,9 +31,9 @@ def load_translation_dataset(
 
     Returns:
         A dataset for each of `splits`, under these names whatever the corpus calls them, with the one column
-        `translation`: a dictionary from each of the two language codes to a string. No split is empty. In the training
-        split alone, text may be missing: [`~hf_rskip.data.text.cleaning.clean_corpus`] drops such pairs. With
-        `validation_size` there is no validation split: [`hold_out`] makes one.
+        `translation`: a dictionary from each of the two language codes, maybe others, to a string. No split is empty.
+        In the training split alone, text may be missing: [`~hf_rskip.data.text.cleaning.clean_corpus`] drops such
+        pairs. With `validation_size` there is no validation split: [`hold_out`] makes one.
 
     Raises:
         UserError: if something is missing, misaligned, empty or not text; the message names the file and line, or the
@@ -48,7 +48,7 @@ def load_translation_dataset(
         dataset = _load_text_files(args, split) if corpus is None else select_split(corpus, args, split)
         if (limit := args.sample_limit(split)) is not None:
             dataset = dataset.take(limit)
-        loaded[split] = dataset if corpus is None else _select_languages(dataset, args, split)
+        loaded[split] = dataset if corpus is None else _select_translation(dataset, args, split)
     return loaded
 
 
@@ -85,8 +85,8 @@ def _load_corpus(args: DataArguments) -> DatasetDict:
     return load_named_dataset(args.dataset_name, args.dataset_config_name)
 
 
-def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
-    """Reduces a dataset to its column `translation` with the two languages, every side of every row a string."""
+def _select_translation(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
+    """Reduces a dataset to its column `translation`, and checks that it has strings in both languages."""
     where = args.describe_split(split)
     if "translation" not in dataset.features:
         raise UserError(f"{where} has no column 'translation', only {', '.join(dataset.features)}.")
@@ -109,15 +109,7 @@ def _select_languages(dataset: Dataset, args: DataArguments, split: str) -> Data
 
     if split != "train":
         _check_every_row(dataset, pair, where)
-    if found.keys() == set(pair):
-        return dataset
-
-    def select(table: pa.Table) -> pa.Table:
-        sides = [pc.struct_field(table["translation"], language).combine_chunks() for language in pair]
-        return pa.table({"translation": pa.StructArray.from_arrays(sides, pair)})
-
-    features = Features({"translation": Translation(pair)})
-    return dataset.with_format("arrow").map(select, batched=True, features=features).with_format(None)
+    return dataset
 
 
 def _check_every_row(dataset: Dataset, languages: Iterable[str], where: str) -> None:
