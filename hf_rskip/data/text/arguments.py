@@ -46,7 +46,8 @@ class DataArguments(DatasetArguments):
         default=None, help="Drop training pairs whose longer side has more than this many times the other's tokens."
     )
     tokenizer_name: str | None = HfArg(
-        default=None, help="Folder or Hub id of an existing tokenizer; without it one is trained on the corpus."
+        default=None,
+        help="Folder, Hub id or file of the package `tokenizers` of an existing tokenizer; without it one is trained.",
     )
     tokenizer_train_samples: int = HfArg(
         default=1_000_000, help="Train the tokenizer on at most so many pairs, taken at even distances from the corpus."
