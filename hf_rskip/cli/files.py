@@ -5,11 +5,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from ..atomic import write_then_rename
 from ..errors import UserError
+from ..lines import decode_lines
 
 _LINES_AT_ONCE = 10_000
 _RESULTS = ("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.md", "*.csv", "*.png", "*.py")
@@ -84,23 +86,13 @@ def write_lines(file: BinaryIO, sentences: list[str]) -> None:
 
 
 def read_lines(source: BinaryIO, name: str) -> Iterator[list[str]]:
-    """Yields lists of lines of UTF-8 text, without line ends; a [`UserError`] about other text names `name`.
-
-    Only a line feed ends a line, so that the numbers of lines agree whatever else a sentence contains.
-    """
-    lines = []
-    for number, line in enumerate(source, start=1):
-        try:
-            lines.append(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"Line {number} of {name} is not UTF-8") from error
-        if len(lines) == _LINES_AT_ONCE:
-            yield lines
-            lines = []
-    yield lines
+    """Yields the lines of [`decode_lines`] in lists, so that a long file is never in memory as a whole."""
+    lines = decode_lines(source, name)
+    while some := list(islice(lines, _LINES_AT_ONCE)):
+        yield some
 
 
 def read_all_lines(path: str) -> list[str]:
-    """Reads all lines of [`read_lines`] at once."""
+    """Reads the lines of [`decode_lines`]."""
     with open_file(path, "rb") as file:
-        return [line for lines in read_lines(file, path) for line in lines]
+        return list(decode_lines(file, path))

@@ -178,7 +178,9 @@ def test_translate_mistakes(fail, trained, tmp_path):
     )
     source = tmp_path / "source.txt"
     source.write_bytes(b"fine\n\nbroken \xff\n")
-    assert f"Line 3 of {source} is not UTF-8" in fail("translate", trained.folder, "--input_file", source)
+    assert f"{source}, line 3 is not UTF-8: byte 0xff at byte offset 13." in fail(
+        "translate", trained.folder, "--input_file", source
+    )
     output = tmp_path / "no" / "output.txt"
     assert "cannot be opened" in fail("translate", trained.folder, "--input_file", source, "--output_file", output)
     source.write_text("the cat .\n")

@@ -177,7 +177,7 @@ def test_evaluate_prints_each_form_of_bleu(trained, corpus_folder, pairs, capfd)
         (["bad.txt", "test.de", "--split", "dev"], "--split has no effect with --test_files"),
         (["bad.txt", "short.txt"], "'short.txt' has 2 translations, but the test set 30 sentences"),
         (["bad.txt", "empty.txt"], "'empty.txt' has 0 translations, but the test set 30 sentences"),
-        (["bad.txt", "latin.txt"], "Line 1 of latin.txt is not UTF-8"),
+        (["bad.txt", "latin.txt"], "latin.txt, line 1 is not UTF-8"),
         (["bad.txt", "no_such.txt"], "'no_such.txt'"),
         (["bad.txt", "test.de", "--bleu_tokenize", "no_such"], "'no_such' is not to be had from sacreBLEU"),
         (["bad.txt", "test.de", "--output_dir", "bad.txt/out"], "'bad.txt/out' cannot be a folder"),

@@ -14,6 +14,7 @@ from datasets.fingerprint import Hasher
 
 from ...checks import did_you_mean
 from ...errors import UserError
+from ...lines import decode_lines
 from ..loading import load_named_dataset, select_split
 from .arguments import DataArguments
 from .columns import keep_rows
@@ -172,7 +173,7 @@ def _load_text_files(args: DataArguments, split: str) -> Dataset:
 
 def _read_pairs(source: Path, target: Path, languages: tuple[str, str]) -> Iterator[dict[str, dict[str, str]]]:
     with source.open("rb") as source_lines, target.open("rb") as target_lines:
-        pairs = zip_longest(_decode_lines(source_lines, source), _decode_lines(target_lines, target))
+        pairs = zip_longest(decode_lines(source_lines, str(source)), decode_lines(target_lines, str(target)))
         for number, pair in enumerate(pairs):
             if None in pair:
                 if pair[0] is None:
@@ -185,21 +186,3 @@ def _read_pairs(source: Path, target: Path, languages: tuple[str, str]) -> Itera
                     f"{number:,}."
                 )
             yield {"translation": dict(zip(languages, pair, strict=True))}
-
-
-def _decode_lines(lines: Iterable[bytes], path: Path) -> Iterator[str]:
-    # Binary files break lines at \n alone, where text mode and str.splitlines also break at \r, \x0b, U+2028 and the
-    # like: one of these inside a sentence would shift every later pair.
-    offset = 0
-    for number, line in enumerate(lines, start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not UTF-8: byte 0x{line[error.start]:02x} at byte offset "
-                f"{offset + error.start:,} of the file."
-            ) from None
-        if number == 1:
-            text = text.removeprefix("\ufeff")
-        offset += len(line)
-        yield text.removesuffix("\n").rstrip("\r")

@@ -229,7 +229,7 @@ def test_misaligned_files(tmp_path, longer, shorter):
 
 def test_bytes_that_are_not_utf8(tmp_path):
     files = text_files(tmp_path, b"1\n2\n3\n", "eins\nzwölf\n".encode() + "fünf\n".encode("latin-1"))
-    assert refused(train_files=files) == (f"{files[1]}, line 3 is not UTF-8: byte 0xfc at byte offset 13 of the file.")
+    assert refused(train_files=files) == (f"{files[1]}, line 3 is not UTF-8: byte 0xfc at byte offset 13.")
 
 
 def test_missing_and_empty_files(tmp_path):
