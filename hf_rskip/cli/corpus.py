@@ -45,15 +45,8 @@ def load_test_set(
     """The sources and references of a translation corpus."""
     if args.test_files:
         refuse(args, ["dataset_config_name", "split"], "has no effect with --test_files: leave it out.")
-    data = DataArguments(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        test_files=args.test_files,
-        source_lang=source_lang,
-        target_lang=target_lang,
-        test_split=args.split or "test",
-        max_predict_samples=max_samples,
-    )
+    languages = {"source_lang": source_lang, "target_lang": target_lang}
+    data = DataArguments(test_files=args.test_files, **languages, **_test_split(args, max_samples))
     data.split_key = "--split"
     return split_languages(load_translation_dataset(data, splits=("test",))["test"], source_lang, target_lang)
 
@@ -69,13 +62,13 @@ def load_test_images(
     (name, number), *_ = Counter(class_names).most_common(1)
     if number > 1:
         raise UserError(f"The model has {number} classes {name!r}, and the classes of a dataset are found by name.")
-    data = ImageDataArguments(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        image_column=args.image_column or config.image_column,
-        label_column=args.label_column or config.label_column,
-        test_split=args.split or "test",
-        max_predict_samples=max_samples,
-    )
+    columns = {key: getattr(args, key) or getattr(config, key) for key in ("image_column", "label_column")}
+    data = ImageDataArguments(**columns, **_test_split(args, max_samples))
     data.split_key = "--split"
     return data, load_image_dataset(data, ("test",), class_names)
+
+
+def _test_split(args: argparse.Namespace, max_samples: int | None) -> dict:
+    """The keys of a dataset that both kinds of models share."""
+    keys = {key: getattr(args, key) for key in ("dataset_name", "dataset_config_name")}
+    return {**keys, "test_split": args.split or "test", "max_predict_samples": max_samples}

@@ -139,38 +139,6 @@ def test_evaluate_prepares_images_as_the_image_processor_says(trained_resnet, ci
     assert scores["accuracy"] == sum(hits) / len(hits)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "probe"])
-def test_classes_are_found_by_name(trained_resnet, tmp_path, capsys, cifar_folder, command):
-    """In another order, and in a test set without one of them; a class that the model does not have is refused."""
-    dataset = load_dataset(cifar_folder)["test"]
-    features, names = dataset.features.copy(), dataset.features["label"].names
-    features["label"] = type(features["label"])(names=["zebra", *reversed(names)])
-
-    def run(dataset, folder):
-        folder.mkdir()
-        dataset.to_parquet(folder / "test.parquet")
-        code = main([command, str(trained_resnet.folder), "--dataset_name", str(folder)])
-        return code, *capsys.readouterr()
-
-    def renamed(dataset):
-        return dataset.map(lambda row: {"label": 4 - row["label"]}, features=features)
-
-    code, expected, _ = run(dataset, tmp_path / "same")
-    assert code == 0 and run(renamed(dataset), tmp_path / "other")[:2] == (0, expected)
-    without = dataset.filter(lambda label: label != 3, input_columns="label")
-    code, expected, _ = run(without, tmp_path / "without")
-    assert code == 0 and run(renamed(without), tmp_path / "other_without")[:2] == (0, expected)
-    features["label"] = type(features["label"])(names=[*names, "zebra"])
-    foreign = dataset.cast(features).map(
-        lambda row, index: {"label": 4 if index == 2 else row["label"]}, with_indices=True
-    )
-    code, _, err = run(foreign, tmp_path / "foreign")
-    message = (
-        "split 'test', row 2 (counted from 0) has the label 'zebra', which is not one of blue, green, red, yellow."
-    )
-    assert code == 2 and message in err
-
-
 def test_the_card(trained_resnet, run_cli):
     card = (trained_resnet.folder / "README.md").read_text()
     assert "{{" not in card and "{%" not in card

@@ -42,8 +42,7 @@ def load_image_dataset(
     args.check_splits(splits)
     corpus = load_named_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     needed = [split for split in splits if getattr(args, f"{split}_split") is not None]
-    found = {split: select_split(corpus, args, split) for split in needed}
-    found = {split: _name_columns(dataset, args, split) for split, dataset in found.items()}
+    found = {split: _name_columns(select_split(corpus, args, split), args, split) for split in needed}
     if class_names is None:
         class_names = _class_names(found["train"], args)
     loaded = {}

@@ -103,9 +103,19 @@ def test_labels_of_a_trained_model(tmp_path, labels):
         load_image_dataset(arguments(tmp_path), ("test",), ["5", "9"])
 
 
-def test_a_model_with_two_classes_of_one_name():
-    args = Namespace(dataset_name="none", dataset_config_name=None, split="test")
-    config = RSkipResNetConfig(id2label={0: "crane", 1: "ant", 2: "crane"})
+def test_classes_of_a_model_are_found_by_name(tmp_path):
+    """In the columns of its training; evaluate and probe load their images so."""
+    args = Namespace(
+        dataset_name=str(tmp_path), dataset_config_name=None, split=None, image_column=None, label_column=None
+    )
+    config = RSkipResNetConfig(id2label=dict(enumerate(["cat", "dog", "ant", "bee"])), label_column="label")
+    save(tmp_path, "test", [0, 1, 2, 0])
+    assert load_test_images(args, config)[1].splits["test"]["label"][:] == [2, 3, 0, 2]
+    config.id2label = {0: "ant", 1: "bee"}
+    message = "'test', row 2 \\(counted from 0\\) has the label 'cat', which is not one of ant, bee\\."
+    with pytest.raises(UserError, match=message):
+        load_test_images(args, config)
+    config.id2label = {0: "crane", 1: "ant", 2: "crane"}
     with pytest.raises(UserError, match="The model has 2 classes 'crane', and the classes of a dataset are found by"):
         load_test_images(args, config)
 
