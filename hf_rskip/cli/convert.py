@@ -87,7 +87,8 @@ def _fold(args: argparse.Namespace) -> None:
     if frozen and not has_pairs:
         raise UserError("K > 1 is folded with means over data: give sentence pairs by --dataset_name or --test_files")
     if has_pairs:
-        args.split = args.split or ("validation" if args.dataset_name else "test")  # a pair of files is the test split
+        if args.dataset_name:
+            args.split = args.split or "validation"
         languages = find_languages(args, {args.source: config})
         tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
         sources, references = load_test_set(args, *languages, args.max_samples)

@@ -185,6 +185,7 @@ def test_command_refuses(trained, trained_resnet, corpus_folder, tmp_path, capsy
         ([trained_resnet.folder, new], "only one of type 'rskip'"),
         ([trained.folder, new, "--max_samples", "3"], "`--max_samples` needs a --dataset_name"),
         ([trained.folder, new, "--skip_recursions", "1"], "`--skip_recursions` is for marian"),
+        ([trained.folder, new, "--test_files", "a", "b"], "test_files names a file that does not exist"),
         ([trained.folder, trained.folder], "not an empty folder"),
     ]:
         code, _, err = run(capsys, *words)
