@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from transformers.hf_argparser import HfArg
+from transformers.utils import logging
 
 from ..checks import check_count
 from ..errors import UserError
+
+logger = logging.get_logger(__name__)
 
 _SAMPLE_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
@@ -44,12 +47,15 @@ class DatasetArguments:
                 raise UserError(f"validation_size and {name} are both set: give one or the other.")
 
     def check_splits(self, splits: Sequence[str]) -> None:
-        """Raises a [`UserError`] if two of `splits` are the same."""
+        """Raises a [`UserError`] if another of `splits` is the training split; warns if validation and test are one."""
         for one, other in combinations(splits, 2):
             for kind in ("split", "files"):
                 value = getattr(self, f"{one}_{kind}", None)
                 if value is not None and value == getattr(self, f"{other}_{kind}", None):
-                    raise UserError(f"{one}_{kind} and {other}_{kind} are both {value!r}: each needs its own examples.")
+                    problem = f"{one}_{kind} and {other}_{kind} are both {value!r}"
+                    if one == "train":
+                        raise UserError(f"{problem}: what was trained on cannot tell how good a model is.")
+                    logger.warning(f"{problem}: a checkpoint that is chosen by validation scores is tuned on the test.")
 
     def sample_limit(self, split: str) -> int | None:
         """Returns the largest number of examples of a split; `None` for all."""

@@ -42,7 +42,7 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_rskip.conversion.growth import grow_recursions
 from hf_rskip.data.text.cleaning import clean_corpus
-from hf_rskip.data.text.corpora import load_translation_dataset
+from hf_rskip.data.text.corpora import hold_out, load_translation_dataset
 from hf_rskip.data.text.preprocessing import filter_by_length, tokenize_corpus
 from hf_rskip.decoding.loading import load_model
 from hf_rskip.evaluation.evaluate import evaluate_translation, split_languages
@@ -76,6 +76,8 @@ def main():
     trained, tokenizer = load_model(args.model)
     corpus = load_translation_dataset(recipe.data, ("train", "validation"))
     corpus["train"], _ = clean_corpus(corpus["train"], recipe.data)
+    if recipe.data.validation_size is not None:
+        corpus["train"], corpus["validation"] = hold_out(corpus["train"], recipe.data)
     splits = {split: tokenize_corpus(corpus[split], tokenizer, recipe.data) for split in corpus}
     splits["train"], _ = filter_by_length(splits["train"], recipe.data)
     splits["validation"] = splits["validation"].select(np.argsort(splits["validation"]["target_length"]))

@@ -284,15 +284,22 @@ FILES = {"dataset_name": None, "train_files": ["a", "b"], "validation_files": ["
     [
         ({"test_split": "train"}, "train_split and test_split are both 'train'"),
         ({"validation_split": "train"}, "train_split and validation_split are both 'train'"),
-        ({"test_split": "validation"}, "validation_split and test_split are both 'validation'"),
         (FILES, "train_files and test_files are both ['a', 'b']"),
     ],
 )
-def test_splits_that_are_the_same(values, both):
+def test_splits_that_are_the_training_split(values, both):
     """Before any is loaded."""
     with pytest.raises(UserError) as error:
         load_translation_dataset(arguments(**{"dataset_name": "none"} | values))
-    assert str(error.value) == f"{both}: each needs its own examples."
+    assert str(error.value) == f"{both}: what was trained on cannot tell how good a model is."
+
+
+def test_a_test_split_that_is_the_validation_split(tmp_path, caplog):
+    """As users of ImageNet have it, whose test images have no labels."""
+    name = parquet(tmp_path / "data", train=rows(PAIRS), validation=rows(PAIRS))
+    load_translation_dataset(arguments(dataset_name=name, test_split="validation"))
+    (record,) = caplog.records
+    assert record.message.startswith("validation_split and test_split are both 'validation': a checkpoint that is chos")
 
 
 def test_a_dataset_without_the_language(tmp_path):
