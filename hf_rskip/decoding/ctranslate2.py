@@ -41,9 +41,8 @@ class CTranslate2Model:
     def __init__(self, folder: str):
         ctranslate2 = require("ctranslate2", "ctranslate2")
         try:
-            self.config, self.generation_config = (
-                each.from_pretrained(folder) for each in (AutoConfig, GenerationConfig)
-            )
+            self.config = AutoConfig.from_pretrained(folder)
+            self.generation_config = GenerationConfig.from_pretrained(folder)
             self.translator = ctranslate2.Translator(folder, device="auto", intra_threads=torch.get_num_threads())
             self.source_tokens, self.target_tokens = (_read_vocabulary(folder, side) for side in ("source", "target"))
         except (OSError, ValueError, RuntimeError) as error:

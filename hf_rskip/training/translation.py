@@ -35,10 +35,8 @@ class Translation(Task):
         train_set, unclean = clean_corpus(self.corpus.pop("train"), data)
         if data.validation_size is not None:
             train_set, self.corpus["validation"] = hold_out(train_set, data)
-        self.checksums = {
-            split: checksum(part, data)
-            for split, part in (("train", train_set), ("validation", self.corpus["validation"]))
-        }
+        learned = {"train": train_set, "validation": self.corpus["validation"]}
+        self.checksums = {split: checksum(part, data) for split, part in learned.items()}
         self.tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else make_tokenizer(recipe, train_set)
         self.train_set, too_long = filter_by_length(tokenize_corpus(train_set, self.tokenizer, data), data)
         self.validation_set = tokenize_corpus(self.corpus["validation"], self.tokenizer, data)
