@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def _create_parser() -> argparse.ArgumentParser:
             help="import this first (the current folder is searched last)",
         )
         _module(name).add_arguments(subparser)
+        subparser.set_defaults(parser=subparser)
     return parser
 
 
@@ -62,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Training that was stopped by SIGTERM returns 143, by Ctrl-C 130.
     """
-    parser = _create_parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = _create_parser().parse_known_args(argv)
     if rest and args.command not in _WITH_KEYS:
-        hint = did_you_mean(rest[0].split("=")[0].lstrip("-"), vars(args), "--")  # `args` has all options of a command
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        options = re.findall(r"--(\w[\w-]*)", args.parser.format_usage())
+        hint = did_you_mean(rest[0].split("=")[0].lstrip("-"), options, "--")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     try:
         if getattr(args, "accelerate_config", None) is None:  # otherwise the launched processes do it
             _start(args.import_module)

@@ -8,8 +8,12 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of a trained model")
     parser.add_argument("repo_id", metavar="REPO_ID", help="`user/name`; created if there is none")
-    parser.add_argument("--with-code", action="store_true", help="so that it loads where hf_rskip is not installed")
-    parser.add_argument("--with-onnx", action="store_true", help="graphs and a page for transformers.js, too")
+    parser.add_argument(
+        "--with-code", "--with_code", action="store_true", help="so that it loads where hf_rskip is not installed"
+    )
+    parser.add_argument(
+        "--with-onnx", "--with_onnx", action="store_true", help="graphs and a page for transformers.js, too"
+    )
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="created if there is none (default: the main one)")
     parser.add_argument("--overwrite_card", action="store_true", help="replace an existing README.md on the Hub")

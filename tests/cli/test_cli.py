@@ -90,6 +90,13 @@ def test_a_wrong_command_line(capfd, words):
     assert re.match(r"hf-rskip( \w+)?: error: ", last)
 
 
+def test_only_options_are_suggested(capfd):
+    with pytest.raises(SystemExit):
+        main(["translate", "a_model", "--models", "3"])  # MODEL is no option
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last == "hf-rskip translate: error: unrecognized arguments: --models 3"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
