@@ -30,7 +30,8 @@ def describe_device(device: torch.device | str | None = None) -> str:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     device = torch.device(device)
     if device.type != "cpu":
-        return torch.get_device_module(device).get_device_name(device)
+        module = torch.get_device_module(device)
+        return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
     count = torch.get_num_threads()
     return f"CPU {_processor()}, {count} thread{'s' * (count > 1)}"
 
