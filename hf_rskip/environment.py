@@ -2,21 +2,14 @@
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 _PACKAGES = (
-    "hf_rskip",
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "evaluate",
-    "tokenizers",
-    "sacrebleu",
-    "pillow",
+    *("hf_rskip", "torch", "transformers", "datasets", "accelerate"),
+    *("evaluate", "tokenizers", "sacrebleu", "pillow"),
 )
 
 
@@ -45,13 +38,7 @@ def _processor() -> str:
 
 def read_versions() -> dict[str, str]:
     """Installed version of each package on which results depend."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    return {package: version(package) for package in _PACKAGES}
 
 
 def find_commit() -> str | None:
