@@ -5,13 +5,12 @@ import os
 import re
 
 import torch
-from safetensors import SafetensorError
 from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checks import check_count
 from ..data.text.tokenizer import find_tokenizer
-from ..decoding.loading import load_config, not_loaded
+from ..decoding.loading import load_config, load_with_report
 from ..errors import UserError
 from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipConfig, RSkipForConditionalGeneration
@@ -197,10 +196,7 @@ def _load_marian(source: str) -> MarianMTModel:
     model_type = load_config(source).model_type
     if model_type != MarianConfig.model_type:
         raise UserError(f"{source!r} is a model of type {model_type!r}, not a Marian checkpoint")
-    try:
-        model, report = MarianMTModel.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise not_loaded(source, error) from error
+    model, report = load_with_report(MarianMTModel, source)
     unaccounted = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if unaccounted:
         raise UserError(f"{source!r} lacks weights of a MarianMT model, or has others: {', '.join(unaccounted)}")

@@ -5,7 +5,6 @@ import os
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import (
     BaseImageProcessor,
     BitImageProcessorPil,
@@ -20,11 +19,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, logging
 
 from ..data.names import check_name
+from ..decoding.loading import load_with_report, not_loaded
 from ..errors import UserError
 from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from .output import new_folder
-from .resnet_state_dicts import convert_resnet_state_dict, first_sentence, read_state_dict
+from .resnet_state_dicts import convert_resnet_state_dict, read_state_dict
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +45,6 @@ _SAME_FIELDS = (
 # Others, such as resnetaa50 and resnetblur50, can have the same weights and compute something else.
 _TIMM_ARCHITECTURES = re.compile(r"(?:tv_|ssl_|swsl_)?resnet(?:18|26|34|50|101|152|200)|gluon_resnet\d+_v1b")
 _TIMM_ARGUMENTS = {"num_classes", "in_chans"}  # known from the shapes of the weights
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def convert_resnet_config(config: ResNetConfig) -> RSkipResNetConfig:
@@ -127,14 +126,12 @@ def _convert_folder(source: str) -> tuple[RSkipResNetForImageClassification, Bas
         config, _ = PreTrainedConfig.get_config_dict(source)
         if "architecture" in config:
             return _convert_timm(source, config)
-        model_type = config.get("model_type")
-        if model_type != ResNetConfig.model_type:
-            raise UserError(f"it is a model of type {model_type!r}, not {ResNetConfig.model_type!r}")
-        resnet, report = ResNetForImageClassification.from_pretrained(source, output_loading_info=True)
-    except UserError:
-        raise
-    except _LOADING_ERRORS as error:
-        raise UserError(f"no model could be loaded ({first_sentence(error)})") from error
+    except OSError as error:
+        raise not_loaded(source, error) from error
+    model_type = config.get("model_type")
+    if model_type != ResNetConfig.model_type:
+        raise UserError(f"it is a model of type {model_type!r}, not {ResNetConfig.model_type!r}")
+    resnet, report = load_with_report(ResNetForImageClassification, source)
     missing = {name for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
     if missing and all(name.startswith("classifier.") for name in missing):
         raise UserError("it has no classifier")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 
 logger = logging.get_logger(__name__)
@@ -65,7 +65,7 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError("it is not a file of weights that could be read without running code from it") from error
     except Exception as error:  # the unpickler raises errors of any class
-        raise UserError(f"the file cannot be read ({first_sentence(error)})") from error
+        raise UserError(f"the file cannot be read ({first_line(error)})") from error
     if not isinstance(weights, Mapping):
         raise UserError(f"it contains a {type(weights).__name__}, not a state dict")
     if _ANTIALIASED.search(str(weights.get("arch"))):
@@ -125,11 +125,6 @@ def convert_resnet_state_dict(
             raise UserError(f"it lacks {name}")
     model.load_state_dict(converted, assign=True)
     return model.eval()
-
-
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error of another package, without the advice that follows."""
-    return re.split(r"\.?\n|\. ", str(error).strip())[0] or type(error).__name__
 
 
 def _read_fields(weights: Mapping[str, torch.Tensor]) -> dict:

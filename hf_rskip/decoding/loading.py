@@ -51,14 +51,23 @@ def load_complete(auto_class: type, name: str) -> PreTrainedModel:
     """
     check_model(name, set(MODEL_FILES) - set(TOKENIZER_FILES))  # `load_tokenizer` checks the others
     load_config(name, auto_class)
-    try:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise not_loaded(name, error) from error
+    model, info = load_with_report(auto_class, name)
     if info["missing_keys"]:
         raise UserError(f"The model {name!r} lacks weights of its configuration, such as {min(info['missing_keys'])}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
+
+
+def load_with_report(model_class: type, name: str) -> tuple[PreTrainedModel, dict]:
+    """The model of a folder or Hub id, and Transformers' report on its weights, such as `missing_keys`.
+
+    Raises:
+        [`UserError`]: if there is none, or its weights have other shapes than its configuration says.
+    """
+    try:
+        return model_class.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise not_loaded(name, error) from error
 
 
 def load_config(name: str, auto_class: type | None = None) -> PreTrainedConfig:

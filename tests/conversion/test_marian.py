@@ -308,20 +308,29 @@ def test_error_without_sentencepiece(capsys, marian_folder, tmp_path, monkeypatc
     assert "pip install 'hf_rskip[marian]'" in error
 
 
+UNACCOUNTED = "lacks weights of a MarianMT model, or has others: model.encoder.layer"
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        pytest.param(lambda weights: weights.pop("model.encoder.layers.0.fc1.bias"), id="missing"),
-        pytest.param(lambda weights: weights.update({"model.encoder.layer_norm.weight": torch.ones(16)}), id="more"),
+        pytest.param(lambda weights: weights.pop("model.encoder.layers.0.fc1.bias"), UNACCOUNTED, id="missing"),
+        pytest.param(
+            lambda weights: weights.update({"model.encoder.layer_norm.weight": torch.ones(16)}), UNACCOUNTED, id="more"
+        ),
+        pytest.param(
+            lambda weights: weights.update({"model.encoder.layers.0.fc1.bias": torch.ones(3)}),
+            "No model could be loaded from ",
+            id="another-shape",
+        ),
     ],
 )
-def test_error_of_unaccounted_weights(capsys, marian_folder, tmp_path, change):
+def test_error_of_weights(capsys, marian_folder, tmp_path, change, message):
     shutil.copytree(marian_folder, tmp_path / "old")
     weights = load_file(tmp_path / "old/model.safetensors")
     change(weights)
     save_file(weights, tmp_path / "old/model.safetensors", metadata={"format": "pt"})
-    error = error_of(capsys, tmp_path / "old", tmp_path / "new")
-    assert "lacks weights of a MarianMT model, or has others: model.encoder.layer" in error
+    assert message in error_of(capsys, tmp_path / "old", tmp_path / "new")
 
 
 def test_error_of_learned_positions(make_marian):

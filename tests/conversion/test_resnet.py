@@ -593,10 +593,10 @@ def test_unfit_folders(capsys, resnet_folder, make_timm, tmp_path):
         return error_of(capsys, tmp_path / "old", tmp_path / "new")
 
     assert "There is no model" in error_of(capsys, tmp_path / "missing", tmp_path / "new")
-    assert "no model could be loaded" in error(lambda folder: (folder / "model.safetensors").unlink())
-    assert "no model could be loaded" in error(lambda folder: (folder / "config.json").write_text("{"))
+    assert "No model could be loaded" in error(lambda folder: (folder / "model.safetensors").unlink())
+    assert "No model could be loaded" in error(lambda folder: (folder / "config.json").write_text("{"))
     half = (resnet_folder / "model.safetensors").read_bytes()[:5000]
-    assert "no model could be loaded" in error(lambda folder: (folder / "model.safetensors").write_bytes(half))
+    assert "No model could be loaded" in error(lambda folder: (folder / "model.safetensors").write_bytes(half))
     line = error(lambda folder: RSkipConfig().save_pretrained(folder))
     assert "it is a model of type 'rskip', not 'resnet'" in line
     line = error(lambda folder: ResNetModel(ResNetConfig(**BASIC)).save_pretrained(folder))
@@ -612,7 +612,7 @@ def test_unfit_folders(capsys, resnet_folder, make_timm, tmp_path):
     name = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
     assert f"lacks weights of a ResNet, or has others: {name}" in change_weights(without(name))
     assert "or has others: resnet.more" in change_weights(replace("resnet.more", torch.ones(1)))
-    assert "no model could be loaded" in change_weights(replace(name, torch.ones(1)))
+    assert "No model could be loaded" in change_weights(replace(name, torch.ones(1)))
     timm = make_timm()
     (timm / "model.safetensors").unlink()
     line = error_of(capsys, timm, tmp_path / "new")
