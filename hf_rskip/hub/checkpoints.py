@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from itertools import chain
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -10,7 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
-from .push import collect_files, upload
+from ..manifest import MANIFEST_NAME
+from .push import PUSHED_FILES, collect_files, upload
 
 logger = logging.get_logger(__name__)
 
@@ -37,54 +39,35 @@ class PushCheckpoints(TrainerCallback):
             return
         checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         # Hard links, as the checkpoint may be removed before it is sent.
-        snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=args.output_dir)
-        files = {name: _link(path, Path(snapshot.name, name)) for name, path in collect_files(checkpoint).items()}
-        subfolders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        if subfolder := subfolders.get(args.hub_strategy):
-            files |= {f"{subfolder}/{name}": path for name, path in files.items()}
-        job = start_upload(args, self.repo_id, files, f"Training in progress, step {state.global_step}")
-        job.add_done_callback(_warn_of_failure)
-        job.add_done_callback(lambda job: snapshot.cleanup())
-        self._jobs.append(job)
+        snapshot = tempfile.TemporaryDirectory(prefix=f".push-{checkpoint.name}-", dir=args.output_dir)
+        for path in chain.from_iterable(map(checkpoint.glob, (*PUSHED_FILES, MANIFEST_NAME))):
+            _link(path, Path(snapshot.name, path.name))
+        self._jobs.append(HfApi().run_as_future(self._push, args, checkpoint.name, snapshot))
+
+    def _push(self, args: TrainingArguments, checkpoint: str, snapshot: tempfile.TemporaryDirectory) -> None:
+        subfolders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint}
+        try:
+            with snapshot as folder:
+                files = collect_files(folder)
+                if subfolder := subfolders.get(args.hub_strategy):
+                    files |= {f"{subfolder}/{name}": path for name, path in files.items()}
+                upload(
+                    files,
+                    self.repo_id,
+                    private=args.hub_private_repo,
+                    revision=args.hub_revision,
+                    token=args.hub_token,
+                    commit_message=f"Training in progress, step {checkpoint.rpartition('-')[2]}",
+                )
+        except Exception as error:
+            logger.warning(f"{error}; training goes on")
 
     def on_train_end(self, args, state, control, **kwargs):
-        for job in self._jobs:
-            job.exception()  # waits for the job
+        wait(self._jobs)
 
 
-def start_upload(
-    args: TrainingArguments,
-    repo_id: str,
-    files: dict[str, Path],
-    commit_message: str,
-    token: str | None = None,
-    revision: str | None = None,
-) -> Future:
-    """Uploads files in the background, with the `hub_...` values of `args` unless others are given.
-
-    Returns:
-        A future of a [`~hf_rskip.hub.push.Pushed`]; raises a [`UserError`] if the upload fails.
-    """
-    return HfApi().run_as_future(
-        upload,
-        files,
-        repo_id,
-        private=args.hub_private_repo,
-        revision=revision or args.hub_revision,
-        overwrite_card=False,
-        token=token or args.hub_token,
-        commit_message=commit_message,
-    )
-
-
-def _link(source: Path, target: Path) -> Path:
+def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
     except OSError:  # the file system has no hard links
         shutil.copy(source, target)
-    return target
-
-
-def _warn_of_failure(job: Future) -> None:
-    if job.exception():
-        logger.warning(f"{job.exception()}; training goes on")

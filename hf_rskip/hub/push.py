@@ -31,6 +31,8 @@ _COMPANIONS = {
     RSkipResNetConfig.model_type: (IMAGE_PROCESSOR_NAME,),
 }
 RESULT_FILES = (CARD_NAME, CURVE_NAME, "all_results.json", "trainer_state.json")
+PUSHED_FILES = (*MODEL_FILES, *RESULT_FILES)
+"""Patterns of the names of the files that are sent."""
 
 
 class Pushed(NamedTuple):
@@ -73,7 +75,7 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
         raise UserError(f"{str(folder)!r} is not a complete model: it has no {', '.join(missing)}")
     check_model(folder)
     # Other files, such as training_args.bin, optimizer, scheduler and random states, are pickles and are not sent.
-    paths = sorted(path for pattern in (*MODEL_FILES, *RESULT_FILES) for path in folder.glob(pattern))
+    paths = sorted(path for pattern in PUSHED_FILES for path in folder.glob(pattern))
     return {path.name: path for path in paths if path.suffix != ".safetensors" or path.name in weights}
 
 
@@ -87,6 +89,7 @@ def push_folder(
     revision: str | None = None,
     overwrite_card: bool = False,
     token: str | None = None,
+    commit_message: str = "Upload model",
 ) -> Pushed:
     """Pushes a model folder to a repository of the Hub, which is created if there is none.
 
@@ -100,6 +103,7 @@ def push_folder(
         revision: the branch, which is created if there is none; the main one unless given.
         overwrite_card: whether an existing card on the Hub is replaced.
         token: for the Hub; that of `hf auth login` or `HF_TOKEN` unless given.
+        commit_message: title of the commit.
 
     Raises:
         [`UserError`]: if the folder is no complete model, or if the upload fails; the message says what was sent.
@@ -121,9 +125,9 @@ def push_folder(
         repo_id,
         private=private,
         revision=revision,
-        overwrite_card=overwrite_card,
         token=token,
-        commit_message="Upload model",
+        commit_message=commit_message,
+        overwrite_card=overwrite_card,
         with_code=with_code,
     )
 
@@ -134,9 +138,9 @@ def upload(
     *,
     private: bool | None,
     revision: str | None,
-    overwrite_card: bool,
     token: str | None,
     commit_message: str,
+    overwrite_card: bool = False,
     with_code: bool = False,
 ) -> Pushed:
     """Sends files, by their path in the repository, in one commit; see [`push_folder`]."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -27,8 +28,8 @@ from transformers.trainer_utils import (
 )
 
 from ..errors import UserError, first_line
-from ..hub.checkpoints import PushCheckpoints, start_upload
-from ..hub.push import Pushed, collect_files
+from ..hub.checkpoints import PushCheckpoints
+from ..hub.push import Pushed, push_folder
 from ..manifest import MODEL_FILES, check_manifest, write_manifest
 from .averaging import MovingAverage, average_weights, choose_checkpoints, is_out_of_turn
 from .best_model import BestModelCallback
@@ -351,8 +352,15 @@ class RecipeTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        files = collect_files(self.args.output_dir)
-        job = start_upload(self.args, self.hub_model_id, files, commit_message, token, revision)
+        job = HfApi().run_as_future(
+            push_folder,
+            self.args.output_dir,
+            self.hub_model_id,
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+            commit_message=commit_message,
+        )
         return job.result() if blocking else job
 
     # Logs

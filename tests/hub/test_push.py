@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, TrainerState, TrainingArguments
 
 from hf_rskip import (
     SKIP_CONNECTIONS,
@@ -21,6 +21,7 @@ from hf_rskip import (
     RSkipResNetForImageClassification,
 )
 from hf_rskip.errors import UserError
+from hf_rskip.hub.checkpoints import PushCheckpoints
 from hf_rskip.hub.push import collect_files
 from hf_rskip.hub.remote_code import find_code
 
@@ -560,6 +561,18 @@ def test_a_recipe_of_images_that_pushes(hub, cli, write_image_recipe):
     assert files.keys() >= {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert not any(name.endswith(PICKLES[0][1:]) or "moving_average" in name for name in files)
+
+
+def test_a_checkpoint_that_is_no_complete_model_is_a_warning(tmp_path, caplog):
+    """As one of FSDP's sharded states: training goes on."""
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "config.json").write_text("{}")
+    args = TrainingArguments(tmp_path, hub_strategy="every_save", report_to="none", use_cpu=True)
+    callback, state = PushCheckpoints("user/run"), TrainerState(global_step=4)
+    callback.on_save(args, state, None)
+    callback.on_train_end(args, state, None)
+    assert "it has no generation_config.json, model.safetensors, tokenizer_config.json; training goes on" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_what_is_not_listed_stays_at_home(trained, tmp_path):
