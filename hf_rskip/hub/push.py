@@ -144,8 +144,7 @@ def upload(
     with_code: bool = False,
 ) -> Pushed:
     """Sends files, by their path in the repository, in one commit; see [`push_folder`]."""
-    api, sent = HfApi(token=token), []
-    weights = [name for name in files if name.endswith(".safetensors")]
+    api, sent, unsent = HfApi(token=token), [], [name for name in files if name.endswith(".safetensors")]
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision:
@@ -158,6 +157,7 @@ def upload(
         files = {name: content for name, content in files.items() if name != CARD_NAME or not kept_card}
         if CARD_NAME in files:
             files[CARD_NAME] = _address_card(files[CARD_NAME], repo_id, with_code)
+            ModelCard(files[CARD_NAME].decode(), ignore_metadata_errors=True).validate()  # before what takes long
         operations = {
             name: CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
@@ -167,9 +167,9 @@ def upload(
         stale = fnmatch.filter(stale, "model*.safetensors") + fnmatch.filter(stale, SAFE_WEIGHTS_INDEX_NAME)
         deletions = [CommitOperationDelete(name) for name in sorted(stale)]
         # One by one, to know which were sent. The Hub keeps them by content: a repeated push sends the rest.
-        for name in weights:
-            api.preupload_lfs_files(repo_id, [operations[name]], revision=revision, free_memory=False)
-            sent.append(name)
+        while unsent:
+            api.preupload_lfs_files(repo_id, [operations[unsent[0]]], revision=revision, free_memory=False)
+            sent.append(unsent.pop(0))
         commit = api.create_commit(
             repo_id, [*operations.values(), *deletions], commit_message=commit_message, revision=revision
         )
@@ -178,7 +178,6 @@ def upload(
     except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = first_line(error.__cause__ or error) + "; log in with `hf auth login`" * (status == 401)
-        unsent = [name for name in weights if name not in sent]
         raise UserError(
             f"The push to {repo_id} failed ({reason}); sent: {', '.join(sent) or 'nothing'}; not sent: "
             f"{', '.join([*unsent, 'the other files'])}; no commit was confirmed, and the same push can be repeated"

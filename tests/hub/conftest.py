@@ -101,13 +101,13 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         """Method and path of every request."""
-        self.cut_uploads = False
-        """Whether the connection breaks in the middle of an LFS upload."""
+        self.fails_at: str | None = None
+        """`upload`, in whose middle the connection breaks, or `commit`, which is refused."""
         self.lock = threading.RLock()
 
     def clear(self) -> None:
         with self.lock:
-            self.cut_uploads = False
+            self.fails_at = None
             for kept in (self.repositories, self.objects, self.requests):
                 kept.clear()
 
@@ -349,7 +349,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("PUT", "/lfs/(?P<oid>[0-9a-f]{64})")
     def upload(self, oid):
-        if self.server.cut_uploads:
+        if self.server.fails_at == "upload":
             self.rfile.read(100)
             self.close_connection = True
             # With data unread the kernel resets the connection, as a network that breaks does.
@@ -371,6 +371,8 @@ class Handler(BaseHTTPRequestHandler):
     @route("POST", f"/api/models/{REPO}/commit/(?P<revision>[^/]+)")
     def create_commit(self, repo_id, revision):
         lines = [json.loads(line) for line in self._body().splitlines()]
+        if self.server.fails_at == "commit":
+            raise Refused(403, message="You may not write here.")
         with self.server.lock:
             head = self.commit(repo_id, revision, write=True)
             files = dict(head.files)

@@ -461,28 +461,34 @@ def fail(cli, *words):
 
 @pytest.mark.slow  # the client tries six times, for 23 seconds
 def test_a_connection_that_breaks(hub, cli, trained):
-    hub.cut_uploads = True
+    hub.fails_at = "upload"
     line = fail(cli, trained.folder, "tiny")
     assert (
         "; sent: nothing; not sent: model.safetensors, the other files; no commit was confirmed, and the same" in line
     )
     assert hub.commits("user/tiny") == ["initial commit"] and not hub.objects
-    hub.cut_uploads = False
+    hub.fails_at = None
     assert cli("push", trained.folder, "tiny").code == 0
     assert hub.files("user/tiny").keys() == {".gitattributes", *MODEL, *RESULTS}
 
 
-def test_a_refusal_after_the_weights(hub, cli, trained, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+def test_a_refusal_after_the_weights(hub, cli, trained):
+    hub.fails_at = "commit"
+    line = fail(cli, trained.folder, "tiny")
+    assert "403 Forbidden" in line and "; sent: model.safetensors; not sent: the other files; " in line
+    hub.fails_at = None
+    assert cli("push", trained.folder, "tiny").code == 0
+    assert len(set(blobs(hub))) == len(blobs(hub)), "the weights were there already"
+    assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
+
+
+def test_a_card_that_the_hub_refuses(hub, cli, trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card.replace("language:\n", "language:\n- Klingonian language\n"))
     line = fail(cli, folder, "tiny")
-    assert "; sent: model.safetensors; not sent: the other files; " in line
-    (folder / "README.md").write_text(card)
-    assert cli("push", folder, "tiny").code == 0
-    assert len(set(blobs(hub))) == len(blobs(hub)), "the weights were there already"
-    assert hub.commits("user/tiny") == ["initial commit", "Upload model"]
+    assert "not 'Klingonian language'" in line and "; sent: nothing; not sent: model.safetensors, the other" in line
+    assert not blobs(hub)
 
 
 def test_folders_that_are_no_models(cli, trained, tmp_path):
