@@ -108,11 +108,12 @@ def push_folder(
     Raises:
         [`UserError`]: if the folder is no complete model, or if the upload fails; the message says what was sent.
     """
+    folder = Path(folder)
     files: dict[str, Path | bytes] = dict(collect_files(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(folder)!r} is not a complete model: {first_line(error)}") from error
+        raise UserError(f"{str(folder / CONFIG_NAME)!r}: {first_line(error)}") from error
     config_dict = _read_mapping(files[CONFIG_NAME])
     auto_map, code = find_code(config) if with_code else (None, {})
     if config_dict.get("auto_map") != auto_map:

@@ -22,7 +22,7 @@ from hf_rskip import (
 )
 from hf_rskip.errors import UserError
 from hf_rskip.hub.checkpoints import PushCheckpoints
-from hf_rskip.hub.push import collect_files
+from hf_rskip.hub.push import collect_files, push_folder
 from hf_rskip.hub.remote_code import find_code
 
 SENTENCES = ["the old cat sees a mouse .", "a woman likes the red street ."]
@@ -402,6 +402,14 @@ def test_a_kind_of_the_program_itself_does_not_travel(own_kind, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "LayerScale", SKIP_CONNECTIONS["layer_scale"], raising=False)
     with pytest.raises(UserError, match="The code of __main__ does not travel: move it to a file that is imported"):
         find_code(config)
+
+
+def test_a_kind_that_was_not_imported_is_named(own_kind, monkeypatch, tmp_path):
+    RSkipForConditionalGeneration(own_kind(KINDS)).save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "tokenizer_config.json").write_text("{}")
+    monkeypatch.delitem(SKIP_CONNECTIONS, "layer_scale")
+    with pytest.raises(UserError, match="^'.*config.json': `skip_type` must be one of .*--import_module"):
+        push_folder(tmp_path / "own", "user/own")
 
 
 # Pushing again
