@@ -44,6 +44,7 @@ def write_model_card(
         example: a source sentence for the code to translate.
     """
     data, config, start = recipe.data, model.config, recipe.training.model_name_or_path
+    dataset = data.dataset_name
     corpus, test_corpus = _name_data(data, "train_files"), _name_data(data, "test_files")
     if recipe.task == "translation":
         template, loss, curve = "translation_template.md", "nats a token", ("eval_bleu", "validation BLEU", 1)
@@ -85,6 +86,7 @@ def write_model_card(
             pipeline_tag=recipe.task,
             tags=["hf_rskip", config.skip_type, "arxiv:2105.07205"],
             metrics=list(dict.fromkeys(score.metric_type for score in scores)),
+            datasets=None if dataset in (None, "cldr") or is_path(dataset) else [dataset],
             base_model=None if start is None or is_path(start) else start,
             model_name=name,
             eval_results=scores,

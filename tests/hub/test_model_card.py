@@ -27,6 +27,7 @@ def card(trained):
 def test_the_metadata(card, trained):
     results = json.loads((trained.folder / "all_results.json").read_text())
     assert card.data.language == ["en", "de"] and card.data.pipeline_tag == "translation"
+    assert card.data.datasets is None  # it is a folder
     scores = {result.metric_type: result for result in card.data.eval_results}
     assert scores.keys() == {"bleu", "chrf"}
     for name, result in scores.items():
@@ -108,16 +109,18 @@ def test_a_folder_that_has_moved_and_is_pushed_without_code(hub, cli, trained, t
 
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_what_it_was_fine_tuned_from(trained, model_and_tokenizer, tmp_path, is_folder):
-    """A model of the Hub is in the metadata, a folder in the text alone."""
+    """A model and a corpus of the Hub are in the metadata, a folder and what is made on the spot in the text alone."""
     model, _ = model_and_tokenizer
     start = str(tmp_path / "base") if is_folder else "user/base"
     (tmp_path / "base").mkdir()
-    recipe = parse_recipe(trained.recipe, ["--model_name_or_path", start])
+    corpus = "cldr" if is_folder else "user/corpus"
+    recipe = parse_recipe(trained.recipe, ["--model_name_or_path", start, "--dataset_name", corpus])
     state = TrainerState.load_from_json(trained.folder / "trainer_state.json")
     metrics = json.loads((trained.folder / "all_results.json").read_text())
     write_model_card(tmp_path, recipe, model, state, metrics, {"values": {}, "resumed": []}, "the cat .")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == (None if is_folder else "user/base")
+    assert card.data.datasets == (None if is_folder else ["user/corpus"])
     assert f"Fine-tuned from `{'base' if is_folder else 'user/base'}`. Data: " in card.text
 
 
