@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ..picture import new_figure
+from ..picture import new_figure, save_figure
 
 CURVE_NAME = "training_curve.png"
 
 
 def draw_training_curve(
-    log_history: list[dict[str, float]], path: str | Path, loss: str, score: str, label: str, scale: float
+    log_history: list[dict[str, float]], path: Path, loss: str, score: str, label: str, scale: float
 ) -> None:
     """Writes a PNG of the training loss and, where it was measured, the validation score.
 
@@ -33,8 +33,7 @@ def draw_training_curve(
         right.plot(steps, [scale * value for value in scores], color="tab:orange", marker=".")
         right.set_ylabel(label, color="tab:orange")
         right.set_ylim(bottom=0)
-    # Without the time and version, so that the same run draws the same file.
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _series(log_history: list[dict[str, float]], name: str) -> tuple[list[int], list[float]]:
