@@ -21,29 +21,7 @@ from .output import new_folder
 
 logger = logging.get_logger(__name__)
 
-_SAME_FIELDS = (
-    "vocab_size",
-    "decoder_vocab_size",
-    "d_model",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "decoder_layers",
-    "decoder_attention_heads",
-    "decoder_ffn_dim",
-    "activation_function",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "max_position_embeddings",
-    "scale_embedding",
-    "share_encoder_decoder_embeddings",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-)
+_SAME_FIELDS = RSkipConfig.__annotations__.keys() & MarianConfig.__annotations__.keys() - {"use_cache"}
 _RENAMES = (
     (r"attn_layer_norm\.", "attn_skip.norm.0."),
     (r"\.final_layer_norm\.", ".mlp_skip.norm.0."),

@@ -28,20 +28,8 @@ from .resnet_state_dicts import convert_resnet_state_dict, read_state_dict
 
 logger = logging.get_logger(__name__)
 
-_SAME_FIELDS = (
-    "num_channels",
-    "embedding_size",
-    "hidden_sizes",
-    "depths",
-    "layer_type",
-    "hidden_act",
-    "downsample_in_first_stage",
-    "downsample_in_bottleneck",
-    "out_features",
-    "id2label",
-    "label2id",
-    "problem_type",
-)
+_SAME_FIELDS = RSkipResNetConfig.__annotations__.keys() & ResNetConfig.__annotations__.keys()
+_SAME_FIELDS |= {"id2label", "label2id", "out_features", "problem_type"}
 # Others, such as resnetaa50 and resnetblur50, can have the same weights and compute something else.
 _TIMM_ARCHITECTURES = re.compile(r"(?:tv_|ssl_|swsl_)?resnet(?:18|26|34|50|101|152|200)|gluon_resnet\d+_v1b")
 _TIMM_ARGUMENTS = {"num_classes", "in_chans"}  # known from the shapes of the weights
