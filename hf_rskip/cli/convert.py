@@ -1,8 +1,6 @@
 """`hf-rskip convert`."""
 
 import argparse
-import contextlib
-import random
 
 from ..errors import UserError
 from .options import add_test_set_arguments
@@ -42,21 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Writes a checkpoint as another model of this package."""
+    from ..conversion.output import new_folder
+    from ..manifest import MODEL_FILES, write_manifest
+
     _check_options(args)
-    if args.architecture == "fold":
-        _fold(args)
-        return
-    if args.architecture == "marian":
-        from ..conversion.marian import convert_marian_checkpoint
-
-        recursions = 1 if args.skip_recursions is None else args.skip_recursions
-        convert_marian_checkpoint(args.source, args.output, recursions)
-        print(f"{args.output}: rskip, K = {recursions}")
-        return
-    from ..conversion.resnet import convert_resnet_checkpoint
-
-    convert_resnet_checkpoint(args.source, args.output)
-    print(f"{args.output}: xskip, no norm")
+    output = new_folder(args.output)
+    model, processor, what = {"marian": _marian, "resnet": _resnet, "fold": _fold}[args.architecture](args)
+    model.save_pretrained(output)
+    if processor is not None:
+        processor.save_pretrained(output)
+    write_manifest(output, MODEL_FILES)
+    print(f"{output}: {what}")
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -70,19 +64,30 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError(f"`--{given[0]}` needs a --dataset_name or --test_files")
 
 
-def _fold(args: argparse.Namespace) -> None:
-    """Folds a model, compares the two on pairs or, without any, on random tokens, and writes the new one."""
+def _marian(args: argparse.Namespace) -> tuple:
+    from ..conversion.marian import convert_marian_checkpoint
+
+    recursions = 1 if args.skip_recursions is None else args.skip_recursions
+    return *convert_marian_checkpoint(args.source, recursions), f"rskip, K = {recursions}"
+
+
+def _resnet(args: argparse.Namespace) -> tuple:
+    from ..conversion.resnet import convert_resnet_checkpoint
+
+    return *convert_resnet_checkpoint(args.source), "xskip, no norm"
+
+
+def _fold(args: argparse.Namespace) -> tuple:
+    """Folds a model, which K > 1 needs sentence pairs for, and compares the two on these if there are any."""
     from ..conversion.fold import fold, is_frozen, measured
-    from ..conversion.output import new_folder
     from ..decoding.loading import load_config, load_model
-    from ..decoding.score import score, score_tokens
+    from ..decoding.score import score
     from ..evaluation.bleu import choose_tokenizer
     from ..evaluation.evaluate import evaluate_translation
-    from ..manifest import MODEL_FILES, write_manifest
     from ..models import SKIP_CONNECTIONS
     from .corpus import find_languages, load_test_set
 
-    output, config = new_folder(args.output), load_config(args.source)
+    config, statistics = load_config(args.source), None
     has_pairs, frozen = bool(args.dataset_name or args.test_files), is_frozen(config)
     if frozen and not has_pairs:
         raise UserError("K > 1 is folded with means over data: give sentence pairs by --dataset_name or --test_files")
@@ -93,32 +98,12 @@ def _fold(args: argparse.Namespace) -> None:
         tokenize = choose_tokenizer(args.bleu_tokenize, languages[1])
         sources, references = load_test_set(args, *languages, args.max_samples)
     model, tokenizer = load_model(args.source)
-    with measured(model) if frozen else contextlib.nullcontext() as statistics:
-        if has_pairs:
-            before = score(model, tokenizer, sources, references)
+    if frozen:
+        with measured(model) as statistics:
+            score(model, tokenizer, sources, references)
     folded = fold(model, statistics)
-    if has_pairs:
-        after, what = score(folded, tokenizer, sources, references), "pairs"
-    else:
-        tokens = _random_pairs((config.vocab_size, config.decoder_vocab_size), min(30, config.max_position_embeddings))
-        what = "pairs of random tokens"
-        before, after = (score_tokens(each, tokenizer, *tokens) for each in (model, folded))
-    folded.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    write_manifest(output, MODEL_FILES)
-    how = (
-        "with the means of this data for what its inner norms divide by"
-        if frozen
-        else "exactly but for rounding and eps"
-    )
-    print(f"{output}: rskip, K = 1, in place of {SKIP_CONNECTIONS[config.skip_type].describe(config)}, {how}")
     if folded.config.learned_positions and not config.learned_positions:
         print("embeddings and positions are scaled: `tie_word_embeddings` is false, `learned_positions` true")
-    differences = [abs(x - y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True)]
-    mean = sum(differences) / len(differences)
-    print(
-        f"differences of log-probabilities: mean {mean:.2e}, largest {max(differences):.2e}, over {len(before)} {what}"
-    )
     if has_pairs:
         evaluated = [evaluate_translation(each, tokenizer, sources, references, tokenize) for each in (model, folded)]
         (old, old_lines), (new, new_lines) = evaluated
@@ -126,13 +111,8 @@ def _fold(args: argparse.Namespace) -> None:
             print(f"{title}: {old[name]:.2f} before, {new[name]:.2f} after")
         same = sum(x == y for x, y in zip(old_lines, new_lines, strict=True))
         print(f"translations that are the same: {same} of {len(sources)}")
+    how = "exactly but for rounding and eps"
     if frozen:
+        how = "with the means of this data for what its inner norms divide by"
         print("these pairs gave the means: what folding costs, `hf-rskip compare` tells on others")
-
-
-def _random_pairs(vocabularies: tuple[int, int], longest: int) -> tuple[list[list[int]], list[list[int]]]:
-    """200 sources and targets of 1 to `longest` tokens each, always the same."""
-    rng = random.Random(0)
-    return tuple(
-        [[rng.randrange(size) for _ in range(rng.randint(1, longest))] for _ in range(200)] for size in vocabularies
-    )
+    return folded, tokenizer, f"rskip, K = 1, in place of {SKIP_CONNECTIONS[config.skip_type].describe(config)}, {how}"

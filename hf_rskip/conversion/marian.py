@@ -1,8 +1,8 @@
 """Converts MarianMT checkpoints to post-LN models of this package with the same outputs, and back."""
 
 import copy
-import os
 import re
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
@@ -12,12 +12,10 @@ from ..checks import check_count
 from ..data.text.tokenizer import find_tokenizer
 from ..decoding.loading import load_config, load_with_report
 from ..errors import UserError
-from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..models.generation_rskip import TRANSLATION_OPTIONS
 from .fold import fold_exactly
 from .growth import grow_recursions
-from .output import new_folder
 
 logger = logging.get_logger(__name__)
 
@@ -86,20 +84,20 @@ def convert_marian_model(marian: MarianMTModel) -> RSkipForConditionalGeneration
     return model.eval()
 
 
-def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions: int = 1) -> None:
-    """Writes the MarianMT checkpoint `source` to `output` as a model of this package, with its tokenizer if it has one.
+def convert_marian_checkpoint(
+    source: str, recursions: int = 1
+) -> tuple[RSkipForConditionalGeneration, PreTrainedTokenizerBase | None]:
+    """The MarianMT checkpoint `source` as a model of this package, and its tokenizer if it has one.
 
     Args:
         source: folder or Hub id of a `MarianMTModel`, and of its tokenizer.
-        output: a new or empty folder.
         recursions: K. With 1 the function is the same; more are added by
             [`~hf_rskip.conversion.growth.grow_recursions`], for fine-tuning.
 
     Raises:
-        [`UserError`]: if `output` is not empty, if `source` is not a complete MarianMT checkpoint, or if the
-            tokenizer needs a package that is not installed.
+        [`UserError`]: if `source` is not a complete MarianMT checkpoint, or if the tokenizer needs a package that is
+            not installed.
     """
-    output = new_folder(output)
     check_count("`skip_recursions`", recursions)
     marian = _load_marian(source)
     tokenizer = find_tokenizer(source)
@@ -108,12 +106,9 @@ def convert_marian_checkpoint(source: str, output: str | os.PathLike, recursions
     model.config.target_lang = getattr(tokenizer, "target_lang", None)
     if recursions > 1:
         model = grow_recursions(model, recursions)
-    model.save_pretrained(output)
     if tokenizer is None:
-        logger.warning(f"No tokenizer is written, since there is none in {source!r}: translating needs one in {output}")
-    else:
-        tokenizer.save_pretrained(output)
-    write_manifest(output, MODEL_FILES)
+        logger.warning(f"No tokenizer is written, since there is none in {source!r}: translating needs one")
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -155,11 +150,8 @@ def create_marian_model(model: RSkipForConditionalGeneration) -> MarianMTModel:
     return marian.eval()
 
 
-def export_marian(
-    model: RSkipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
-) -> None:
+def export_marian(model: RSkipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the [`create_marian_model`] of a model, and its tokenizer, to a new or empty folder."""
-    folder = new_folder(folder)
     create_marian_model(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,7 +1,6 @@
 """Converts ResNets of Transformers, torchvision and timm to plain ResNets of this package with the same outputs."""
 
 import math
-import os
 import re
 from pathlib import Path
 
@@ -21,9 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, cached_file, log
 from ..data.names import check_name
 from ..decoding.loading import load_with_report, not_loaded
 from ..errors import UserError
-from ..manifest import MODEL_FILES, write_manifest
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
-from .output import new_folder
 from .resnet_state_dicts import convert_resnet_state_dict, read_state_dict
 
 logger = logging.get_logger(__name__)
@@ -74,20 +71,17 @@ def convert_resnet_model(resnet: ResNetForImageClassification) -> RSkipResNetFor
     return model.eval()
 
 
-def convert_resnet_checkpoint(source: str, output: str | os.PathLike) -> None:
-    """Writes the ResNet `source` to `output` as a model of this package, with its image processor.
+def convert_resnet_checkpoint(source: str) -> tuple[RSkipResNetForImageClassification, BaseImageProcessor | None]:
+    """The ResNet `source` as a model of this package, and its image processor if one is known.
 
     Args:
         source: folder or Hub id of a `ResNetForImageClassification` or of one of timm's models, or a file with the
             state dict of a ResNet of torchvision or timm. With a file goes the usual processor of ImageNet: the
             shorter edge to 256 pixels, bilinear, and the central 224 x 224; for other weights it is to be adapted.
-        output: a new or empty folder.
 
     Raises:
-        [`UserError`]: if `output` is not empty, or if `source` is not a complete checkpoint of a plain ResNet with a
-            classifier.
+        [`UserError`]: if `source` is not a complete checkpoint of a plain ResNet with a classifier.
     """
-    output = new_folder(output)
     try:
         if Path(source).is_file():
             model = convert_resnet_state_dict(read_state_dict(source))
@@ -100,12 +94,9 @@ def convert_resnet_checkpoint(source: str, output: str | os.PathLike) -> None:
             model, processor = _convert_folder(source)
     except UserError as error:
         raise UserError(f"{source!r} cannot be converted: {error}") from error
-    model.save_pretrained(output)
     if processor is None:
         logger.warning(f"No image processor is written, since none is known that fits {source!r}")
-    else:
-        processor.save_pretrained(output)
-    write_manifest(output, MODEL_FILES)
+    return model, processor
 
 
 def _convert_folder(source: str) -> tuple[RSkipResNetForImageClassification, BaseImageProcessor | None]:

@@ -85,10 +85,8 @@ def test_gradients_reach_every_parameter(batch, skip_norm):
     assert all(name.endswith("k_proj.bias") for name in idle)
 
 
-def test_conversion_with_two_recursions(marian_folder, tmp_path):
-    convert_marian_checkpoint(str(marian_folder), tmp_path / "k1")
-    convert_marian_checkpoint(str(marian_folder), tmp_path / "k2", recursions=2)
-    model, grown = (RSkipForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("k1", "k2"))
+def test_conversion_with_two_recursions(marian_folder):
+    (model, _), (grown, _) = (convert_marian_checkpoint(str(marian_folder), recursions) for recursions in (1, 2))
     expected = grow_recursions(model, 2, GAIN).state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in grown.state_dict().items())
     assert grown.config.source_lang == "en"

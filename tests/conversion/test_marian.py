@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, Pr
 
 from hf_rskip import RSkipForConditionalGeneration
 from hf_rskip.cli import main
-from hf_rskip.conversion.marian import convert_marian_checkpoint, convert_marian_model, create_marian_model
+from hf_rskip.conversion.marian import convert_marian_model, create_marian_model
 from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
 
@@ -159,7 +159,7 @@ def test_settings_of_an_old_configuration(make_marian, batch, marian_tokenizer, 
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"num_beams": 3, "bad_words_ids": [[0], [5]], "max_length": 9})
     )
-    convert_marian_checkpoint(str(tmp_path / "old"), tmp_path / "new")
+    assert main(["convert", "marian", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
     assert (model.generation_config.num_beams, model.generation_config.bad_words_ids) == (3, [[0], [5]])
     assert tokens_equal(model, MarianMTModel.from_pretrained(tmp_path / "old"), batch).shape[1] <= 9
@@ -268,7 +268,7 @@ def test_fast_tokenizer(make_marian, pairs, tmp_path):
     tokenizer = train_tokenizer((pair["en"] for pair in pairs["train"]), 320)
     make_marian(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "old")
     tokenizer.save_pretrained(tmp_path / "old")
-    convert_marian_checkpoint(str(tmp_path / "old"), tmp_path / "new")
+    assert main(["convert", "marian", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     loaded = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert isinstance(loaded, PreTrainedTokenizerFast)
     assert loaded("the old cat").input_ids == tokenizer("the old cat").input_ids

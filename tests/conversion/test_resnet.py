@@ -23,7 +23,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rskip import RSkipConfig, RSkipResNetBackbone, RSkipResNetForImageClassification
 from hf_rskip.cli.main import main
-from hf_rskip.conversion.resnet import convert_resnet_checkpoint, convert_resnet_model
+from hf_rskip.conversion.resnet import convert_resnet_model
 from hf_rskip.conversion.resnet_state_dicts import convert_resnet_state_dict, read_state_dict
 from hf_rskip.errors import UserError
 
@@ -121,7 +121,7 @@ def test_a_training_step(resnet_and_model):
 def test_dtype(tmp_path, dtype):
     resnet = make_resnet(**BOTTLENECK).to(dtype)
     resnet.save_pretrained(tmp_path / "old")
-    convert_resnet_checkpoint(str(tmp_path / "old"), tmp_path / "new")
+    assert main(["convert", "resnet", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "new")
     assert model.dtype == dtype
     saved = load_file(tmp_path / "new/model.safetensors")
@@ -132,7 +132,7 @@ def test_dtype(tmp_path, dtype):
 def test_backbone(tmp_path):
     resnet = make_resnet(**BASIC, out_features=["stem", "stage2"])
     resnet.save_pretrained(tmp_path / "old")
-    convert_resnet_checkpoint(str(tmp_path / "old"), tmp_path / "new")
+    assert main(["convert", "resnet", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     expected = ResNetBackbone.from_pretrained(tmp_path / "old").eval()(images()).feature_maps
     actual = RSkipResNetBackbone.from_pretrained(tmp_path / "new").eval()(images()).feature_maps
     assert [tuple(feature_map.shape[1:]) for feature_map in actual] == [(8, 16, 16), (12, 8, 8)]
@@ -185,7 +185,7 @@ def test_the_command_and_the_pipeline(run_cli, resnet_folder, tmp_path):
 def test_without_an_image_processor(resnet_folder, tmp_path, caplog):
     shutil.copytree(resnet_folder, tmp_path / "old")
     (tmp_path / "old/preprocessor_config.json").unlink()
-    convert_resnet_checkpoint(str(tmp_path / "old"), tmp_path / "new")
+    assert main(["convert", "resnet", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "model.safetensors", "manifest.json"}
     assert "No image processor is written" in caplog.text
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_without_counts_of_batches(resnet_folder, tmp_path):
     kept = {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
     assert len(kept) < len(weights)
     save_file(kept, tmp_path / "old/model.safetensors", metadata={"format": "pt"})
-    convert_resnet_checkpoint(str(tmp_path / "old"), tmp_path / "new")
+    assert main(["convert", "resnet", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     with torch.no_grad():
         expected = ResNetForImageClassification.from_pretrained(resnet_folder)(images()).logits
         close(AutoModelForImageClassification.from_pretrained(tmp_path / "new")(images()).logits, expected)
@@ -435,7 +435,7 @@ def make_timm(weights, tmp_path):
 
 @pytest.mark.parametrize("safetensors", [True, False])
 def test_a_folder_of_timm(make_timm, weights, tmp_path, safetensors):
-    convert_resnet_checkpoint(str(make_timm(safetensors=safetensors)), tmp_path / "new")
+    assert main(["convert", "resnet", str(make_timm(safetensors=safetensors)), str(tmp_path / "new")]) == 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "new")
     with torch.no_grad():
         close(model(images()).logits, torchvision_forward(weights, images()))
@@ -453,7 +453,7 @@ def test_an_early_folder_of_timm(make_timm, weights, tmp_path):
     folder = make_timm()
     fields = {"architecture": "swsl_resnet18", "num_classes": 5, "crop_pct": 0.5, "input_size": [3, 32, 32]}
     (folder / "config.json").write_text(json.dumps(fields))
-    convert_resnet_checkpoint(str(folder), tmp_path / "new")
+    assert main(["convert", "resnet", str(folder), str(tmp_path / "new")]) == 0
     processor = AutoImageProcessor.from_pretrained(tmp_path / "new")
     assert processor(photo(), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
     assert dict(processor.size) == {"shortest_edge": 64}
@@ -461,7 +461,17 @@ def test_an_early_folder_of_timm(make_timm, weights, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"crop_mode": "squash"}, {"input_size": [3, 96, 64]}], ids=str)
 def test_unusual_preprocessing_is_not_written(make_timm, tmp_path, caplog, changes):
-    convert_resnet_checkpoint(str(make_timm(pretrained_cfg=TIMM["pretrained_cfg"] | changes)), tmp_path / "new")
+    assert (
+        main(
+            [
+                "convert",
+                "resnet",
+                str(make_timm(pretrained_cfg=TIMM["pretrained_cfg"] | changes)),
+                str(tmp_path / "new"),
+            ]
+        )
+        == 0
+    )
     assert not (tmp_path / "new/preprocessor_config.json").exists()
     assert "No image processor is written" in caplog.text
 
