@@ -9,7 +9,7 @@ it is in the beam search of CTranslate2; see [`~hf_rskip.decoding.ctranslate2`].
 """
 
 import copy
-import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,7 +19,6 @@ from transformers.utils import logging
 from ..errors import UserError, require
 from ..models import RSkipConfig
 from .fold import fold_exactly
-from .output import new_folder
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +46,7 @@ _PERI_NORMS = {
 def export_ctranslate2(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    folder: str | os.PathLike,
+    folder: Path,
     quantization: str | None = None,
 ) -> None:
     """Writes a model that translates, and its tokenizer, to `folder`; see this module for how.
@@ -59,9 +58,8 @@ def export_ctranslate2(
         quantization: `"int8"`, `"int8_float32"`, `"int16"`, `"float16"`, `"bfloat16"`, or `None` for float32.
 
     Raises:
-        [`UserError`]: if ctranslate2 is missing, the folder is not empty, or CTranslate2 cannot compute the model.
+        [`UserError`]: if ctranslate2 is missing, or CTranslate2 cannot compute the model.
     """
-    folder = new_folder(folder)
     require("ctranslate2", "ctranslate2")
     from ctranslate2.specs import TransformerSpec
 

@@ -23,10 +23,10 @@ products of 8 bits in 16; embeddings, norms and what attention multiplies stay f
 import contextlib
 import io
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -43,7 +43,6 @@ from transformers import (
 from ..decoding.onnx import DECODER_NAME, ENCODER_NAME, INSTALL
 from ..errors import UserError
 from ..models import RSkipForConditionalGeneration
-from .output import new_folder
 
 _BATCH_LENGTH = {0: Dim.AUTO, 1: Dim.AUTO}  # of tokens and masks
 _KEY_VALUE = {name: {0: Dim.AUTO, 2: Dim.AUTO} for name in ("key", "value")}
@@ -110,7 +109,7 @@ def _keys_and_values(cache: EncoderDecoderCache) -> dict:
 def export_onnx(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    folder: str | os.PathLike,
+    folder: Path,
     quantization: str | None = None,
 ) -> None:
     """Writes the graphs, the processor and the configurations to `folder`; see this module for what they are.
@@ -125,10 +124,9 @@ def export_onnx(
         quantization: `"int8"` for a model that translates; float32 unless given.
 
     Raises:
-        [`UserError`]: if packages are missing or too old, if the folder is not empty, if the model is of another
-            package, or if one that classifies images is to be quantized.
+        [`UserError`]: if packages are missing or too old, if the model is of another package, or if one that classifies
+            images is to be quantized.
     """
-    folder = new_folder(folder)
     translates = model.config.is_encoder_decoder
     if quantization and not translates:
         raise UserError(f"--quantization {quantization} is for models that translate")

@@ -12,7 +12,6 @@ A browser opens the page from a server, such as `python -m http.server -d FOLDER
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from transformers.utils import CONFIG_NAME
 
 from ..decoding.onnx import DECODER_NAME, ENCODER_NAME
 from .onnx import check_quantizer, quantize, trace, translation_graphs
-from .output import new_folder
 
 PAGE_NAME = "index.html"
 _NAMES = {ENCODER_NAME: "encoder_model", DECODER_NAME: "decoder_model_merged"}
@@ -30,9 +28,7 @@ _OF_BEAM_SEARCH = ("num_beams", "early_stopping", "length_penalty", "gnmt_length
 
 
 @torch.no_grad()
-def export_transformers_js(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
-) -> None:
+def export_transformers_js(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the files of this module's table; the model is left in evaluation mode with eager attention.
 
     Args:
@@ -41,10 +37,8 @@ def export_transformers_js(
         folder: a new or empty one.
 
     Raises:
-        [`UserError`]: if packages are missing or too old, if the folder is not empty, or if the model is of another
-            package.
+        [`UserError`]: if packages are missing or too old, or if the model is of another package.
     """
-    folder = new_folder(folder)
     check_quantizer()
     programs = trace(model, translation_graphs(model))
 
