@@ -54,13 +54,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
             allowed = ", ".join(chosen.quantizations)
             raise UserError(f"--quantization of --format {args.format} is one of {allowed}, not {args.quantization!r}.")
         options["quantization"] = args.quantization
-    new_folder(args.output)
-    of_images = classifies_images(args.model)
-    if of_images and not chosen.for_images:
-        raise UserError(f"--format {args.format} is for models that translate, and {args.model!r} classifies images.")
+    folder = new_folder(args.output)
+    of_images = chosen.for_images and classifies_images(args.model)
     model, processor = (load_image_classifier if of_images else load_model)(args.model)
     module, _, writer = chosen.writer.partition(".")
     export = getattr(import_module(f"hf_rskip.conversion.{module}"), writer)
-    export(model.cpu().float(), processor, args.output, **options)
-    write_manifest(args.output)
-    print(f"{chosen.content}: {args.output}")
+    export(model.cpu().float(), processor, folder, **options)
+    write_manifest(folder)
+    print(f"{chosen.content}: {folder}")

@@ -43,12 +43,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
 def _export(name: str, folder: Path) -> dict[str, Path]:
     """Graphs and page of an export for transformers.js, by their path in a repository that has the model's files."""
     from ..conversion.transformers_js import PAGE_NAME, export_transformers_js
-    from ..decoding.loading import classifies_images, load_model
-    from ..errors import UserError
+    from ..decoding.loading import load_model
     from ..hub.push import collect_files
 
-    if classifies_images(name):
-        raise UserError(f"--with-onnx is for models that translate, and {name!r} classifies images.")
     collect_files(name)  # raises before the export, which takes long
     model, tokenizer = load_model(name)
     export_transformers_js(model.cpu().float(), tokenizer, folder)
