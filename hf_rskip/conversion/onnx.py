@@ -130,8 +130,6 @@ def export_onnx(
     translates = model.config.is_encoder_decoder
     if quantization and not translates:
         raise UserError(f"--quantization {quantization} is for models that translate")
-    if quantization:
-        check_quantizer()
     programs = trace(model, translation_graphs(model) if translates else _image_graphs(model, processor))
 
     import onnx_ir
@@ -154,14 +152,6 @@ def trace(model: PreTrainedModel, graphs: dict[str, tuple]) -> dict:
         print(f"[{number} of {len(graphs)}] {name}", flush=True)
         programs[name] = _export(exporter, *graph)
     return programs
-
-
-def check_quantizer() -> None:
-    """Raises a [`UserError`] if onnxruntime, which quantizes, is missing."""
-    try:
-        import onnxruntime.quantization  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"Quantization needs {INSTALL}") from error
 
 
 def quantize(program):
@@ -219,6 +209,7 @@ def translation_graphs(model: PreTrainedModel) -> dict[str, tuple]:
 
 def _create_exporter():
     try:
+        import onnxruntime.quantization  # noqa: F401
         from transformers.exporters import OnnxExporter
 
         with _quiet():

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from ..decoding.onnx import DECODER_NAME, ENCODER_NAME
-from .onnx import check_quantizer, quantize, trace, translation_graphs
+from .onnx import quantize, trace, translation_graphs
 
 PAGE_NAME = "index.html"
 _NAMES = {ENCODER_NAME: "encoder_model", DECODER_NAME: "decoder_model_merged"}
@@ -39,7 +39,6 @@ def export_transformers_js(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     Raises:
         [`UserError`]: if packages are missing or too old, or if the model is of another package.
     """
-    check_quantizer()
     programs = trace(model, translation_graphs(model))
 
     import onnx_ir

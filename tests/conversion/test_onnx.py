@@ -286,8 +286,8 @@ def test_missing_packages(trained, exported, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'hf_rskip\[onnx\]'"):
         OnnxTranslationModel(exported)
-    for options in (["--quantization", "int8"], ["--format", "transformers.js"]):
-        assert "Quantization needs `pip install 'hf_rskip[onnx]'`" in error_of(
+    for options in ([], ["--quantization", "int8"], ["--format", "transformers.js"]):
+        assert "Export to ONNX needs `pip install 'hf_rskip[onnx]'`" in error_of(
             capfd, trained.folder, tmp_path / "new", *options
         )
         assert not (tmp_path / "new").exists()
