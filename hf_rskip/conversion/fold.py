@@ -42,7 +42,7 @@ since it is linear. With an RMS norm there is no centring, and sigma_k is the ro
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ _READERS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "encoder_attn": ("q_pro
 
 
 def is_frozen(config: RSkipConfig) -> bool:
-    """Whether folding a model of that configuration needs measured [`Statistics`], and so is an approximation.
+    """Whether folding a model of that configuration needs what [`measured`] yields, and so is an approximation.
 
     Raises:
         [`UserError`]: if it cannot be folded, which names why.
@@ -85,49 +85,28 @@ def is_frozen(config: RSkipConfig) -> bool:
     return kind in _RECURSIVE and config.skip_recursions > 1
 
 
-@dataclass
-class Statistics:
-    """Sums over the tokens that a skip connection has seen.
-
-    Args:
-        tokens: how many they are.
-        x: sum of x, `(d_model,)`.
-        scales: sums of sigma_k, K - 1 numbers; of `rskip_detached`, of r_K alone.
-    """
-
-    tokens: int = 0
-    x: torch.Tensor | float = 0.0
-    scales: list[float] = field(default_factory=list)
-
-    def add(self, x: torch.Tensor, scales: list[torch.Tensor]) -> None:
-        """Adds tokens: x of shape `(tokens, d_model)`, and numbers for each, `(tokens, 1)`."""
-        self.tokens += len(x)
-        self.x = self.x + x.sum(0).cpu()
-        sums = [scale.sum().item() for scale in scales]
-        self.scales = [old + new for old, new in zip(self.scales or [0.0] * len(sums), sums, strict=True)]
-
-
 @contextlib.contextmanager
-def measured(model: RSkipForConditionalGeneration) -> Iterator[dict[str, Statistics]]:
-    """Measures each skip connection, by its name in the model, over the real tokens of the calls inside the block."""
-    statistics, hooks = {}, []
+def measured(model: RSkipForConditionalGeneration) -> Iterator[dict[str, torch.Tensor]]:
+    """Measures each skip connection, by its name in the model, over the real tokens of the calls inside the block.
 
-    def watch(name: str, skip: SkipConnection) -> None:
-        statistics[name] = Statistics()
+    Yields:
+        Sums over tokens in float64, one after another: of x, `d_model` numbers; of sigma_1 to sigma_{K-1} of an rSkip,
+        or r_K of a detached one; of 1, which is how many tokens they are.
+    """
+    sums, hooks = {}, []
 
-        def hook(skip, args, output):
-            x, branch, mask = args
-            keep = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-            x, branch = x[keep].double(), branch[keep].double()
-            statistics[name].add(x, _scales(skip, x, branch))
-
-        hooks.append(skip.register_forward_hook(hook))
+    def add(name: str, skip: SkipConnection, args: tuple, output: torch.Tensor) -> None:
+        x, branch, mask = args
+        keep = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        x, branch = x[keep].double(), branch[keep].double()
+        row = torch.cat([x, *_scales(skip, x, branch), torch.ones_like(x[:, :1])], dim=-1).sum(0).cpu()
+        sums[name] = sums.get(name, 0) + row
 
     for name, module in model.named_modules():
         if isinstance(module, SkipConnection):
-            watch(name, module)
+            hooks.append(module.register_forward_hook(partial(add, name)))
     try:
-        yield statistics
+        yield sums
     finally:
         for hook in hooks:
             hook.remove()
@@ -135,7 +114,7 @@ def measured(model: RSkipForConditionalGeneration) -> Iterator[dict[str, Statist
 
 @torch.no_grad()
 def fold(
-    model: RSkipForConditionalGeneration, statistics: dict[str, Statistics] | None = None
+    model: RSkipForConditionalGeneration, statistics: dict[str, torch.Tensor] | None = None
 ) -> RSkipForConditionalGeneration:
     """A post-LN model (`rskip`, K = 1) with the outputs of `model`, in evaluation mode; see this module for how.
 
@@ -147,13 +126,14 @@ def fold(
         [`UserError`]: if the model cannot be folded, because of its kind, of a weight of x that is 0, or for lack of
             statistics.
     """
-    if is_frozen(model.config) and not (statistics and all(s.tokens for s in statistics.values())):
+    skips = {name: skip for name, skip in model.named_modules() if isinstance(skip, SkipConnection)}
+    statistics = statistics or {}
+    if is_frozen(model.config) and not statistics.keys() >= skips.keys():
         raise UserError(
             f"`skip_type` {model.config.skip_type!r} with `skip_recursions` {model.config.skip_recursions} is folded "
             "with means over data, and there are no sentence pairs to measure them"
         )
-    skips = {name: skip for name, skip in model.named_modules() if isinstance(skip, SkipConnection)}
-    linear = {name: _linear_form(skip, (statistics or {}).get(name)) for name, skip in skips.items()}
+    linear = {name: _linear_form(skip, statistics.get(name)) for name, skip in skips.items()}
     for name, (w, _, _) in linear.items():
         if (w == 0).any():
             raise UserError(f"{name} multiplies x, or a feature of it, by 0, which post-LN never does")
@@ -247,20 +227,19 @@ def _scales(skip: SkipConnection, x: torch.Tensor, branch: torch.Tensor) -> list
     return scales
 
 
-def _linear_form(skip: SkipConnection, statistics: Statistics | None):
-    """w, A and c of this module's docstring, in float64."""
+def _linear_form(skip: SkipConnection, sums: torch.Tensor | None):
+    """w, A and c of this module's docstring, in float64, by the sums of [`measured`]."""
     gain, bias = _gains_and_biases(skip)[0]
     w, matrix, constant = torch.ones_like(gain), torch.eye(len(gain)).to(gain), torch.zeros_like(gain)
-    means = [scale / statistics.tokens for scale in statistics.scales] if statistics else []
+    x, scales = (None, []) if sums is None else (sums[:-1] / sums[-1]).to(w).tensor_split([len(w)])
     if isinstance(skip, RSkip):
-        for (gain, bias), sigma in zip(_gains_and_biases(skip)[:-1], means, strict=True):
+        for (gain, bias), sigma in zip(_gains_and_biases(skip)[:-1], scales, strict=True):
             if _is_centred(skip):
-                mean = (w * (statistics.x / statistics.tokens).to(w)).mean()
-                matrix, constant = matrix - matrix.mean(0), constant - constant.mean() - mean
+                matrix, constant = matrix - matrix.mean(0), constant - constant.mean() - (w * x).mean()
             gain = gain / sigma
             w, matrix, constant = 1 + gain * w, gain[:, None] * matrix, gain * constant + bias
     elif isinstance(skip, DetachedRSkip):
-        w = w * (means[0] if means else 1.0)  # r_1
+        w = w * (1.0 if sums is None else scales[0])  # r_1
     elif isinstance(skip, ReZero):
         matrix = matrix * skip.branch_scale.double()
     else:
