@@ -5,7 +5,6 @@ normalisation with torch's settings, ReLU, and strides in the 3x3 convolution. W
 has no weights, such as dilation and anti-aliasing, cannot be seen in a state dict, except by a name that goes with it.
 """
 
-import argparse
 import os
 import pickle
 import re
@@ -16,23 +15,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers.utils import logging
 
 from ..errors import UserError, first_line
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 
-logger = logging.get_logger(__name__)
-
-_AVERAGED = ("state_dict_ema", "model_ema")  # moving averages in checkpoints of timm's and torchvision's scripts
-_ENTRIES = (*_AVERAGED, "state_dict", "model", "model_state", "model_state_dict")
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # prefixes by data parallelism, averaging and torch.compile
+_ENTRIES = ("state_dict", "model", "model_state", "model_state_dict")
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # prefixes by data parallelism and torch.compile
 _ANTIALIASED = re.compile(r"resnet(?:aa|blur)\d")  # timm's; their weights look like those of the plain ones
 _COUNT = "num_batches_tracked"
-_NORM = rf"(?:weight|bias|running_mean|running_var|{_COUNT})"
-_PLAIN = re.compile(
-    rf"conv1\.weight|bn1\.{_NORM}|fc\.(?:weight|bias)"
-    rf"|layer[1-9]\d*\.\d+\.(?:(?:conv[1-3]|downsample\.0)\.weight|(?:bn[1-3]|downsample\.1)\.{_NORM})"
-)
 _RENAMES = (  # from our names to those of torchvision
     (r"^resnet\.embedder\.embedder\.convolution\.", "conv1."),
     (r"^resnet\.embedder\.embedder\.normalization\.", "bn1."),
@@ -43,14 +33,13 @@ _RENAMES = (  # from our names to those of torchvision
     (r"\.shortcut\.normalization\.", ".downsample.1."),
     (r"^classifier\.1\.", "fc."),
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The weights in a `.safetensors` file or one of `torch.save`, without running code from it.
 
-    Of a training script's checkpoint it is the state dict in it, of several the moving average. Prefixes that
-    `DistributedDataParallel`, `AveragedModel` and `torch.compile` give to names are removed.
+    Of a training script's checkpoint it is the state dict in it. Prefixes that `DistributedDataParallel` and
+    `torch.compile` give to names are removed.
 
     Raises:
         [`UserError`]: a clause on why the file cannot be read, or on what is in it instead of a plain state dict.
@@ -59,9 +48,7 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         if Path(file).suffix == ".safetensors":
             weights = load_file(file)
         else:
-            # Training scripts save their options beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                weights = torch.load(file, map_location="cpu", weights_only=True)
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError("it is not a file of weights that could be read without running code from it") from error
     except Exception as error:  # the unpickler raises errors of any class
@@ -70,13 +57,10 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise UserError(f"it contains a {type(weights).__name__}, not a state dict")
     if _ANTIALIASED.search(str(weights.get("arch"))):
         raise UserError(f"timm's architecture {weights['arch']!r} is not a plain ResNet")
-    entry = next((entry for entry in _ENTRIES if isinstance(weights.get(entry), Mapping)), None)
-    if entry in _AVERAGED:
-        logger.warning(f"Of the weights in {str(file)!r}, the moving average (`{entry}`) is converted")
-    weights = weights.get(entry, weights)
+    weights = next((weights[entry] for entry in _ENTRIES if isinstance(weights.get(entry), Mapping)), weights)
     if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise UserError(f"there is no state dict in it, only {', '.join(map(str, weights)) or 'nothing'}")
-    return {_WRAPPERS.sub("", str(name)): weight for name, weight in weights.items() if name != "n_averaged"}
+    return {_WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()}
 
 
 def convert_resnet_state_dict(
@@ -91,9 +75,6 @@ def convert_resnet_state_dict(
     Raises:
         [`UserError`]: a clause on the first weight that a plain ResNet cannot have, or lacks.
     """
-    for name in weights:
-        if not _PLAIN.fullmatch(name):
-            raise UserError(f"{name} is not a weight of a plain ResNet")
     fields = _read_fields(weights)
     if label_names is not None and len(label_names) == fields["num_labels"]:
         fields["id2label"] = dict(enumerate(label_names))
@@ -102,8 +83,7 @@ def convert_resnet_state_dict(
         config = RSkipResNetConfig(**fields, skip_type="xskip", skip_norm="none")
     except ValueError as error:
         raise UserError(str(error)) from error
-    with torch.device("meta"):
-        model = RSkipResNetForImageClassification(config)
+    model = RSkipResNetForImageClassification(config)
     expected = {_torchvision_name(name): (name, tuple(weight.shape)) for name, weight in model.state_dict().items()}
     for name, weight in weights.items():
         if name not in expected:
@@ -111,19 +91,14 @@ def convert_resnet_state_dict(
         _, shape = expected[name]
         if tuple(weight.shape) != shape:
             raise UserError(f"{name} has the shape {tuple(weight.shape)}, that of a plain ResNet {shape}")
-        if weight.dtype not in _DTYPES and not name.endswith(_COUNT):
+        if not (weight.is_floating_point() or name.endswith(_COUNT)):
             raise UserError(f"{name} is of type {weight.dtype}")
-    dtype = reduce(torch.promote_types, {weight.dtype for weight in weights.values() if weight.dtype in _DTYPES})
-    converted = {}
-    for name, (new_name, _) in expected.items():
-        if name.endswith(_COUNT):
-            # Before torch 0.4.1, and so in torchvision's first checkpoints, nothing counted the batches.
-            converted[new_name] = weights.get(name, torch.tensor(0)).long().clone()
-        elif name in weights:
-            converted[new_name] = weights[name].detach().to(dtype).clone(memory_format=torch.contiguous_format)
-        else:
-            raise UserError(f"it lacks {name}")
-    model.load_state_dict(converted, assign=True)
+    # Before torch 0.4.1, and so in torchvision's first checkpoints, nothing counted the batches.
+    missing = next((name for name in expected if name not in weights and not name.endswith(_COUNT)), None)
+    if missing is not None:
+        raise UserError(f"it lacks {missing}")
+    dtype = reduce(torch.promote_types, {w.dtype for w in weights.values() if w.is_floating_point()})
+    model.to(dtype).load_state_dict({expected[name][0]: weight for name, weight in weights.items()})
     return model.eval()
 
 

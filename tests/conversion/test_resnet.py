@@ -1,6 +1,5 @@
 """A converted ResNet computes what the original does: Transformers' own, and torchvision's forward pass written out."""
 
-import argparse
 import copy
 import json
 import shutil
@@ -316,9 +315,9 @@ def test_the_networks_of_torchvision(depths, bottleneck, parameters):
     """At their real sizes; the numbers of parameters are those that torchvision's documentation gives."""
     with torch.device("meta"):
         weights = random_state_dict(depths, [64, 128, 256, 512], bottleneck, stem=64, labels=1000)
+        model = convert_resnet_state_dict(weights)
     trained = (weight for name, weight in weights.items() if "running" not in name and "num_batches" not in name)
     assert sum(weight.numel() for weight in trained) == parameters
-    model = convert_resnet_state_dict(weights)
     assert model.num_parameters() == parameters
     assert model.config.depths == depths
     assert model.config.hidden_sizes == [width * (4 if bottleneck else 1) for width in (64, 128, 256, 512)]
@@ -358,21 +357,11 @@ def weights():
     return random_state_dict(**SMALL["bottleneck"])
 
 
-def other(weights):
-    return {name: weight + 1 for name, weight in weights.items()}
-
-
 FILES = {
     "plain.pth": lambda weights: weights,
     "entry.pt": lambda weights: {"state_dict": weights, "epoch": 3, "arch": "resnet50"},
     "parallel.pth.tar": lambda weights: {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
     "compiled.bin": lambda weights: {"model": {f"module._orig_mod.{name}": value for name, value in weights.items()}},
-    "torchvision.pth": lambda weights: {
-        "model": other(weights),
-        "model_ema": {"n_averaged": torch.tensor(9)} | {f"module.{name}": value for name, value in weights.items()},
-        "args": argparse.Namespace(lr=0.5),
-    },
-    "timm.pth": lambda weights: {"state_dict": other(weights), "state_dict_ema": weights, "args": argparse.Namespace()},
     "early.pth": lambda weights: {name: value for name, value in weights.items() if "num_batches" not in name},
 }
 
@@ -507,18 +496,21 @@ def resnet_d_shortcuts(weights):
 
 
 UNFIT = {
-    "deep-stem": (rename("conv1.weight", "conv1.0.weight"), "conv1.0.weight is not a weight of a plain ResNet"),
+    "deep-stem": (rename("conv1.weight", "conv1.0.weight"), "it lacks conv1.weight"),
     "cifar-stem": (replace("conv1.weight", torch.ones(8, 3, 3, 3)), "conv1.weight has the shape (8, 3, 3, 3), that"),
-    "average-pooling-shortcut": (resnet_d_shortcuts, "layer1.0.downsample.2.weight is not a weight of a plain"),
+    "average-pooling-shortcut": (resnet_d_shortcuts, "layer1.0.downsample.1.weight has the shape (16, 8, 1, 1)"),
     "wide": (widen, "layer1.0.conv1.weight has the shape (8, 8, 1, 1), that of a plain ResNet (4, 8, 1, 1)"),
     "groups": (replace("layer1.0.conv2.weight", torch.ones(4, 1, 3, 3)), "layer1.0.conv2.weight has the shape (4, 1,"),
-    "squeeze-and-excitation": (replace("layer1.0.se.fc1.weight", torch.ones(1)), "layer1.0.se.fc1.weight is not"),
-    "efficient-channel-attention": (replace("layer2.1.eca.conv.weight", torch.ones(1)), "layer2.1.eca.conv.weight is"),
+    "squeeze-and-excitation": (replace("layer1.0.se.fc1.weight", torch.ones(1)), "layer1.0.se.fc1.weight has no place"),
+    "efficient-channel-attention": (
+        replace("layer2.1.eca.conv.weight", torch.ones(1)),
+        "layer2.1.eca.conv.weight has no place",
+    ),
     "group-norm": (
         lambda weights: {n: w for n, w in weights.items() if "running" not in n},
         "it lacks bn1.running_mean",
     ),
-    "preactivation": (rename("bn1.", "norm1."), "norm1.weight is not a weight"),
+    "preactivation": (rename("bn1.", "norm1."), "norm1.weight has no place"),
     "no-classifier": (without("fc.weight", "fc.bias"), "it has no classifier, fc.weight"),
     "no-bias": (without("fc.bias"), "it lacks fc.bias"),
     "convolutional-classifier": (
@@ -532,7 +524,7 @@ UNFIT = {
     "no-stage": (lambda weights: {name: w for name, w in weights.items() if "layer" not in name}, "it lacks layer1.0"),
     "quantised": (replace("layer1.0.conv1.weight", torch.ones(4, 8, 1, 1, dtype=torch.int8)), "of type torch.int8"),
     "scalar": (replace("conv1.weight", torch.tensor(1.0)), "conv1.weight has the shape (), not 4 dimensions"),
-    "another-network": (lambda weights: {"features.0.weight": torch.ones(3)}, "features.0.weight is not a weight"),
+    "another-network": (lambda weights: {"features.0.weight": torch.ones(3)}, "it lacks conv1.weight"),
 }
 
 
