@@ -98,14 +98,17 @@ def _read_manifest(folder: str | Path) -> dict[str, dict] | None:
     return listed
 
 
-def read_json(path: Path):
-    """Reads a JSON file; raises a [`UserError`] that names it if it cannot be read or is not JSON."""
+def read_json(path: Path) -> dict:
+    """Reads a JSON file; raises a [`UserError`] that names it if it cannot be read or is no mapping in JSON."""
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged: it is not JSON") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is damaged: it is not a mapping")
+    return content
 
 
 def _check_file(path: Path, expected: dict) -> None:

@@ -60,13 +60,13 @@ def collect_files(folder: str | Path) -> dict[str, Path]:
         raise UserError(f"There is no model folder {str(folder)!r}")
     weights = {SAFE_WEIGHTS_NAME}
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        weight_map = _read_mapping(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+        weight_map = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
         if not weight_map or not isinstance(weight_map, dict):
             raise UserError(f"{str(folder / SAFE_WEIGHTS_INDEX_NAME)!r} is damaged: it names no weights")
         weights = set(weight_map.values())
     required = {CONFIG_NAME, *weights}
     if (folder / CONFIG_NAME).is_file():
-        model_type = _read_mapping(folder / CONFIG_NAME).get("model_type")
+        model_type = read_json(folder / CONFIG_NAME).get("model_type")
         required |= set(_COMPANIONS.get(model_type, _COMPANIONS[RSkipConfig.model_type]))
     missing = sorted(name for name in required if not (folder / name).is_file())
     if any(not name.endswith(".safetensors") for name in weights):
@@ -114,7 +114,7 @@ def push_folder(
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder / CONFIG_NAME)!r}: {first_line(error)}") from error
-    config_dict = _read_mapping(files[CONFIG_NAME])
+    config_dict = read_json(files[CONFIG_NAME])
     auto_map, code = find_code(config) if with_code else (None, {})
     if config_dict.get("auto_map") != auto_map:
         config_dict.pop("auto_map", None)
@@ -204,10 +204,3 @@ def _address_card(card: Path, repo_id: str, with_code: bool) -> bytes:
         without_package = f"\nWithout it, by the code in this repository:\n\n```python\n{code}```\n"
         text = text[: code_block.end()] + without_package + text[code_block.end() :]
     return text.encode()
-
-
-def _read_mapping(path: Path) -> dict:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is damaged: it is not a mapping")
-    return content

@@ -161,7 +161,7 @@ def read_state(checkpoint: Path) -> dict:
     """Reads `trainer_state.json` of a checkpoint; raises a [`UserError`] unless it is the state of a Trainer."""
     path = checkpoint / TRAINER_STATE_NAME
     state = read_json(path)
-    if not isinstance(state, dict) or "global_step" not in state:
+    if "global_step" not in state:
         raise UserError(f"{str(path)!r} is not the state of a training")
     return state
 

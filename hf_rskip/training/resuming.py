@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..errors import UserError
-from ..manifest import check_model
+from ..manifest import check_model, read_json
 from ..recipe.describe import describe_schedule
 from ..recipe.keys import MAY_CHANGE, MUST_STAY
 from ..recipe.parsing import Recipe
@@ -91,7 +91,7 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
             f"`hf-rskip evaluate` scores it otherwise, and {', '.join(_LENGTHEN)} train it on."
         )
     check_model(folder)
-    results = _read_json(folder / "all_results.json")
+    results = read_json(folder / "all_results.json")
     if training.process_index == 0:
         print(f"{folder} holds a finished run of {record['step']:,} steps: nothing is left to do", flush=True)
     return results
@@ -170,17 +170,10 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    record = _read_json(path)
-    if not (isinstance(record, dict) and record.keys() >= {"step", "values", "resumed"}):
+    record = read_json(path)
+    if not record.keys() >= {"step", "values", "resumed"}:
         raise UserError(f"{str(path)!r} does not say how that was trained.")
     return record
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read, so nothing says how that was trained: {error}.") from error
 
 
 def _find_changes(record: dict[str, Any], now: dict[str, Any], where: str) -> dict[str, list]:
