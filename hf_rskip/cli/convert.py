@@ -5,17 +5,10 @@ import argparse
 from ..errors import UserError
 from .options import add_test_set_arguments
 
-_PAIRS = {
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "test_files": None,
-    "source_lang": None,
-    "target_lang": None,
-    "split": None,
-    "max_samples": None,
-    "bleu_tokenize": None,
-}
-"""The options of `fold` and their defaults."""
+_OF_FOLD = (
+    *("dataset_name", "dataset_config_name", "test_files", "split"),
+    *("source_lang", "target_lang", "max_samples", "bleu_tokenize"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +50,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.skip_recursions is not None and args.architecture != "marian":
         reasons = {"resnet": "a ResNet is converted with the plain sums that it has", "fold": "K is 1 after folding"}
         raise UserError(f"`--skip_recursions` is for marian: {reasons[args.architecture]}")
-    given = [name for name, default in _PAIRS.items() if getattr(args, name) != default]
+    given = [name for name in _OF_FOLD if getattr(args, name) is not None]
     if given and args.architecture != "fold":
         raise UserError(f"`--{given[0]}` is for fold: {args.architecture} is converted without data")
     if given and not args.dataset_name and not args.test_files:
