@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         if not isinstance(error, UserError):
             message = f"{type(error).__name__}: {message} (`--debug` shows where)"
+        elif not message.endswith((".", "?")):
+            message += "."
         return _end(2, f"error: {message}")
     return 0
 

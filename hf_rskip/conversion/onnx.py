@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from ..decoding.onnx import DECODER_NAME, ENCODER_NAME, INSTALL
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import RSkipForConditionalGeneration
 
 _BATCH_LENGTH = {0: Dim.AUTO, 1: Dim.AUTO}  # of tokens and masks
@@ -215,7 +215,7 @@ def _create_exporter():
         with _quiet():
             return OnnxExporter()
     except ImportError as error:
-        raise UserError(f"Export to ONNX needs {INSTALL}: {str(error).rstrip('.')}") from error
+        raise UserError(f"Export to ONNX needs {INSTALL}: {first_line(error)}") from error
 
 
 def _export(exporter, module: nn.Module, inputs: dict, dynamic_shapes: dict):

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
+from ..errors import first_line
 from ..manifest import MANIFEST_NAME
 from .push import PUSHED_FILES, collect_files, upload
 
@@ -60,7 +61,7 @@ class PushCheckpoints(TrainerCallback):
                     commit_message=f"Training in progress, step {checkpoint.rpartition('-')[2]}",
                 )
         except Exception as error:
-            logger.warning(f"{error}; training goes on")
+            logger.warning(f"{first_line(error)}; training goes on")
 
     def on_train_end(self, args, state, control, **kwargs):
         wait(self._jobs)

@@ -27,6 +27,7 @@ def fail(capfd, caplog):
         captured = capfd.readouterr()
         (line,) = captured.err.splitlines()
         assert line.startswith("hf-rskip: error: ") and "Traceback" not in line
+        assert re.search(r"[^.]\.$|\?$", line), "it ends with one stop"
         assert not captured.out.strip()
         return line
 
