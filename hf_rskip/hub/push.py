@@ -85,11 +85,7 @@ def push_folder(
     *,
     with_code: bool = False,
     graphs: Mapping[str, Path] = MappingProxyType({}),
-    private: bool | None = None,
-    revision: str | None = None,
-    overwrite_card: bool = False,
-    token: str | None = None,
-    commit_message: str = "Upload model",
+    **options,
 ) -> Pushed:
     """Pushes a model folder to a repository of the Hub, which is created if there is none.
 
@@ -99,11 +95,7 @@ def push_folder(
         with_code: whether the Python files of the model go along, so that it loads with `trust_remote_code=True` where
             this package is not installed.
         graphs: files of an export that go along, by their path in the repository.
-        private: whether a new repository is private; an existing one must be.
-        revision: the branch, which is created if there is none; the main one unless given.
-        overwrite_card: whether an existing card on the Hub is replaced.
-        token: for the Hub; that of `hf auth login` or `HF_TOKEN` unless given.
-        commit_message: title of the commit.
+        options: of [`upload`].
 
     Raises:
         [`UserError`]: if the folder is no complete model, or if the upload fails; the message says what was sent.
@@ -121,30 +113,30 @@ def push_folder(
         config_dict |= {"auto_map": auto_map} if auto_map else {}
         files[CONFIG_NAME] = (json.dumps(config_dict, indent=2, sort_keys=True) + "\n").encode()
     files |= code | graphs
-    return upload(
-        files,
-        repo_id,
-        private=private,
-        revision=revision,
-        token=token,
-        commit_message=commit_message,
-        overwrite_card=overwrite_card,
-        with_code=with_code,
-    )
+    return upload(files, repo_id, with_code=with_code, **options)
 
 
 def upload(
     files: Mapping[str, Path | bytes],
     repo_id: str,
     *,
-    private: bool | None,
-    revision: str | None,
-    token: str | None,
-    commit_message: str,
+    private: bool | None = None,
+    revision: str | None = None,
     overwrite_card: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload model",
     with_code: bool = False,
 ) -> Pushed:
-    """Sends files, by their path in the repository, in one commit; see [`push_folder`]."""
+    """Sends files, by their path in the repository, in one commit; see [`push_folder`].
+
+    Args:
+        private: whether a new repository is private; an existing one must be.
+        revision: the branch, which is created if there is none; the main one unless given.
+        overwrite_card: whether an existing card on the Hub is replaced.
+        token: for the Hub; that of `hf auth login` or `HF_TOKEN` unless given.
+        commit_message: title of the commit.
+        with_code: whether the model's Python files are among `files`, which the card then says.
+    """
     api, sent, unsent = HfApi(token=token), [], [name for name in files if name.endswith(".safetensors")]
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
