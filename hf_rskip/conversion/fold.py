@@ -141,9 +141,7 @@ def fold(
     first = [linear[f"model.{stack}.layers.0.self_attn_skip"][0] for stack in ("encoder", "decoder")]
     if not all(_keeps_tables(w, config) for w in first):
         config.tie_word_embeddings, config.learned_positions = False, True
-    defaults = {"skip_type": "rskip", "skip_recursions": 1, "skip_scale": 1.0, "skip_norm_affine": "per_step"}
-    for name, value in defaults.items():
-        setattr(config, name, value)
+    config.update({"skip_type": "rskip", "skip_recursions": 1, "skip_scale": 1.0, "skip_norm_affine": "per_step"})
     folded = RSkipForConditionalGeneration(config).to(model.device).double()
     kept = {name: weight for name, weight in model.state_dict().items() if "_skip." not in name}
     folded.load_state_dict(folded.state_dict() | kept)
