@@ -3,7 +3,7 @@
 import argparse
 
 from ..errors import UserError
-from .options import add_test_set_arguments
+from .options import add_test_set_arguments, refuse
 
 _OF_FOLD = (
     *("dataset_name", "dataset_config_name", "test_files", "split"),
@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("sentence pairs of fold, on which it measures and compares")
     add_test_set_arguments(group, required=False)
-    parser.set_defaults(split=None)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -50,11 +49,10 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.skip_recursions is not None and args.architecture != "marian":
         reasons = {"resnet": "a ResNet is converted with the plain sums that it has", "fold": "K is 1 after folding"}
         raise UserError(f"`--skip_recursions` is for marian: {reasons[args.architecture]}")
-    given = [name for name in _OF_FOLD if getattr(args, name) is not None]
-    if given and args.architecture != "fold":
-        raise UserError(f"`--{given[0]}` is for fold: {args.architecture} is converted without data")
-    if given and not args.dataset_name and not args.test_files:
-        raise UserError(f"`--{given[0]}` needs a --dataset_name or --test_files")
+    if args.architecture != "fold":
+        refuse(args, _OF_FOLD, f"is for fold: {args.architecture} is converted without data")
+    elif not args.dataset_name and not args.test_files:
+        refuse(args, _OF_FOLD, "needs a --dataset_name or --test_files")
 
 
 def _marian(args: argparse.Namespace) -> tuple:

@@ -40,7 +40,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..decoding.onnx import DECODER_NAME, ENCODER_NAME, INSTALL
+from ..decoding.onnx import DECODER_NAME, ENCODER_NAME
 from ..errors import UserError, first_line
 from ..models import RSkipForConditionalGeneration
 
@@ -215,7 +215,7 @@ def _create_exporter():
         with _quiet():
             return OnnxExporter()
     except ImportError as error:
-        raise UserError(f"Export to ONNX needs {INSTALL}: {first_line(error)}") from error
+        raise UserError(f"Export to ONNX needs `pip install 'hf_rskip[onnx]'`: {first_line(error)}") from error
 
 
 def _export(exporter, module: nn.Module, inputs: dict, dynamic_shapes: dict):

@@ -14,7 +14,6 @@ from ..errors import UserError, first_line, require
 from ..models.checks import ENCODER_KEYWORDS, check_cache, check_keywords
 from ..models.generation_rskip import TranslationGenerationMixin
 
-INSTALL = "`pip install 'hf_rskip[onnx]'`"
 ENCODER_NAME, DECODER_NAME = "encoder.onnx", "decoder.onnx"
 _NOT_IN_GRAPHS = ("output_attentions", "output_hidden_states")
 

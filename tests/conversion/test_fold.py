@@ -181,7 +181,7 @@ def test_command_refuses(trained, trained_resnet, corpus_folder, tmp_path, capsy
     for words, message in [
         ([trained.folder, new], "give sentence pairs by --dataset_name or --test_files"),
         ([trained_resnet.folder, new], "only one of type 'rskip'"),
-        ([trained.folder, new, "--max_samples", "3"], "`--max_samples` needs a --dataset_name"),
+        ([trained.folder, new, "--max_samples", "3"], "--max_samples needs a --dataset_name"),
         ([trained.folder, new, "--skip_recursions", "1"], "`--skip_recursions` is for marian"),
         ([trained.folder, new, "--test_files", "a", "b"], "test_files names a file that does not exist"),
         ([trained.folder, trained.folder], "not an empty folder"),
@@ -189,5 +189,5 @@ def test_command_refuses(trained, trained_resnet, corpus_folder, tmp_path, capsy
         code, _, err = run(capsys, *words)
         assert code == 2 and message in err, err
     assert main(["convert", "resnet", "a", str(new), "--dataset_name", corpus_folder]) == 2
-    assert "`--dataset_name` is for fold" in capsys.readouterr().err
+    assert "--dataset_name is for fold" in capsys.readouterr().err
     assert not new.exists()
