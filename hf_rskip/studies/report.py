@@ -78,6 +78,10 @@ def _format_stages(results: Results) -> list[str]:
         parts.append(
             f"{_escape(form)} was best at the edge of the grid, so that {describe_setting(point)} is tried, too{end}."
         )
+    for form, point in study.impossible:
+        parts.append(
+            f"{_escape(form)} was best at the edge of the grid, beyond which {describe_setting(point)} is not possible."
+        )
     if study.is_growing:
         return [
             *parts,

@@ -92,6 +92,7 @@ class Study:
         seeds: of each form at each setting; with `tune_seeds`, at its own best setting.
         tune_seeds: of each form at each setting, to choose one; `None` in a study of one stage.
         beyond: with `tune_seeds`, forms that were best at the edge of the grid, and the points that were added for it.
+        impossible: likewise, points that no recipe can have, which were not added.
         chosen: with `tune_seeds`, the setting of each form, `None` where nothing finished; `None` before it is known.
         trains_at: the validation score, in points of 100, that a cell which trains reaches at least.
         keep_models: whether finished cells keep weights and checkpoints.
@@ -110,6 +111,7 @@ class Study:
     seeds: list[int]
     tune_seeds: list[int] | None
     beyond: list[tuple[str, Setting]]
+    impossible: list[tuple[str, Setting]]
     chosen: dict[str, Setting | None] | None
     trains_at: float | None
     keep_models: bool
@@ -206,6 +208,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         seeds=file.seeds,
         tune_seeds=tune["seeds"] if file.tune else None,
         beyond=[],
+        impossible=[],
         chosen=None,
         trains_at=file.trains_at,
         keep_models=file.keep_models,

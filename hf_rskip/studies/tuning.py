@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import UserError
+from ..recipe.parsing import check_configuration, parse_values
 from .cell import FINISHED, is_done
 from .evidence import restore_cells
 from .results import choose_setting, gather_tuning
@@ -27,10 +28,13 @@ def advance(study: Study) -> Study:
     if study.tune_seeds is None or not all(map(is_done, study.cells)):
         return study
     best = _choose(study)
-    beyond = [(form, point) for form, setting in best.items() for point in _step_beyond(setting, study.settings)]
+    beyond, impossible = [], []
+    for form, setting in best.items():
+        for point in _step_beyond(setting, study.settings):
+            (beyond if _is_possible(study, form, setting, point) else impossible).append((form, point))
     study = add_cells(study, ((form, point, seed) for form, point in beyond for seed in study.tune_seeds))
     settings = _sort([*study.settings, *(point for _, point in beyond)])
-    study = replace(study, settings=settings, beyond=beyond)
+    study = replace(study, settings=settings, beyond=beyond, impossible=impossible)
     restore_cells(study)
     if not all(map(is_done, study.cells)):
         return study
@@ -59,6 +63,20 @@ def _step_beyond(setting: Setting | None, settings: Sequence[Setting]) -> list[S
         if further not in (0, value):
             points.append((*setting[:index], (key, further), *setting[index + 1 :]))
     return points
+
+
+def _is_possible(study: Study, form: str, setting: Setting, point: Setting) -> bool:
+    """Whether a recipe and a model can have a point; so, too, where those of the setting cannot be made here either."""
+
+    def is_refused(values: Setting) -> bool:
+        keys = {key: value for key, value in {**study.forms[form], **dict(values)}.items() if value is not None}
+        try:
+            check_configuration(parse_values(keys, [], str(study.path)))
+        except UserError:
+            return True
+        return False
+
+    return not is_refused(point) or is_refused(setting)
 
 
 def _choose(study: Study) -> dict[str, Setting | None]:

@@ -104,6 +104,27 @@ def test_the_stages_one_after_the_other(beginning, tmp_path):
     assert all((tmp_path / "output" / name).stat().st_size > 5_000 for name in ("scores.png", "curves.png", "grid.png"))
 
 
+@pytest.mark.parametrize(
+    "key, values", [("dropout", [0.2, 0.6]), ("label_smoothing_factor", [0.1, 0.4]), ("d_model", [32, 8])]
+)
+def test_a_step_beyond_the_edge_that_no_recipe_can_have(make_study, key, values):
+    """A dropout of 1.8, a smoothing of 1.6, and a width of 2 for four heads."""
+    beginning = make_study(forms={"a": {}}, tune={"grid": {key: values}, "seeds": [1]}, seeds=[1, 2])
+    for cell, score in zip(beginning.cells, (20.0, 30.0), strict=True):
+        finish(cell, score, [score])
+    study = advance(beginning)
+    assert [str(cell) for cell in study.cells[2:]] == [f"a, {key} {values[1]}, seed 2"] and study.beyond == []
+    assert f"a was best at the edge of the grid, beyond which {key} " in format_tables(gather_results(study))
+
+
+def test_a_step_beyond_the_edge_without_the_module_of_a_residual_kind(make_study):
+    tune = {"grid": {"dropout": [0.1, 0.2]}, "seeds": [1]}
+    beginning = make_study(forms={"a": {"skip_type": "own_kind"}}, tune=tune)
+    for cell, score in zip(beginning.cells, (20.0, 30.0), strict=True):
+        finish(cell, score, [score])
+    assert [str(cell) for cell in advance(beginning).cells[2:]] == ["a, dropout 0.4, seed 1"]
+
+
 def test_cells_of_later_stages_by_number(beginning, capsys):
     assert main(["study", str(beginning.path), "--cell", "10"]) == 2
     assert capsys.readouterr().err == (
