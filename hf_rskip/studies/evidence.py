@@ -12,15 +12,16 @@ import yaml
 from pyarrow import parquet
 
 from ..atomic import replace_text, write_then_rename
+from ..data.names import is_path
 from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
 from .cell import Surroundings, find_fault, is_done, read_result, write_result
-from .study import Cell, Study, compare_keys, name_point, write_recipe
+from .study import Cell, Study, compare_recipes, name_point, write_recipe
 
 EVIDENCE_NAME = "evidence.parquet"
 _PATHS = ("output_dir", "dataset_name", "train_files", "validation_files", "test_files", "tokenizer_name")
-"""Keys of a recipe whose values are paths."""
+"""Keys of a recipe whose values are paths; that of `model_name_or_path` may be one."""
 _TEXTS = (PREDICTIONS_NAME, TABLE_NAME)
 _SCHEMA = pyarrow.schema(
     {
@@ -64,20 +65,26 @@ def _identify(cell: Cell) -> tuple[str, str, int]:
     return cell.form, json.dumps(dict(cell.setting)), cell.seed
 
 
-def _without_places(keys: dict) -> dict:
-    return {key: value for key, value in keys.items() if key not in _PATHS}
+def _find_places(keys: dict) -> dict:
+    """The keys of a recipe that name places of this machine, with their values."""
+    return {
+        key: value
+        for key, value in keys.items()
+        if key in _PATHS or (key == "model_name_or_path" and is_path(str(value)))
+    }
 
 
 def _pack(cell: Cell) -> dict:
     form, setting, seed = _identify(cell)
     result = read_result(cell)
     del result["command"]  # made again for the place where the cell is restored
+    keys = {key: value for key, value in cell.keys.items() if key not in _find_places(cell.keys)}
     texts = {name: cell.folder / name for name in _TEXTS}
     return {
         "form": form,
         "setting": setting,
         "seed": seed,
-        "recipe": yaml.safe_dump(_without_places(cell.keys), sort_keys=False, allow_unicode=True),
+        "recipe": yaml.safe_dump(keys, sort_keys=False, allow_unicode=True),
         "result": json.dumps(result, ensure_ascii=False),
         **{name: path.read_text(encoding="utf-8") if path.exists() else None for name, path in texts.items()},
     }
@@ -98,7 +105,7 @@ def _unpack(row: dict, cell: Cell, path: Path) -> None:
     result["command"] = Surroundings().command(cell)
     if wrong := find_fault(result):
         raise UserError(f"{str(path)!r} is damaged: the row of {cell} is not the result of a cell ({wrong}).")
-    if difference := compare_keys(keys, _without_places(cell.keys)):
+    if difference := compare_recipes({**_find_places(cell.keys), **keys}, cell):
         raise UserError(
             f"{str(path)!r}: the cell {name_point(cell.form, cell.setting)} was run with {difference}: remove the "
             "file, or choose another output_dir."

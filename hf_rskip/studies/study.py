@@ -24,7 +24,6 @@ from ..recipe.parsing import (
     check_configuration,
     check_values,
     group_words,
-    parse_recipe,
     parse_values,
     read_yaml,
 )
@@ -290,16 +289,20 @@ def write_recipe(cell: Cell) -> None:
 
 
 def find_difference(cell: Cell) -> str | None:
-    """Finds a key with another value in the recipe of the cell's folder: see [`compare_keys`]."""
-    if not cell.recipe_path.exists() or read_yaml(cell.recipe_path) == cell.keys:
+    """Finds a key with another value in the recipe of the cell's folder: see [`compare_recipes`]."""
+    return compare_recipes(read_yaml(cell.recipe_path), cell) if cell.recipe_path.exists() else None
+
+
+def compare_recipes(before: dict[str, Any], cell: Cell) -> str | None:
+    """The first key that has another value, once parsed, in the recipe of a cell than `before`, as `key old, not new`.
+
+    `None` if all are equal.
+    """
+    if before == cell.keys:
         return None
-    return compare_keys(parse_recipe(cell.recipe_path, []).keys, parse_values(cell.keys, [], str(cell)).keys)
-
-
-def compare_keys(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first key whose values differ, as `key old, not new`; `None` if all are equal."""
-    differing = [key for key in [*now, *before] if before.get(key) != now.get(key)]
-    return f"{differing[0]} {before.get(differing[0])}, not {now.get(differing[0])}" if differing else None
+    old, new = (parse_values(keys, [], str(cell)).keys for keys in (before, cell.keys))
+    differing = [key for key in [*new, *old] if old.get(key) != new.get(key)]
+    return f"{differing[0]} {old.get(differing[0])}, not {new.get(differing[0])}" if differing else None
 
 
 def _check_file(values: dict, where: str) -> _StudyFile:

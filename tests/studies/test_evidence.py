@@ -81,3 +81,31 @@ def test_evidence_of_another_recipe_is_refused(moved):
     path.with_name(EVIDENCE_NAME).write_bytes(b"PAR1 and something else")
     with pytest.raises(UserError, match="is not the evidence of a study"):
         restore_cells(read_study(path, []))
+
+
+def test_evidence_of_the_same_recipe_in_other_words_is_taken(make_study):
+    """A key of the command line, a word there, that now stands in the file."""
+    study = make_study(forms={"one": {}}, seeds=[1])
+    study = read_study(study.path, ["--max_steps", "100"])
+    finish(study.cells[0], 20.0, [1.0])
+    write_evidence(study)
+    shutil.rmtree(study.cells[0].folder)
+    restored = make_study(forms={"one": {}}, seeds=[1], overrides={"max_steps": 100})
+    restore_cells(restored)
+    assert gather_results(restored).groups[0].test_mean == 20.0
+
+
+@pytest.mark.parametrize("here, there", [("./mine", "./other"), ("user/model", "user/model")])
+def test_a_study_that_starts_from_a_model_goes_on_elsewhere(make_study, here, there):
+    """The path of the model is another there; an id on the Hub is the same."""
+    study = make_study(forms={"one": {"model_name_or_path": here}}, seeds=[1])
+    finish(study.cells[0], 20.0, [1.0])
+    write_evidence(study)
+    (row,) = parquet.read_table(study.output_dir / EVIDENCE_NAME).to_pylist()
+    assert (here in row["recipe"]) == (here == there)
+    shutil.rmtree(study.cells[0].folder)
+    restore_cells(make_study(forms={"one": {"model_name_or_path": there}}, seeds=[1]))
+    assert study.cells[0].folder.exists()
+    shutil.rmtree(study.cells[0].folder)
+    with pytest.raises(UserError, match="was run with model_name_or_path"):
+        restore_cells(make_study(forms={"one": {"model_name_or_path": "user/another"}}, seeds=[1]))
