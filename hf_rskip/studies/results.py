@@ -172,9 +172,9 @@ def gather_results(study: Study) -> Results:
     """Reads the results of the cells of a study, and compares the forms.
 
     Raises:
-        [`UserError`]: if cells were tested on different data.
+        [`UserError`]: if cells were tested on different data, or one has no validation score that is needed.
     """
-    results = [_read(cell, study.metric) for cell in study.cells]
+    results = [_read(cell, study) for cell in study.cells]
     groups = _make_groups(study, results, study.tune_seeds or study.seeds)
     compared = {(group.form, str(group.setting)): group for group in _make_groups(study, results, study.seeds)}
     bootstrap = Bootstrap(study)
@@ -215,7 +215,7 @@ def gather_results(study: Study) -> Results:
 
 def gather_tuning(study: Study) -> list[Group]:
     """The cells of a study's grid, with the seeds that tune."""
-    return _make_groups(study, [_read(cell, study.metric) for cell in study.cells], study.tune_seeds)
+    return _make_groups(study, [_read(cell, study) for cell in study.cells], study.tune_seeds)
 
 
 def choose_setting(form: str, groups: Sequence[Group], metric: str) -> Setting | None:
@@ -245,8 +245,8 @@ def _answer(difference: Difference | None, p_holm: float | None, margin: float |
     return "different" if p_holm < 0.05 else "undecided"
 
 
-def _read(cell: Cell, metric: str) -> CellResult:
-    record = read_result(cell) or {}
+def _read(cell: Cell, study: Study) -> CellResult:
+    record, metric = read_result(cell) or {}, study.metric
     state, scale = record.get("state", "not run"), _SCALES.get(metric, 1.0)
     if state != FINISHED:
         return CellResult(cell, state, record, None, None, {}, [])
@@ -257,7 +257,13 @@ def _read(cell: Cell, metric: str) -> CellResult:
     except (KeyError, TypeError) as error:
         path = str(cell.folder / "result.json")
         raise UserError(f"{path!r} has no proper scores of {metric}: remove it, and the cell is run again.") from error
-    return CellResult(cell, state, record, test, dict(curve).get(record["kept_step"]), kept, curve)
+    validation = dict(curve).get(record["kept_step"])
+    if validation is None and study.judge:
+        raise UserError(
+            f"{cell} has no validation score of the model that was kept, by which {study.judge} could judge: let the "
+            "last step be one that is evaluated."
+        )
+    return CellResult(cell, state, record, test, validation, kept, curve)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -117,6 +117,13 @@ class Study:
     cells: list[Cell]
 
     @property
+    def judge(self) -> str | None:
+        """The key of the file that judges by the validation scores of cells, if one does."""
+        if self.tune_seeds is not None:
+            return "tune"
+        return "grid" if len(self.settings) > 1 else None if self.trains_at is None else "trains_at"
+
+    @property
     def is_growing(self) -> bool:
         """Whether more cells follow from the results of those that are known."""
         return self.tune_seeds is not None and self.chosen is None
@@ -186,15 +193,7 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         raise UserError(f"bleu_tokenize must be one for all cells of {path}, not {', '.join(sorted(tokenizers))}.")
     if any(recipe.training.push_to_hub for recipe in recipes):
         raise UserError(f"push_to_hub is not for the cells of {path}: `hf-rskip push` sends one of their models.")
-    judge = "tune" if file.tune else "trains_at"
-    for recipe in recipes if file.tune or file.trains_at is not None else ():
-        if recipe.training.eval_strategy == "no":
-            raise UserError(f"{judge} in {path} judges by validation scores: eval_strategy cannot be 'no'.")
-        if recipe.task == "translation" and not recipe.training.predict_with_generate:
-            raise UserError(f"{judge} in {path} judges by validation scores: predict_with_generate must be true.")
-        if recipe.task == "image-classification" and not (recipe.data.validation_split or recipe.data.validation_size):
-            raise UserError(f"{judge} in {path} judges by validation scores: set validation_split or validation_size.")
-    return Study(
+    study = Study(
         path=path,
         output_dir=folder,
         metric=_choose_metric(file.metric, recipes[0]),
@@ -213,6 +212,15 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         keep_models=file.keep_models,
         cells=cells,
     )
+    for recipe in recipes if study.judge else ():
+        judges = f"{study.judge} in {path} judges by validation scores"
+        if recipe.training.eval_strategy == "no":
+            raise UserError(f"{judges}: eval_strategy cannot be 'no'.")
+        if recipe.task == "translation" and not recipe.training.predict_with_generate:
+            raise UserError(f"{judges}: predict_with_generate must be true.")
+        if recipe.task == "image-classification" and not (recipe.data.validation_split or recipe.data.validation_size):
+            raise UserError(f"{judges}: set validation_split or validation_size.")
+    return study
 
 
 def add_cells(study: Study, points: Iterable[tuple[str, Setting, int]]) -> Study:

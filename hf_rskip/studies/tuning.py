@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from ..errors import UserError
 from ..recipe.parsing import check_configuration, parse_values
-from .cell import FINISHED, is_done
+from .cell import is_done
 from .evidence import restore_cells
 from .results import choose_setting, gather_tuning
-from .study import Setting, Study, add_cells, name_point
+from .study import Setting, Study, add_cells
 
 
 def advance(study: Study) -> Study:
@@ -81,12 +81,6 @@ def _is_possible(study: Study, form: str, setting: Setting, point: Setting) -> b
 
 def _choose(study: Study) -> dict[str, Setting | None]:
     groups = gather_tuning(study)
-    for group in groups:
-        if group.of_state(FINISHED) and group.validation_mean is None:
-            raise UserError(
-                f"{name_point(group.form, group.setting)} has no validation score of the model that was kept, by which "
-                "tune could judge: let the last step be one that is evaluated."
-            )
     return {form: choose_setting(form, groups, study.metric) for form in study.forms}
 
 

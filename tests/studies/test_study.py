@@ -107,6 +107,11 @@ WRONG = {
         ["--eval_strategy=no", "--load_best_model_at_end=false", "--early_stopping_patience=null"],
         "judges by validation scores: eval_strategy cannot be 'no'",
     ),
+    "grid unseen": (
+        {"grid": {"learning_rate": [1e-3, 2e-3]}},
+        ["--predict_with_generate=false", "--metric_for_best_model=loss"],
+        "grid in",
+    ),
     "margin": ({"margin": "small"}, [], "margin must be a number"),
     "a form with itself": ({"contrasts": [["post-LN", "post-LN"]]}, [], "of two forms, each pair once"),
     "a contrast twice": (

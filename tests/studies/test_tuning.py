@@ -138,12 +138,18 @@ def test_cells_of_later_stages_by_number(beginning, capsys):
     assert said.err == "Further cells are known when these are done.\n"
 
 
-def test_a_cell_without_a_validation_score(beginning):
-    finish_stage(beginning, SCORES)
-    result = beginning.cells[0].folder / "result.json"
+GRID = {"learning_rate": [0.001, 0.002]}
+
+
+@pytest.mark.parametrize("keys", [{"tune": {"grid": GRID, "seeds": [1]}}, {"grid": GRID}, {"trains_at": 5}], ids=str)
+def test_a_cell_without_the_validation_score_that_judges(make_study, keys):
+    study = make_study(forms={"a": {}}, seeds=[1], **keys)
+    for cell in study.cells:
+        finish(cell, 20.0, [20.0])
+    result = study.cells[0].folder / "result.json"
     result.write_text(json.dumps(json.loads(result.read_text()) | {"validation": []}))
-    with pytest.raises(UserError, match="a, learning_rate 0.001 has no validation score of the model that was kept"):
-        advance(beginning)
+    with pytest.raises(UserError, match=f"^a, .* no validation score of the .* by which {next(iter(keys))} could"):
+        gather_results(advance(study))
 
 
 @pytest.mark.parametrize(
