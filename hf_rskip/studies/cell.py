@@ -210,7 +210,7 @@ def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
             | {name: log[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in log}
             for log in list_evaluations(state)
         ],
-        # If the best step was not saved, the last model was kept.
+        # The step whose validation scores are the cell's: the best if it was saved and kept, else the last.
         "kept_step": checkpoint_step(Path(kept)) if keeps_best and kept else state.global_step,
         "steps": state.global_step,
         "parameters": parameters,

@@ -27,8 +27,9 @@ class CellResult:
         state: `finished`, `diverged`, `failed` or `not run`.
         record: all of `result.json`; empty if there is none.
         test: score on the test split, of finished cells.
-        validation: score of the model that was kept, of finished cells that were evaluated while they trained.
-        kept: all validation scores of that model, as its training logged them; empty where there are none.
+        validation: score at the step that was kept, of finished cells that were evaluated while they trained; with
+            `average_checkpoints` that of the last model alone, while `test` is that of the average.
+        kept: all validation scores at that step, as the training logged them; empty where there are none.
         curve: validation scores by step.
     """
 
