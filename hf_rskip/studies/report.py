@@ -296,9 +296,10 @@ def _explain(results: Results) -> str:
         trains += f" with a validation {UNITS[study.metric]} of at least {study.trains_at:g}"
         lines[-1] += f" A cell trains if it {trains}."
     if len(study.settings) > 1:
+        ties = "chrF, then by loss" if study.metric == "bleu" else "loss"
         lines[-1] += (
             f" A form trains in a setting if every cell that was run {trains}. Settings were chosen by validation "
-            "(equal ones by chrF, then by loss), never by test scores; a diverged cell counts as 0 there. "
+            f"(equal ones by {ties}), never by test scores; a diverged cell counts as 0 there. "
         )
         lines[-1] += (
             "Differences are between forms at their own best settings. A cell that has tuned is not trained again: "

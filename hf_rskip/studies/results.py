@@ -114,8 +114,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Best:
-    """A form over the whole grid, and at its best setting, which has the best mean validation score (of equal ones by
-    chrF, then by loss).
+    """A form over the whole grid, and at its best setting, by the mean validation scores (see [`choose_setting`]).
 
     Attributes:
         tuned: the cells at that setting by which it was chosen; `None` where it is not known (yet).
@@ -220,7 +219,7 @@ def gather_tuning(study: Study) -> list[Group]:
 
 
 def choose_setting(form: str, groups: Sequence[Group], metric: str) -> Setting | None:
-    """The setting of a form with the best validation scores; `None` where there are none."""
+    """The setting of a form with the best validation scores (see [`Group.validation_rank`]); `None` without any."""
     own = [group for group in groups if group.form == form]
     scored = [group for group in own if group.validation_mean is not None]
     if len(own) == 1:

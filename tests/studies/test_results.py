@@ -3,6 +3,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from made_up_cells import diverge, finish
 from hf_rskip.errors import UserError
 from hf_rskip.studies.differences import N_SAMPLES, Bootstrap
 from hf_rskip.studies.grid_figure import _draw_lines, _draw_maps
-from hf_rskip.studies.report import format_tables, write_report
+from hf_rskip.studies.report import _explain, format_tables, write_report
 from hf_rskip.studies.results import gather_results
 from hf_rskip.studies.running import describe_state
 from hf_rskip.studies.study import read_study, varying_keys
@@ -75,6 +76,13 @@ def test_equal_settings_are_told_apart(make_study, by):
         result.write_text(json.dumps(record))
     (best,) = gather_results(study).best
     assert dict(best.group.setting) == {"learning_rate": 0.2}
+
+
+@pytest.mark.parametrize("metric, ties", [("bleu", "chrF, then by loss"), ("chrf", "loss"), ("accuracy", "loss")])
+def test_the_report_says_what_breaks_ties(make_study, metric, ties):
+    results = gather_results(make_study(forms={"a": {}}, grid={"learning_rate": [0.1, 0.2]}))
+    text = _explain(replace(results, study=replace(results.study, metric=metric)))
+    assert f"chosen by validation (equal ones by {ties}), never by test scores" in text
 
 
 def test_equal_systems_do_not_differ(make_study):
