@@ -129,6 +129,6 @@ def _write_sentences(comparison: Comparison, path: Path) -> None:
         if system is not baseline:
             columns[f"{system.name} difference"] = system.sentence_chrf - baseline.sentence_chrf
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))

@@ -79,6 +79,7 @@ def test_a_model_and_files_in_a_process_of_their_own(run_cli, compare, trained, 
     assert 0 < low <= best["differences"]["chrF"]["score"] <= high
     markdown = (folder / "comparison.md").read_text()
     assert read_table(markdown) == table and "(comparison.png)" in markdown
+    assert b"\r" not in (folder / "sentences.csv").read_bytes()
     with (folder / "sentences.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["source"], row["reference"]) for row in rows] == list(zip(sources, references, strict=True))
