@@ -71,8 +71,15 @@ def read_table(path: str | Path) -> list[ProbedModel]:
     """Reads a table of [`write_table`], without a model that was written in part.
 
     Raises:
-        [`UserError`]: if the file is not such a table.
+        [`UserError`]: if the file is not such a table, or has no model that was written as a whole.
     """
+    probed = _read(path)
+    if not probed:
+        raise UserError(f"{str(path)!r} has no probes in it.")
+    return probed
+
+
+def _read(path: str | Path) -> list[ProbedModel]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -97,7 +104,7 @@ def read_table(path: str | Path) -> list[ProbedModel]:
 
 def truncate_table(path: str | Path, last_step: int) -> None:
     """Removes the rows after a step from a table, atomically; writes an empty table if there is none."""
-    probed = read_table(path) if Path(path).exists() else []
+    probed = _read(path) if Path(path).exists() else []
     with write_then_rename(path) as part:
         write_table([item for item in probed if item.step is not None and item.step <= last_step], part)
 

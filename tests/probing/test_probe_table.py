@@ -67,7 +67,10 @@ def test_rows_beyond_a_step_and_what_was_cut_short_go(tmp_path):
     truncate_table(path, 10)
     assert [(item.step, len(item.sublayers)) for item in read_table(path)] == [(0, 2), (10, 2)]
     truncate_table(path, -1)
-    assert read_table(path) == []
+    assert path.read_text() == whole.splitlines()[0] + "\n"
+    with pytest.raises(UserError, match="probe.csv' has no probes in it"):
+        read_table(path)
+    truncate_table(path, 10)  # as where a training was killed before its first probe
     assert path.read_text() == whole.splitlines()[0] + "\n"
 
 
