@@ -55,6 +55,12 @@ def gradient_growth(stack: Sequence[SublayerProbe]) -> float:
     return float(np.exp(-np.polyfit(np.arange(len(norms)), np.log(norms), 1)[0]))
 
 
+def median_skip_weight(stack: Sequence[SublayerProbe]) -> float:
+    """Returns the median of the effective skip weights over the sublayers that have one; NaN where none has."""
+    weights = [row.skip_weight for row in stack if not math.isnan(row.skip_weight)]
+    return float(np.median(weights)) if weights else math.nan
+
+
 def write_table(probed: Iterable[ProbedModel], path: str | Path, append: bool = False) -> None:
     """Writes a CSV with a row for each sublayer; unknown values are empty, several gains are separated by blanks."""
     with open(path, "a" if append else "w", newline="", encoding="utf-8") as file:
@@ -114,16 +120,15 @@ def format_summary(probed: Iterable[ProbedModel]) -> str:
     rows, notes = [], {}
     for item in probed:
         for name, stack in item.stacks().items():
-            weights = [row.skip_weight for row in stack if not math.isnan(row.skip_weight)]
             no_gradient = not any(row.gradient_norm_x or row.gradient_norm_y for row in stack)
-            if any(map(math.isinf, weights)):
+            if any(math.isinf(row.skip_weight) for row in stack):
                 notes["inf"] = "skip weight inf: F has no part in y, as where ReZero multiplies it by 0 at first."
             if no_gradient:
                 notes["0 / 0"] = (
                     "0 / 0: the loss does not depend on the stack, whose gradients are 0, as those of an encoder where "
                     "the decoder's cross-attention is multiplied by 0."
                 )
-            growth = gradient_growth(stack)
+            growth, weight = gradient_growth(stack), median_skip_weight(stack)
             rows.append(
                 {
                     "model": item.model,
@@ -136,7 +141,7 @@ def format_summary(probed: Iterable[ProbedModel]) -> str:
                     "std x": f"{stack[0].std_x:.3g}",
                     "std y": f"{stack[-1].std_y:.3g}",
                     "angle": f"{np.median([row.angle for row in stack]):.1f}°",
-                    "skip weight": f"{np.median(weights):.3g}" if weights else "",
+                    "skip weight": "" if math.isnan(weight) else f"{weight:.3g}",
                 }
             )
     columns = [key for key in rows[0] if any(row[key] is not None for row in rows)] if rows else []

@@ -10,13 +10,13 @@ import numpy as np
 
 from ..picture import BLACK, BLUE, escape, new_figure, save_figure, style
 from ..probing.callback import TABLE_NAME
-from ..probing.table import ProbedModel, gradient_ratio, read_table
+from ..probing.table import ProbedModel, gradient_ratio, median_skip_weight, read_table
 from .cell import DIVERGED, FINISHED
 from .results import Group, Results
 from .study import Study
 
 _QUANTITIES: dict[str, Callable[[list], float]] = {
-    "effective weight of x\n(median over sublayers)": lambda stack: np.median([row.skip_weight for row in stack]),
+    "effective weight of x\n(median over sublayers)": median_skip_weight,
     "angle between x and y\n(degrees, median over sublayers)": lambda stack: np.median([row.angle for row in stack]),
     "gradient norm,\nbottom over top of the stack": gradient_ratio,
 }

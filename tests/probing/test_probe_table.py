@@ -13,6 +13,7 @@ from hf_rskip.probing.table import (
     format_summary,
     gradient_growth,
     gradient_ratio,
+    median_skip_weight,
     read_table,
     truncate_table,
     write_table,
@@ -89,6 +90,12 @@ def test_ratio_and_growth(factor):
     assert gradient_growth(stack(factor)) == pytest.approx(factor)
     broken = [*stack(factor)[:-1], replace(ROW, gradient_norm_y=0.0)]
     assert gradient_growth(broken) != gradient_growth(broken)  # NaN
+
+
+def test_a_sublayer_without_a_skip_weight_has_no_part_in_the_median():
+    rows = [replace(ROW, skip_weight=weight) for weight in (1.0, float("nan"), 2.0, 4.0)]
+    assert median_skip_weight(rows) == 2.0 and np.isnan(median_skip_weight(rows[1:2]))
+    assert "| 4  " in format_summary([ProbedModel("a", 1, 0, [replace(ROW, skip_weight=4.0), rows[1]])])
 
 
 def test_pictures_of_models_and_of_courses(tmp_path):
