@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from ..errors import UserError
+from .files import create_folder
 from .options import count
 
 
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     from ..studies.tuning import advance
 
     beginning = read_study(args.study, rest, args.output_dir)
+    if not args.list:
+        create_folder(str(beginning.output_dir / "cells"))
     study = advance(beginning)
     check_folders(study.cells)
     words = ["hf-rskip", "study", args.study]

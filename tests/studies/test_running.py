@@ -204,11 +204,13 @@ def test_a_folder_with_a_blank_and_a_recipe_that_was_torn(run_study, write_recip
     assert not [name for name in os.listdir(cell) if name.startswith(".")]
 
 
-def test_a_folder_that_cannot_be_written(run_study, write_recipe, tmp_path):
+@pytest.mark.parametrize("action", [(), ("--report",)])
+def test_a_folder_that_cannot_be_made(run_study, write_recipe, tmp_path, action):
     path = write_study(tmp_path, write_recipe(), forms={"a": {}}, seeds=[1])
-    result = run_study(path, "--output_dir", "/proc/output")
-    assert result.code == 2 and "Traceback" not in result.err
-    assert result.err.splitlines()[-1].startswith("hf-rskip: error: FileNotFoundError")
+    (tmp_path / "file").touch()
+    result = run_study(path, "--output_dir", tmp_path / "file", *action)
+    assert result.code == 2 and result.out == ""
+    assert result.err == f"hf-rskip: error: '{tmp_path}/file/cells' cannot be a folder: Not a directory.\n"
 
 
 @pytest.mark.slow
