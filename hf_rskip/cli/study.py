@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         check_folders(cells[before:])
     if args.cell is None:
         results = gather_results(study)
-        write_report(results, shlex.join([*words, *rest]))
+        write_report(results, shlex.join([*words, *rest]), args.import_module)
         write_evidence(study)
         print(
             f"\n{format_tables(results, every_setting=False)}\n\nreport: {study.output_dir / 'report.md'}", flush=True

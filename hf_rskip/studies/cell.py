@@ -3,14 +3,12 @@
 import datetime
 import json
 import os
-import shlex
 import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Sequence
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
@@ -38,17 +36,13 @@ from .study import METRICS, Cell, write_recipe
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TAKEN = 75
 """Exit code where another process is running the cell: EX_TEMPFAIL of sysexits.h."""
-_ALWAYS = {"device": str, "versions": dict, "commit": str | None, "date": str, "command": str}
-_PARTS = {
-    FINISHED: {
-        **{"test": dict, "validation": list, "kept_step": int, "steps": int, "parameters": int},
-        **{"seconds": float | int, "resumed": bool},
-        **_ALWAYS,
-    },
-    DIVERGED: {"step": int, "message": str, **_ALWAYS},
-    FAILED: {"message": str},
+_ALWAYS = ("device", "versions", "commit", "date")
+_KEYS = {
+    FINISHED: ("test", "validation", "kept_step", "steps", "parameters", "seconds", "resumed", *_ALWAYS),
+    DIVERGED: ("step", "message", *_ALWAYS),
+    FAILED: ("message",),
 }
-"""Required keys of `result.json` in each state, with their types."""
+"""Required keys of `result.json` in each state."""
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
@@ -59,25 +53,26 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     """
     path = cell.folder / "result.json"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        return parse_result(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError:
-        result = None
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    if wrong := find_fault(result):
-        raise UserError(f"{str(path)!r} is not the result of a cell ({wrong}): remove it, and the cell is run again.")
+    except ValueError as error:
+        raise UserError(
+            f"{str(path)!r} is not the result of a cell ({error}): remove it, and the cell is run again."
+        ) from error
+
+
+def parse_result(text: str) -> dict[str, Any]:
+    """Parses the content of a `result.json`; raises a `ValueError` unless it is the result of a cell."""
+    result = json.loads(text)
+    if not isinstance(result, dict) or result.get("state") not in _KEYS:
+        raise ValueError("it has no proper state")
+    for key in _KEYS[result["state"]]:
+        if key not in result:
+            raise ValueError(f"it has no {key}")
     return result
-
-
-def find_fault(result: Any) -> str | None:
-    """The fault of the content of a `result.json` in words; `None` if it is the result of a cell."""
-    parts = _PARTS.get(result.get("state")) if isinstance(result, dict) else None
-    if parts is None:
-        return "it has no proper 'state'"
-    wrong = [name for name, kind in parts.items() if not isinstance(result.get(name, ...), kind)]
-    return f"it has no proper {wrong[0]!r}" if wrong else None
 
 
 def write_result(cell: Cell, **values) -> None:
@@ -91,32 +86,17 @@ def is_done(cell: Cell) -> bool:
     return result is not None and result["state"] != FAILED
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """Modules, commit and options of a run of cells.
-
-    Attributes:
-        modules: imported first, as by `--import_module`.
-        commit: of the working tree, if it is one of git.
-        keep_models: whether weights and checkpoints stay.
-    """
-
-    modules: tuple[str, ...] = ()
-    commit: str | None = None
-    keep_models: bool = False
-
-    def command(self, cell: Cell) -> str:
-        """The command that trains the cell alone."""
-        words = ["hf-rskip", "train", str(cell.recipe_path)]
-        for module in self.modules:
-            words += ["--import_module", module]
-        return shlex.join(words)
-
-
-def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
+def run_cell(cell: Cell, modules: Sequence[str], commit: str | None, keep_models: bool, patience: float) -> None:
     """Trains a cell and writes its result; exits with `TAKEN` if another process holds the cell for `patience` seconds.
 
     Output goes to `log.txt`. The process stops, with a checkpoint where possible, when that of the study ends.
+
+    Args:
+        cell: of the study.
+        modules: imported first, as by `--import_module`.
+        commit: of the working tree, if it is one of git.
+        keep_models: whether weights and checkpoints stay.
+        patience: in seconds.
     """
     _follow_study()
     try:
@@ -128,21 +108,23 @@ def run_cell(cell: Cell, surroundings: Surroundings, patience: float) -> None:
         sys.exit(f"hf-rskip: {cell}: {error}")
     with lock:
         if not is_done(cell):
-            _train(cell, surroundings)
+            _train(cell, modules, commit)
+            if is_done(cell) and not keep_models:
+                shutil.rmtree(cell.run_folder, ignore_errors=True)
 
 
-def _train(cell: Cell, surroundings: Surroundings) -> None:
+def _train(cell: Cell, modules: Sequence[str], commit: str | None) -> None:
     with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     logging.disable_progress_bar()
     write_recipe(cell)
     (cell.folder / "result.json").unlink(missing_ok=True)
-    started, resumed = time.perf_counter(), bool(list_checkpoints(cell.run_folder))
+    resumed = bool(list_checkpoints(cell.run_folder))
     if not resumed:
         shutil.rmtree(cell.run_folder, ignore_errors=True)
     try:
-        import_modules(surroundings.modules)
+        import_modules(modules)
         recipe = parse_recipe(cell.recipe_path, ["--resume_from_checkpoint", "true"] if resumed else [])
         metrics = train(recipe)
         outcome = {"state": FINISHED, **_describe_run(recipe, metrics)}
@@ -158,29 +140,14 @@ def _train(cell: Cell, surroundings: Surroundings) -> None:
         traceback.print_exc()
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         outcome = {"state": FAILED, "message": name + " ".join(str(error).split())}
-    outcome |= {
-        "wall_seconds": round(time.perf_counter() - started, 1),
-        "resumed": resumed,
-        "device": describe_device(),
-        "versions": read_versions(),
-    }
-    record(cell, surroundings, outcome)
-    if outcome["state"] != FAILED and not surroundings.keep_models:
-        shutil.rmtree(cell.run_folder, ignore_errors=True)
+    outcome |= {"resumed": resumed, "device": describe_device(), "versions": read_versions()}
+    record(cell, commit, outcome)
 
 
-def record(cell: Cell, surroundings: Surroundings, outcome: dict[str, Any]) -> None:
-    """Writes `result.json`: form, setting and seed of the cell, the outcome, commit, date and command."""
-    write_result(
-        cell,
-        form=cell.form,
-        setting=dict(cell.setting),
-        seed=cell.seed,
-        **outcome,
-        commit=surroundings.commit,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=surroundings.command(cell),
-    )
+def record(cell: Cell, commit: str | None, outcome: dict[str, Any]) -> None:
+    """Writes `result.json`: the outcome, the commit and the date."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_result(cell, **outcome, commit=commit, date=date)
 
 
 def _follow_study() -> None:

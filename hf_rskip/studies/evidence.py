@@ -16,7 +16,7 @@ from ..data.names import is_path
 from ..errors import UserError
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
-from .cell import Surroundings, find_fault, is_done, read_result, write_result
+from .cell import is_done, parse_result, read_result, write_result
 from .study import Cell, Study, compare_recipes, name_point, write_recipe
 
 EVIDENCE_NAME = "evidence.parquet"
@@ -76,8 +76,6 @@ def _find_places(keys: dict) -> dict:
 
 def _pack(cell: Cell) -> dict:
     form, setting, seed = _identify(cell)
-    result = read_result(cell)
-    del result["command"]  # made again for the place where the cell is restored
     keys = {key: value for key, value in cell.keys.items() if key not in _find_places(cell.keys)}
     texts = {name: cell.folder / name for name in _TEXTS}
     return {
@@ -85,7 +83,7 @@ def _pack(cell: Cell) -> dict:
         "setting": setting,
         "seed": seed,
         "recipe": yaml.safe_dump(keys, sort_keys=False, allow_unicode=True),
-        "result": json.dumps(result, ensure_ascii=False),
+        "result": json.dumps(read_result(cell), ensure_ascii=False),
         **{name: path.read_text(encoding="utf-8") if path.exists() else None for name, path in texts.items()},
     }
 
@@ -99,12 +97,9 @@ def _read_rows(path: Path) -> list[dict]:
 
 def _unpack(row: dict, cell: Cell, path: Path) -> None:
     try:
-        keys, result = dict(yaml.safe_load(row["recipe"])), dict(json.loads(row["result"]))
+        keys, result = dict(yaml.safe_load(row["recipe"])), parse_result(row["result"])
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{str(path)!r} is damaged: the row of {cell} cannot be read.") from error
-    result["command"] = Surroundings().command(cell)
-    if wrong := find_fault(result):
-        raise UserError(f"{str(path)!r} is damaged: the row of {cell} is not the result of a cell ({wrong}).")
+        raise UserError(f"{str(path)!r} is damaged: the row of {cell} cannot be read ({error}).") from error
     if difference := compare_recipes({**_find_places(cell.keys), **keys}, cell):
         raise UserError(
             f"{str(path)!r}: the cell {name_point(cell.form, cell.setting)} was run with {difference}: remove the "

@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -20,16 +20,17 @@ UNITS = {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}
 """Names of the metrics in tables, in points of 100."""
 
 
-def write_report(results: Results, command: str) -> None:
+def write_report(results: Results, command: str, modules: Sequence[str] = ()) -> None:
     """Writes `report.md`, the numbers behind it as CSVs, and the pictures to the folder of the study.
 
     Args:
         results: of all cells, run or not.
         command: that runs the study.
+        modules: that it imports first.
     """
     folder = results.study.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    _write_cells(results, folder / "results.csv")
+    _write_cells(results, modules, folder / "results.csv")
     _write_groups(results, folder / "summary.csv")
     if results.contrasts:
         _write_contrasts(results, folder / "contrasts.csv")
@@ -41,7 +42,7 @@ def write_report(results: Results, command: str) -> None:
         "Skip connections in the course of training": draw_courses(results, folder / "courses.png"),
     }
     pictures = {title: path.name for title, path in pictures.items() if path is not None}
-    (folder / "report.md").write_text(_describe(results, command, pictures), encoding="utf-8")
+    (folder / "report.md").write_text(_describe(results, command, modules, pictures), encoding="utf-8")
 
 
 def format_tables(results: Results, every_setting: bool = True) -> str:
@@ -228,7 +229,7 @@ def _escape(name: str) -> str:
     return name.replace("|", "\\|")
 
 
-def _describe(results: Results, command: str, pictures: dict[str, str]) -> str:
+def _describe(results: Results, command: str, modules: Sequence[str], pictures: dict[str, str]) -> str:
     study = results.study
     records = [result.record for result in results.cells if result.state in (FINISHED, DIVERGED)]
     finished = [result for result in results.cells if result.state == FINISHED]
@@ -257,7 +258,7 @@ def _describe(results: Results, command: str, pictures: dict[str, str]) -> str:
     common = {name: value for name, value in keys[0].items() if all(name in k and k[name] == value for k in keys)}
     parts += ["## Recipe", "What all cells have in common:", _format_yaml(common)]
     parts += ["## Commands", "All of it:", f"```bash\n{command}\n```"]
-    commands = "\n".join(result.record["command"] for result in results.cells if "command" in result.record)
+    commands = "\n".join(result.cell.command(modules) for result in results.cells if result.record)
     if commands:
         summary = "Each cell alone, by its own recipe, which is whole:"
         parts += [f"<details><summary>{summary}</summary>", f"```bash\n{commands}\n```", "</details>"]
@@ -314,7 +315,7 @@ def _format_yaml(values: dict) -> str:
     return f"```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()}\n```"
 
 
-def _write_cells(results: Results, path: Path) -> None:
+def _write_cells(results: Results, modules: Sequence[str], path: Path) -> None:
     """A row for each cell; scores in points of 100, with `_percent` in the column name of an accuracy."""
     rows = []
     for result in results.cells:
@@ -326,7 +327,8 @@ def _write_cells(results: Results, path: Path) -> None:
                 row[f"test_{_with_unit(name)}"] = 100 * value if name.endswith("accuracy") else value
         row[f"validation_{_with_unit(results.study.metric)}"] = result.validation
         row |= {name: record.get(name) for name in ("steps", "kept_step", "parameters", "seconds", "resumed")}
-        row |= {name: record.get(name) for name in ("device", "commit", "date", "command")}
+        row |= {name: record.get(name) for name in ("device", "commit", "date")}
+        row["command"] = cell.command(modules) if record else None
         row["versions"] = "; ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
         rows.append(row)
     _write_csv(path, rows)

@@ -11,7 +11,7 @@ from multiprocessing import connection, forkserver
 from ..environment import find_commit
 from ..errors import Preempted, UserError
 from ..training.checkpoints import list_checkpoints
-from .cell import DIVERGED, FAILED, FINISHED, TAKEN, Surroundings, is_done, read_result, record, run_cell
+from .cell import DIVERGED, FAILED, FINISHED, TAKEN, is_done, read_result, record, run_cell
 from .study import Cell, find_difference
 
 _PATIENCE = 30
@@ -37,7 +37,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
     Args:
         total: number of cells of the study.
         jobs: cells at once.
-        modules, keep_models: see [`Surroundings`].
+        modules, keep_models: see [`run_cell`].
 
     Returns:
         The cells that have failed or were stopped.
@@ -46,7 +46,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
         [`Preempted`]: after SIGTERM, when the running cells have saved their checkpoints.
         [`UserError`]: if the process from which those of the cells are forked was killed.
     """
-    surroundings = Surroundings(tuple(modules), find_commit(), keep_models)
+    commit = find_commit()
     waiting, taken, failed = [cell for cell in cells if not is_done(cell)], [], []
     for cell in cells:
         if is_done(cell) and not keep_models:
@@ -58,7 +58,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
             while (waiting or (taken and not running)) and len(running) < jobs:
                 # A taken cell is tried again at the end: its process may be that of a study that was just killed.
                 cell, patience = (waiting.pop(0), 0) if waiting else (taken.pop(0), _PATIENCE)
-                process = context.Process(target=run_cell, args=(cell, surroundings, patience))
+                process = context.Process(target=run_cell, args=(cell, modules, commit, keep_models, patience))
                 try:
                     process.start()
                 except (EOFError, ConnectionError) as error:
@@ -80,7 +80,7 @@ def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[st
                     continue
                 if process.exitcode != TAKEN and not is_done(cell):
                     failed.append(cell)
-                    _record_crash(cell, surroundings, process.exitcode)
+                    _record_crash(cell, commit, process.exitcode)
                 said = "run by another process" if process.exitcode == TAKEN else describe_state(cell)
                 print(f"[{cell.number} of {total}] {cell}: {said}", flush=True)
     return failed
@@ -93,11 +93,11 @@ def _lost_server() -> UserError:
     )
 
 
-def _record_crash(cell: Cell, surroundings: Surroundings, code: int) -> None:
+def _record_crash(cell: Cell, commit: str | None, code: int) -> None:
     """Records a failure for a process that wrote no result, unless it was stopped with a checkpoint."""
     if read_result(cell) is None and code != Preempted.exit_code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        record(cell, surroundings, {"state": FAILED, "message": f"its process was ended by {how}"})
+        record(cell, commit, {"state": FAILED, "message": f"its process was ended by {how}"})
 
 
 def describe_state(cell: Cell) -> str:

@@ -6,6 +6,7 @@ With `tune` it has two stages: the cells of the grid, and, at the setting that i
 import hashlib
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -69,6 +70,13 @@ class Cell:
     @property
     def run_folder(self) -> Path:
         return self.folder / "run"
+
+    def command(self, modules: Sequence[str] = ()) -> str:
+        """The command that trains the cell alone; `modules` are imported first."""
+        words = ["hf-rskip", "train", str(self.recipe_path)]
+        for module in modules:
+            words += ["--import_module", module]
+        return shlex.join(words)
 
     def __str__(self) -> str:
         return f"{name_point(self.form, self.setting)}, seed {self.seed}"

@@ -25,14 +25,12 @@ def finish(cell, bleu: float, curve: list[float], predictions=("a b c d",), refe
         versions={"torch": "2"},
         commit=None,
         date="2026-01-01T00:00:00+00:00",
-        command=f"hf-rskip train {cell.recipe_path}",
     )
 
 
 def diverge(cell, step: int) -> None:
     cell.folder.mkdir(parents=True)
     about = {"device": "CPU", "versions": {"torch": "2"}, "commit": None, "date": "2026-01-01T00:00:00+00:00"}
-    about["command"] = f"hf-rskip train {cell.recipe_path}"
     write_result(cell, state="diverged", step=step, message=f"Step {step}: the loss is nan", **about)
 
 

@@ -29,7 +29,7 @@ def moved(make_study, tmp_path):
             finish(cell, 20.0 + number, [1.0, 20.0], [line[: 20 - number] for line in REFERENCES], REFERENCES)
             leave_probes(cell, number)
     write_evidence(study)
-    write_report(gather_results(study), "hf-rskip study")
+    write_report(gather_results(study), "hf-rskip study", ["own_kind"])
     folder = tmp_path / "elsewhere" / tmp_path.name
     folder.mkdir(parents=True)
     shutil.copy(study.output_dir / EVIDENCE_NAME, folder)
@@ -44,11 +44,13 @@ def test_the_report_is_the_same_elsewhere(moved, capsys):
     assert gather_results(elsewhere).groups[0].test_mean is None
     restore_cells(elsewhere)
     assert "note: 5 cells are restored from" in capsys.readouterr().err
-    write_report(gather_results(elsewhere), "hf-rskip study")
+    write_report(gather_results(elsewhere), "hf-rskip study", ["own_kind"])
     before, after = study.output_dir, elsewhere.output_dir
     for name in ("report.md", "results.csv", "summary.csv"):
         text = (after / name).read_text().replace(str(after), str(before)).replace(str(path), str(study.path))
         assert text == (before / name).read_text()
+    command = f"hf-rskip train {elsewhere.cells[0].recipe_path} --import_module own_kind\n"
+    assert command in (after / "report.md").read_text()
     for name in ("scores.png", "curves.png", "courses.png"):
         assert (after / name).read_bytes() == (before / name).read_bytes()
     for cell, other in zip(study.cells[:5], elsewhere.cells, strict=False):

@@ -289,7 +289,7 @@ def test_a_result_that_is_none(make_study, text):
     study = make_study(forms={"a": {}}, seeds=[1])
     finish(study.cells[0], 20.0, [1.0])
     (study.cells[0].folder / "result.json").write_text(text)
-    with pytest.raises(UserError, match="a-seed-1/result.json' is not the result of a cell .* 'state'.: remove it"):
+    with pytest.raises(UserError, match="a-seed-1/result.json' is not the result of a cell .*: remove it"):
         gather_results(study)
 
 
@@ -299,7 +299,7 @@ def test_a_result_that_lacks_something(make_study, name):
     finish(study.cells[0], 20.0, [1.0])
     path = study.cells[0].folder / "result.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
-    with pytest.raises(UserError, match=f"result.json' is not the result of a cell .it has no proper '{name}'"):
+    with pytest.raises(UserError, match=f"result.json' is not the result of a cell .it has no {name}.:"):
         gather_results(study)
 
 
