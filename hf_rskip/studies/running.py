@@ -6,7 +6,7 @@ import shutil
 import signal
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 
 from ..environment import find_commit
 from ..errors import Preempted, UserError
@@ -121,20 +121,10 @@ def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
     The cells share the cores of the machine, unless `OMP_NUM_THREADS` gives the number of threads of each.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _count_cores() // jobs)))
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # the process is a `python -c`, which would look in the current folder
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_rskip.studies.cell", "matplotlib.figure", "matplotlib.backends.backend_agg"])
-    _start_with_safe_path()
     return context
-
-
-def _start_with_safe_path() -> None:
-    """Starts the server, a `python -c`, without the current folder in its module search path."""
-    given = os.environ.pop("PYTHONSAFEPATH", None)
-    os.environ["PYTHONSAFEPATH"] = "1"
-    forkserver.ensure_running()
-    del os.environ["PYTHONSAFEPATH"]
-    if given is not None:
-        os.environ["PYTHONSAFEPATH"] = given
 
 
 @contextmanager

@@ -6,6 +6,12 @@ import yaml
 from hf_rskip.studies.study import read_study
 
 
+@pytest.fixture(autouse=True)
+def safe_path(monkeypatch):
+    """A study that runs in the process of the tests sets it for what that process starts."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+
+
 @pytest.fixture
 def make_study(write_recipe, tmp_path):
     def make(**keys):
