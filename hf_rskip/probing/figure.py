@@ -1,9 +1,7 @@
 """The figures of probes: gradients, activations, angles, skip weights and gains by depth."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,9 @@ from .table import ProbedModel
 
 _MOST_LINES = 12
 """Largest number of training steps in a figure."""
-_STAGE = re.compile(r"\bstages\.(\d+)\.")
-"""The stage in the name of a skip connection of a ResNet."""
+
+Columns = dict[str, list[tuple[ProbedModel, list[SublayerProbe]]]]
+"""The columns of a figure by title: one stack of some models each."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,18 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
         draw = _draw_steps
     else:
         groups, draw = {"": probed}, _draw_models
-    panels = [
-        _describe_panel(items, stack, prefix)
-        for prefix, items in groups.items()
-        for stack in dict.fromkeys(name for item in items for name in item.stacks())
-    ]
+    columns: Columns = {}
+    for prefix, items in groups.items():
+        for item in items:
+            for name, stack in item.stacks().items():
+                columns.setdefault(prefix + name, []).append((item, stack))
     paths = []
     for name, quantities in (_PICTURES | {"gains": _gain_quantities(probed)}).items():
         if quantities:
-            figure = new_figure(max(5.2 * len(panels), 7), 1.6 + 2.6 * len(quantities))
-            grid = figure.subplots(len(quantities), len(panels), squeeze=False, sharex="col", sharey="row")
-            draw(figure, grid, quantities, panels)
-            _finish(grid, quantities, panels)
+            figure = new_figure(max(5.2 * len(columns), 7), 1.6 + 2.6 * len(quantities))
+            grid = figure.subplots(len(quantities), len(columns), squeeze=False, sharex="col", sharey="row")
+            draw(figure, grid, quantities, columns)
+            _finish(grid, quantities, columns)
             paths.append(save_figure(figure, Path(folder, f"{name}.png")))
     return paths
 
@@ -101,43 +100,14 @@ def _gain_quantities(probed: Sequence[ProbedModel]) -> list[_Quantity]:
     return [_Quantity(f"gain of norm {i + 1}", "gain_rms", line, one=True, index=i) for i in range(most)]
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """A column of a figure: one stack of some models."""
-
-    title: str
-    unit: str
-    """Unit of the horizontal axis."""
-    stage_ends: list[int]
-    """Last block of each stage but the last, if all models shown are ResNets with the same stages."""
-    stacks: list[tuple[ProbedModel, list[SublayerProbe]]]
-
-    @property
-    def size(self) -> int:
-        return max(len(stack) for _, stack in self.stacks)
-
-
-def _describe_panel(probed: Sequence[ProbedModel], name: str, prefix: str = "") -> _Panel:
-    stacks = [(item, item.stacks()[name]) for item in probed if name in item.stacks()]
-    stages = [[_STAGE.search(row.name) for row in stack] for _, stack in stacks]
-    are_blocks = [all(found) for found in stages]
-    ends = [
-        [depth for depth, (one, other) in enumerate(pairwise(found), 1) if one[1] != other[1]] if blocks else []
-        for found, blocks in zip(stages, are_blocks, strict=True)
-    ]
-    unit = "residual block" if all(are_blocks) else "sublayer or residual block" if any(are_blocks) else "sublayer"
-    same = all(own == ends[0] and len(found) == len(stages[0]) for own, found in zip(ends, stages, strict=True))
-    return _Panel(prefix + ("ResNet" if all(are_blocks) else name), unit, ends[0] if same else [], stacks)
-
-
-def _draw_models(figure, grid, quantities: Sequence[_Quantity], panels: Sequence[_Panel]) -> None:
+def _draw_models(figure, grid, quantities: Sequence[_Quantity], columns: Columns) -> None:
     """Models side by side, with a legend."""
-    models = list(dict.fromkeys(item.model for panel in panels for item, _ in panel.stacks))
+    models = list(dict.fromkeys(item.model for stacks in columns.values() for item, _ in stacks))
     most_seeds = 1
     for row, quantity in zip(grid, quantities, strict=True):
-        for axes, panel in zip(row, panels, strict=True):
+        for axes, stacks in zip(row, columns.values(), strict=True):
             for index, model in enumerate(models):
-                seeds = [stack for item, stack in panel.stacks if item.model == model]
+                seeds = [stack for item, stack in stacks if item.model == model]
                 most_seeds = max(most_seeds, len(seeds))
                 if seeds:
                     _draw_model(axes, quantity, seeds, model, index)
@@ -172,18 +142,18 @@ def _draw_model(axes, quantity: _Quantity, seeds: list[list[SublayerProbe]], mod
         axes.fill_between(depth, *band.T, where=np.isfinite(band).all(1), color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_steps(figure, grid, quantities: Sequence[_Quantity], panels: Sequence[_Panel]) -> None:
+def _draw_steps(figure, grid, quantities: Sequence[_Quantity], columns: Columns) -> None:
     """A line for each step of a training, coloured by step."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    last = max(item.step or 0 for panel in panels for item, _ in panel.stacks)
+    last = max(item.step or 0 for stacks in columns.values() for item, _ in stacks)
     colors = ScalarMappable(Normalize(0, max(last, 1)), colormaps["cividis"])
     figure.suptitle(f"line: {quantities[0].line}, after a step of the training", fontsize="small")
     for row, quantity in zip(grid, quantities, strict=True):
-        for axes, panel in zip(row, panels, strict=True):
-            steps = sorted(panel.stacks, key=lambda pair: pair[0].step or 0)
+        for axes, stacks in zip(row, columns.values(), strict=True):
+            steps = sorted(stacks, key=lambda pair: pair[0].step or 0)
             for index in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_LINES)).round().astype(int)):
                 item, stack = steps[index]
                 values = np.array([quantity.value(row) for row in stack], dtype=float)
@@ -192,7 +162,7 @@ def _draw_steps(figure, grid, quantities: Sequence[_Quantity], panels: Sequence[
     figure.colorbar(colors, ax=grid, label="training step", aspect=30)
 
 
-def _finish(grid, quantities: Sequence[_Quantity], panels: Sequence[_Panel]) -> None:
+def _finish(grid, quantities: Sequence[_Quantity], columns: Columns) -> None:
     """Scales and labels the axes."""
     for row, quantity in zip(grid, quantities, strict=True):
         row[0].set_ylabel(quantity.label)
@@ -203,14 +173,10 @@ def _finish(grid, quantities: Sequence[_Quantity], panels: Sequence[_Panel]) -> 
             axes.grid(alpha=0.3)
             if quantity.one:
                 axes.axhline(1, color="gray", linewidth=0.8, zorder=1)
-    for column, panel in zip(grid.T, panels, strict=True):
-        column[0].set_title(panel.title, fontsize="medium")
-        for axes in column:
-            for end in panel.stage_ends:
-                axes.axvline(end + 0.5, color="gray", linestyle="--", linewidth=0.8, zorder=1)
-        column[-1].set_xlim(0.5, panel.size + 0.5)
-        stages = " (dashed: next stage)" * bool(panel.stage_ends)
-        column[-1].set_xlabel(f"{panel.unit}, counted from the bottom{stages}")
+    for column, (title, stacks) in zip(grid.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize="medium")
+        column[-1].set_xlim(0.5, max(len(stack) for _, stack in stacks) + 0.5)
+        column[-1].set_xlabel("sublayer, counted from the bottom")
         column[-1].xaxis.get_major_locator().set_params(integer=True)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_rskip.errors import UserError
-from hf_rskip.probing.figure import _describe_panel, _gain_quantities, _scale, _use_log_scale, draw_probes
+from hf_rskip.probing.figure import _gain_quantities, _scale, _use_log_scale, draw_probes
 from hf_rskip.probing.probe import SublayerProbe
 from hf_rskip.probing.table import (
     ProbedModel,
@@ -109,17 +109,6 @@ def test_pictures_of_models_and_of_courses(tmp_path):
         paths = draw_probes(probed, tmp_path / name)
         assert {path.stem for path in paths} == {"gradients", "activations", "angle", "skip_weight"}
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-
-
-def test_blocks_of_a_resnet_are_called_so_and_its_stages_told_apart():
-    blocks = [
-        replace(ROW, name=f"resnet.encoder.stages.{stage}.layers.{layer}.skip") for stage in (0, 1) for layer in (0, 1)
-    ]
-    images, sentences = ProbedModel("a", 1, 0, blocks), ProbedModel("b", 1, 0, [ROW] * 4)
-    panel = _describe_panel([images], "encoder")
-    assert (panel.title, panel.unit, panel.size, panel.stage_ends) == ("ResNet", "residual block", 4, [2])
-    panel = _describe_panel([images, sentences], "encoder")
-    assert (panel.title, panel.unit, panel.stage_ends) == ("encoder", "sublayer or residual block", [])
 
 
 @pytest.mark.parametrize("gains", [(1.0, 0.99), (1.0, 1.0), (0.2, 3.0)])
