@@ -73,9 +73,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         results = gather_results(study)
         write_report(results, shlex.join([*words, *rest]), args.import_module)
         write_evidence(study)
-        print(
-            f"\n{format_tables(results, every_setting=False)}\n\nreport: {study.output_dir / 'report.md'}", flush=True
-        )
+        print(f"\n{format_tables(results)}\n\nreport: {study.output_dir / 'report.md'}", flush=True)
     if failed:
         names = "; ".join(f"{cell} ({describe_state(cell)})" for cell in failed)
         print(f"hf-rskip: error: {len(failed)} of {len(study.cells)} cells failed: {names}", file=sys.stderr)

@@ -2,14 +2,14 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from tabulate import tabulate
 
 from ..recipe.parsing import read_yaml
-from .cell import DIVERGED, FAILED, FINISHED, is_done
+from .cell import DIVERGED, FAILED, FINISHED
 from .differences import N_SAMPLES, Difference
 from .figure import draw_courses, draw_curves, draw_scores
 from .grid_figure import draw_grid
@@ -45,33 +45,18 @@ def write_report(results: Results, command: str, modules: Sequence[str] = ()) ->
     (folder / "report.md").write_text(_describe(results, command, modules, pictures), encoding="utf-8")
 
 
-def format_tables(results: Results, every_setting: bool = True) -> str:
-    """Formats progress and tables in Markdown: of each form at its best, and of every setting of a grid."""
+def format_tables(results: Results) -> str:
+    """Formats progress and tables in Markdown: of a grid, of the settings chosen from it, of scores and contrasts."""
     study = results.study
+    tunes = study.tune_seeds is not None
     states = Counter(result.state for result in results.cells)
     counts = [f"{states[state]} {state}" for state in (FINISHED, DIVERGED, FAILED, "not run") if states[state]]
-    done = states[FINISHED] + states[DIVERGED]
+    done, missing = states[FINISHED] + states[DIVERGED], states[FAILED] + states["not run"]
     parts = [f"{done} of {len(results.cells)} cells: {', '.join(counts)}."]
-    if study.tune_seeds is not None:
-        return "\n\n".join(filter(None, [*parts, *_format_stages(results)]))
-    if len(study.settings) == 1:
-        return "\n\n".join([*parts, _format_groups(results, results.groups), *_format_contrasts(results)])
-    parts += _format_by_key(results)
-    parts.append("Each form at its own best setting, by the mean validation score:")
-    parts += [_format_best(results), *_format_contrasts(results)]
-    for setting in study.settings if every_setting else ():
-        groups = [group for group in results.groups if group.setting == setting]
-        if any(group.of_state(FINISHED) or group.of_state(DIVERGED) for group in groups):
-            parts += [f"At {describe_setting(setting)}:", _format_groups(results, groups)]
-    return "\n\n".join(parts)
-
-
-def _format_stages(results: Results) -> list[str]:
-    """Formats the stages of a study with `tune`: chosen settings and their scores."""
-    study = results.study
-    keys, seeds = ", ".join(varying_keys(study.settings)), ", ".join(map(str, study.seeds))
-    missing = sum(not is_done(cell) for cell in study.cells)
-    parts = [f"Stage 1: {keys} of each form, chosen by validation (seed {', '.join(map(str, study.tune_seeds))})."]
+    seeds = ", ".join(map(str, study.seeds))
+    if tunes:
+        keys, tune_seeds = ", ".join(varying_keys(study.settings)), ", ".join(map(str, study.tune_seeds))
+        parts.append(f"Stage 1: {keys} of each form, chosen by validation (seed {tune_seeds}).")
     parts += _format_by_key(results)
     for form, point in study.beyond:
         is_best = study.chosen is not None and study.chosen[form] == point
@@ -84,25 +69,31 @@ def _format_stages(results: Results) -> list[str]:
             f"{_escape(form)} was best at the edge of the grid, beyond which {describe_setting(point)} is not possible."
         )
     if study.is_growing:
-        return [
-            *parts,
+        parts.append(
             f"Stage 1 is not complete: {missing} of its cells are missing. Then each form is trained with the seeds "
-            f"{seeds} at its own best setting, and the contrasts are computed.",
-            *_format_contrasts(results),
-        ]
+            f"{seeds} at its own best setting, and the contrasts are computed."
+        )
+    else:
+        if study.judge in ("tune", "grid"):
+            parts.append(_format_choice(results))
+            parts.append(f"{'Stage 2: each' if tunes else 'Each'} form at its own best setting (seeds {seeds}).")
+        if tunes and missing:
+            parts.append(
+                f"It is not complete: {missing} cells are missing, and what follows is of those that are there."
+            )
+        parts.append(_format_scores(results))
+    return "\n\n".join([*parts, *_format_contrasts(results)])
+
+
+def _format_choice(results: Results) -> str:
     rows = []
     for best in results.best:
         setting, score = "none: nothing finished", None
         if best.tuned is not None:
             setting, score = describe_setting(best.tuned.setting), best.tuned.validation_mean
         row = {"form": _escape(best.form), "trains in": f"{best.trained} of {best.tried}", "best setting": setting}
-        rows.append(row | {f"validation {UNITS[study.metric]}": _format(score, ".2f")})
-    parts.append(_format_table(rows))
-    parts.append(f"Stage 2: each form at its own best setting (seeds {seeds}).")
-    if missing:
-        parts.append(f"It is not complete: {missing} cells are missing, and what follows is of those that are there.")
-    groups = [best.group for best in results.best if best.group is not None]
-    return [*parts, _format_groups(results, groups), *_format_contrasts(results)]
+        rows.append(row | {f"validation {UNITS[results.study.metric]}": _format(score, ".2f")})
+    return _format_table(rows)
 
 
 def _format_by_key(results: Results) -> list[str]:
@@ -136,27 +127,21 @@ def _format_score(group: Group | None, trains_at: float | None, tuned: bool) -> 
     return ", ".join(filter(None, [score, f"{diverged} diverged" if diverged else ""])) + mark
 
 
-def _format_groups(results: Results, groups: Iterable[Group]) -> str:
-    trains_at = results.study.trains_at
-    rows = []
-    for group in groups:
-        row = {"form": _escape(group.form), "finished": _format_states(group)}
-        if trains_at is not None:
-            row["trains"] = f"{group.count_trained(trains_at)}/{len(group.results)}"
-        row |= _format_scores(group, results)
-        rows.append(row | {"parameters": _format(group.parameters, ","), "seconds": _format(group.seconds, ",.0f")})
-    return _format_table(rows)
-
-
-def _format_best(results: Results) -> str:
-    rows = []
+def _format_scores(results: Results) -> str:
+    """A table of the forms, each at its own best setting."""
+    study, rows = results.study, []
     for best in results.best:
-        row, group = {"form": _escape(best.form), "trains in": f"{best.trained} of {best.tried}"}, best.group
-        if group is not None:
-            row["best setting"] = describe_setting(group.setting)
-            row |= {"validation": _format(group.validation_mean, ".2f"), "finished": _format_states(group)}
-            row |= {**_format_scores(group, results), "parameters": _format(group.parameters, ",")}
-        rows.append(row)
+        group = best.group
+        if group is None:
+            continue
+        row = {"form": _escape(best.form), "finished": _format_states(group)}
+        if study.trains_at is not None:
+            row["trains"] = f"{group.count_trained(study.trains_at)}/{len(group.results)}"
+        row |= {f"test {UNITS[study.metric]}": _format(group.test_mean, ".2f"), "sd": _format(group.test_sd, ".2f")}
+        row |= _format_difference(best.difference, study)
+        if best.form == study.baseline and group.test_mean is not None:
+            row["difference"] = "baseline"
+        rows.append(row | {"parameters": _format(group.parameters, ","), "seconds": _format(group.seconds, ",.0f")})
     return _format_table(rows)
 
 
@@ -170,15 +155,6 @@ def _format_contrasts(results: Results) -> list[str]:
             row |= {"90% both": _format_interval(interval), "answer": part.answer or ""}
         rows.append(row)
     return ["Two forms with each other:", _format_table(rows)] if rows else []
-
-
-def _format_scores(group: Group, results: Results) -> dict[str, str]:
-    study = results.study
-    row = {f"test {UNITS[study.metric]}": _format(group.test_mean, ".2f"), "sd": _format(group.test_sd, ".2f")}
-    row |= _format_difference(group.difference, study)
-    if group.form == study.baseline and group.test_mean is not None:
-        row["difference"] = "baseline"
-    return row
 
 
 def _format_difference(difference: Difference | None, study: Study) -> dict[str, str]:
@@ -302,11 +278,10 @@ def _explain(results: Results) -> str:
             f" A form trains in a setting if every cell that was run {trains}. Settings were chosen by validation "
             f"(equal ones by {ties}), never by test scores; a diverged cell counts as 0 there. "
         )
+        lines[-1] += "Differences are between forms at their own best settings."
+    if study.tune_seeds is not None:
         lines[-1] += (
-            "Differences are between forms at their own best settings. A cell that has tuned is not trained again: "
-            "where its seed is one of the second stage, it counts there."
-            if study.tune_seeds is not None
-            else "In the table of best settings, differences are to the baseline at its own best setting."
+            " A cell that has tuned is not trained again: where its seed is one of the second stage, it counts there."
         )
     return "\n".join(lines)
 
@@ -339,21 +314,29 @@ def _with_unit(metric: str) -> str:
 
 
 def _write_groups(results: Results, path: Path) -> None:
-    """A row for each form and setting, with `tune` for each stage; scores in points of 100."""
-    groups = [({}, group) for group in results.groups]
-    if results.study.tune_seeds is not None:
-        chosen = [(best.form, str(best.tuned.setting)) for best in results.best if best.tuned is not None]
-        groups = [({"stage": 1, "chosen": (group.form, str(group.setting)) in chosen}, group) for _, group in groups]
-        groups += [({"stage": 2, "chosen": True}, best.group) for best in results.best if best.group is not None]
+    """A row for each form and setting, with `tune` for each stage; scores in points of 100.
+
+    Differences are those between forms at their own best settings.
+    """
+    study, best = results.study, {best.form: best for best in results.best}
+    tunes = study.tune_seeds is not None
+    groups = []
+    for group in results.groups:
+        is_chosen = group is best[group.form].tuned
+        stage = {"stage": 1} if tunes else {}
+        stage |= {"chosen": is_chosen} if study.judge in ("tune", "grid") else {}
+        groups.append((stage, group, best[group.form].difference if is_chosen and not tunes else None))
+    if tunes:
+        groups += [({"stage": 2, "chosen": True}, best.group, best.difference) for best in results.best if best.group]
     rows = []
-    for stage, group in groups:
+    for stage, group, difference in groups:
         row = {**stage, "form": group.form, **dict(group.setting), "metric": UNITS[results.study.metric]}
         row["cells"] = len(group.results)
         row |= {
             state.replace(" ", "_"): len(group.of_state(state)) for state in (FINISHED, DIVERGED, FAILED, "not run")
         }
         row |= {"test_mean": group.test_mean, "test_sd": group.test_sd, "validation_mean": group.validation_mean}
-        row |= _flatten(group.difference)
+        row |= _flatten(difference)
         row |= {"parameters": group.parameters, "seconds": group.seconds}
         rows.append(row)
     _write_csv(path, rows)

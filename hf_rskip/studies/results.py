@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
@@ -49,14 +49,11 @@ class Group:
     Attributes:
         form, setting: of the cells.
         results: of all cells, run or not.
-        difference: to the baseline, at the same setting unless something else is said; `None` for the baseline, or
-            where either has no score.
     """
 
     form: str
     setting: Setting
     results: list[CellResult]
-    difference: Difference | None = None
 
     def of_state(self, state: str) -> list[CellResult]:
         return [result for result in self.results if result.state == state]
@@ -118,14 +115,15 @@ class Best:
 
     Attributes:
         tuned: the cells at that setting by which it was chosen; `None` where it is not known (yet).
-        group: the cells at that setting by which forms are compared, which in a study with `tune_seeds` are others; its
-            difference is that to the baseline at the baseline's own best setting.
+        group: the cells at that setting by which forms are compared, which in a study with `tune_seeds` are others.
+        difference: to the baseline at its own best setting; `None` for the baseline, or where either has no score.
         trained, tried: in how many settings all cells that were run finished, and reached `trains_at`; of how many.
     """
 
     form: str
     tuned: Group | None
     group: Group | None
+    difference: Difference | None
     trained: int
     tried: int
 
@@ -176,35 +174,33 @@ def gather_results(study: Study) -> Results:
     """
     results = [_read(cell, study) for cell in study.cells]
     groups = _make_groups(study, results, study.tune_seeds or study.seeds)
-    compared = {(group.form, str(group.setting)): group for group in _make_groups(study, results, study.seeds)}
-    bootstrap = Bootstrap(study)
-
-    def compare(form: str, setting: Setting, rival: str, rival_setting: Setting) -> Difference | None:
-        sides = [compared.get((form, str(setting))), compared.get((rival, str(rival_setting)))]
-        if None in sides:
-            return None
-        cells = [[(result.cell, result.test) for result in side.of_state(FINISHED)] for side in sides]
-        return bootstrap.compare(*cells) if all(cells) else None
-
-    def against_baseline(group: Group, baseline_setting: Setting) -> Group:
-        if group.form == study.baseline:
-            return group
-        return replace(group, difference=compare(group.form, group.setting, study.baseline, baseline_setting))
-
     if study.tune_seeds is None:
-        groups = [against_baseline(group, group.setting) for group in groups]
         chosen = {form: choose_setting(form, groups, study.metric) for form in study.forms}
     else:
         chosen = study.chosen or dict.fromkeys(study.forms)
+    compared = {form: _find(_make_groups(study, results, study.seeds), form, chosen[form]) for form in study.forms}
+    bootstrap = Bootstrap(study)
+
+    def compare(form: str, rival: str) -> Difference | None:
+        sides = [group.of_state(FINISHED) if group else [] for group in (compared[form], compared[rival])]
+        cells = [[(result.cell, result.test) for result in side] for side in sides]
+        return bootstrap.compare(*cells) if all(cells) else None
+
     best = []
     for form, setting in chosen.items():
-        own = [group for group in groups if group.form == form]
-        outcomes = [group.trains(study.trains_at) for group in own]
-        tuned = next((group for group in own if group.setting == setting), None)
-        group = compared.get((form, str(setting)))
-        group = group and against_baseline(group, chosen[study.baseline])
-        best.append(Best(form, tuned, group, outcomes.count(True), len(outcomes) - outcomes.count(None)))
-    differences = [compare(form, chosen[form], rival, chosen[rival]) for form, rival in study.contrasts]
+        outcomes = [group.trains(study.trains_at) for group in groups if group.form == form]
+        difference = None if form == study.baseline else compare(form, study.baseline)
+        best.append(
+            Best(
+                form,
+                _find(groups, form, setting),
+                compared[form],
+                difference,
+                outcomes.count(True),
+                len(outcomes) - outcomes.count(None),
+            )
+        )
+    differences = [compare(form, rival) for form, rival in study.contrasts]
     corrected = correct_holm([part and part.p_both for part in differences])
     contrasts = [
         Contrast(*pair, difference, p_holm, _answer(difference, p_holm, study.margin))
@@ -225,6 +221,10 @@ def choose_setting(form: str, groups: Sequence[Group], metric: str) -> Setting |
     if len(own) == 1:
         return own[0].setting
     return max(scored, key=lambda group: group.validation_rank(metric)).setting if scored else None
+
+
+def _find(groups: Sequence[Group], form: str, setting: Setting | None) -> Group | None:
+    return next((group for group in groups if (group.form, group.setting) == (form, setting)), None)
 
 
 def _make_groups(study: Study, results: Sequence[CellResult], seeds: Sequence[int]) -> list[Group]:

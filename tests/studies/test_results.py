@@ -35,7 +35,7 @@ def test_bootstrap_is_that_of_sacrebleu_on_resampled_sentences(make_study, pairs
         finish(cell, score(systems[-1], [references]).score, [1.0], systems[-1], references)
         result = cell.folder / "result.json"
         result.write_text(result.read_text().replace('"bleu":', f'"{metric}":'))
-    difference = next(group for group in gather_results(study).groups if group.form == "b").difference
+    difference = gather_results(study).best[1].difference
 
     rows = np.random.default_rng(12345).choice(len(references), size=(N_SAMPLES, len(references)), replace=True)[:40]
     samples = []
@@ -89,7 +89,7 @@ def test_equal_systems_do_not_differ(make_study):
     study = make_study(forms={"a": {}, "b": {"dropout": 0.2}})
     for cell in study.cells:
         finish(cell, 100.0, [50.0])
-    difference = gather_results(study).groups[1].difference
+    difference = gather_results(study).best[1].difference
     assert (difference.score, difference.interval_sentences, difference.p_sentences) == (0, (0, 0), 1)
     assert difference.p_seeds is None  # no variance
 
@@ -126,14 +126,14 @@ def test_the_best_setting_is_chosen_by_validation(make_study):
     a, b = results.best
     assert (dict(a.group.setting), a.group.validation_mean, a.trained, a.tried) == ({"learning_rate": 0.2}, 30.0, 2, 3)
     assert (dict(b.group.setting), b.group.validation_mean, b.trained, b.tried) == ({"learning_rate": 0.1}, 25.0, 2, 3)
-    assert a.group.difference is None and b.group.difference.score == pytest.approx(25.0 - 20.0)
+    assert a.difference is None and b.difference.score == pytest.approx(25.0 - 20.0)
     (contrast,) = results.contrasts
     assert (contrast.form, contrast.rival) == ("a", "b") and contrast.difference.score == pytest.approx(20.0 - 25.0)
-    same_setting = [group for group in results.groups if group.form == "b"][0]
-    assert same_setting.difference.score == pytest.approx(25.0 - 30.0)
     text = format_tables(results)
     assert text.startswith("12 of 12 cells: 11 finished, 1 diverged.")
-    assert "1/2, 1 diverged at step 7" in text and "2 of 3" in text
+    assert "| b      | 25.00 ± 0.00 | 44.00 ± 0.00 | 80.00, 1 diverged* |" in text
+    assert "| b      |      2 of 3 | learning_rate 0.1 |             25.00 |" in text
+    assert re.search(r"^\| b +\| +2/2 \| +2/2 \| +25.00 \| +0.00 \| +\+5.00 \|", text, re.MULTILINE)
     assert re.search(r"^\| a +\| +b \| +-5.00 \|", text, re.MULTILINE)
 
 
@@ -160,7 +160,7 @@ def depth_study(make_study):
 
 def test_a_grid_of_one_key_is_a_table_and_lines(make_study, tmp_path):
     results = depth_study(make_study)
-    text = format_tables(results, every_setting=False)
+    text = format_tables(results)
     assert "Test BLEU by encoder_layers, mean and standard deviation (*: does not train):" in text
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| form")]
     assert rows[0] == ["form", "1", "2", "3"]
@@ -258,6 +258,8 @@ def test_a_report_of_what_is_there(make_study, tmp_path):
     assert len(list(csv.DictReader((output / "results.csv").open()))) == 96
     rows = list(csv.DictReader((output / "summary.csv").open()))
     assert len(rows) == 48 and rows[0]["learning_rate"] == "0.001" and rows[0]["p_seeds"] == ""
+    compared = [row["chosen"] for row in rows if row["difference"]]
+    assert compared == ["True"] * 11  # each form at its best setting, but the baseline
 
 
 def test_a_grid_of_values_that_are_no_numbers(make_study, tmp_path):

@@ -88,7 +88,7 @@ def test_the_stages_one_after_the_other(beginning, tmp_path):
     )
     assert (c.tuned, c.group, c.trained, c.tried) == (None, None, 0, 3)
     known, missing = results.contrasts
-    assert known.difference.score == b.group.difference.score == pytest.approx(-6.0)
+    assert known.difference.score == b.difference.score == pytest.approx(-6.0)
     assert known.p_holm == pytest.approx(2 * known.difference.p_both)  # of two contrasts, one of them never computed
     assert (missing.difference, missing.p_holm, missing.answer) == (None, None, None)
 
