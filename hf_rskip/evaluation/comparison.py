@@ -100,11 +100,8 @@ def compare_systems(
         lowercase: whether case does not count.
 
     Raises:
-        UserError: if there is one system only, a number of sentences is not that of the test set, or the seed or
-            tokenizer does not exist.
+        UserError: if a number of sentences is not that of the test set, or the seed or tokenizer does not exist.
     """
-    if len(systems) < 2:
-        raise UserError("A comparison needs at least two systems: the baseline, then what to compare with it.")
     for name, translations in systems.items():
         check_translations(name, translations, references)
     metrics = {"BLEU": create_bleu(bleu_tokenize, lowercase), "chrF": CHRF(lowercase=lowercase)}
