@@ -59,10 +59,8 @@ def _code(language: str | None) -> str:
     return _ALIASES.get(code, code)
 
 
-def create_bleu(
-    tokenize: str, lowercase: bool = False, references: Sequence[str] | None = None, force: bool = True
-) -> BLEU:
-    """Creates sacreBLEU's BLEU; with `references` it counts their n-grams once for all calls.
+def create_bleu(tokenize: str, lowercase: bool = False, force: bool = True) -> BLEU:
+    """Creates sacreBLEU's BLEU.
 
     Unless `force`, it warns of text that looks tokenized.
 
@@ -70,7 +68,7 @@ def create_bleu(
         [`UserError`]: if sacreBLEU has no such tokenizer.
     """
     try:
-        return BLEU(lowercase, force, tokenize, references=None if references is None else [references])
+        return BLEU(lowercase, force, tokenize)
     # An unknown name, a package that is not installed, a model that cannot be downloaded.
     except (KeyError, ValueError, ImportError, RuntimeError, OSError) as error:
         raise UserError(f"bleu_tokenize {tokenize!r} is not to be had from sacreBLEU.") from error

@@ -3,11 +3,9 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from sacrebleu.metrics import CHRF
-from sacrebleu.metrics.base import Metric
 
 from ..errors import UserError
 from ..evaluation.bleu import create_bleu
@@ -95,14 +93,9 @@ class Bootstrap:
         if self.study.metric == "accuracy":
             hits = np.asarray(predictions) == np.asarray(references)
             return 100 * (self._weights @ hits) / len(hits)
-        metric = self._scorer
-        return compute_scores(metric, self._weights @ np.array(metric._extract_corpus_statistics(predictions, None)))
-
-    @cached_property
-    def _scorer(self) -> Metric:
-        if self.study.metric == "chrf":
-            return CHRF(references=[self._references])
-        return create_bleu(self.study.bleu_tokenize, references=self._references)
+        metric = CHRF() if self.study.metric == "chrf" else create_bleu(self.study.bleu_tokenize)
+        counts = np.array(metric._extract_corpus_statistics(predictions, [references]))
+        return compute_scores(metric, self._weights @ counts)
 
 
 def _read_predictions(cell: Cell) -> tuple[list, list]:
