@@ -21,9 +21,9 @@ _WITHOUT_SPACES = {"th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bo", "bo
 def choose_tokenizer(tokenize: str | None, target_lang: str | None) -> str:
     """Chooses sacreBLEU's `tokenize`: the given one, or that of the target language.
 
-    Chinese, Japanese and Korean have their own, as on sacreBLEU's command line; `char` is that of other languages that
-    do not put spaces between words, and stands in for a tokenizer that is not installed, with a warning; of all others
-    it is `13a`.
+    Chinese, Japanese and Korean have their own, as on sacreBLEU's command line; `char` is that of further languages,
+    which do not put spaces between words, and stands in for a tokenizer that is not installed, with a warning; of all
+    others it is `13a`.
 
     Args:
         tokenize: `None` to choose.
@@ -50,7 +50,7 @@ def choose_tokenizer(tokenize: str | None, target_lang: str | None) -> str:
 
 
 def separates_words(language: str) -> bool:
-    """Whether text of a language can be tokenized at its spaces."""
+    """Whether BLEU takes the words of a language from its spaces; those of Korean, which has spaces, it splits."""
     return _code(language) not in {*_OWN_TOKENIZERS, *_WITHOUT_SPACES}
 
 
