@@ -1,9 +1,7 @@
 """Figures of a grid: lines over one key, a heat map for each form over two."""
 
-import math
 import textwrap
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 
@@ -44,6 +42,11 @@ def _explain(results: Results, width: float, *parts: str) -> str:
     return "\n".join(textwrap.wrap("; ".join(parts), int(12 * width)))
 
 
+def _describe_mean(results: Results) -> str:
+    has_diverged = any(group.of_state(DIVERGED) for group in results.groups)
+    return "mean over seeds, 0 for those that diverged" if has_diverged else "mean of the seeds that finished"
+
+
 # One key
 
 
@@ -58,7 +61,7 @@ def _draw_lines(results: Results, unit: str, key: str):
         groups = [group for group in results.groups if group.form == form]
         x = np.array([places[str(group.setting)] for group in groups])
         x = x + 0.16 * ((number + 0.5) / len(study.forms) - 0.5)
-        scores = np.array([_score(group) if tuned else group.test_mean for group in groups], dtype=float)
+        scores = np.array([group.validation_mean if tuned else group.test_mean for group in groups], dtype=float)
         spread = None if tuned else [group.test_sd or 0.0 for group in groups]
         axes.errorbar(x, scores, yerr=spread, **style, markersize=6, capsize=3, linewidth=1.3, label=shorten(form))
         hollow = [group.trains(study.trains_at) is False for group in groups]
@@ -77,7 +80,7 @@ def _draw_lines(results: Results, unit: str, key: str):
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     said = (
-        "mean of the seeds that finished" if tuned else "mean and standard deviation over seeds",
+        _describe_mean(results) if tuned else "mean and standard deviation over seeds",
         "hollow: does not train",
         "\u00d7: diverged",
     )
@@ -98,22 +101,24 @@ def _draw_maps(results: Results, unit: str, keys: list[str]):
     study, (down, across) = results.study, keys[:2]
     values = {key: list({str(dict(point)[key]): dict(point)[key] for point in study.settings}.values()) for key in keys}
     places = {key: [str(value) for value in values[key]] for key in keys}
-    shown = {
-        form: _choose_shown([group for group in results.groups if group.form == form], places, down, across)
-        for form in study.forms
-    }
+    shown: dict[str, dict[tuple[int, int], Group]] = {form: {} for form in study.forms}
+    run = [group for group in results.groups if group.of_state(FINISHED) or group.of_state(DIVERGED)]
+    for group in sorted(run, key=lambda group: -1.0 if group.validation_mean is None else group.validation_mean):
+        point = dict(group.setting)
+        place = places[down].index(str(point[down])), places[across].index(str(point[across]))
+        shown[group.form][place] = group
     rows, columns = arrange(len(shown))
     size = 0.5 + 0.62 * len(values[across]), 0.5 + 0.42 * len(values[down])
     width = max(1.9 + size[0] * columns, 5)
     figure = new_figure(width, max(1.3 + size[1] * rows, 3))
     panels = make_panels(figure, len(shown))
-    scores = [score for cells in shown.values() for group in cells.values() if (score := _score(group)) is not None]
-    scores = scores or [0.0]  # all have diverged
+    scores = [group.validation_mean for cells in shown.values() for group in cells.values()]
+    scores = [score for score in scores if score is not None] or [0.0]  # all have diverged
     best = {item.form: item.tuned for item in results.best}
     for panel, (form, cells) in zip(panels, shown.items(), strict=True):
         table = np.full((len(values[down]), len(values[across])), np.nan)
         for place, group in cells.items():
-            table[place] = _score(group)  # `None` becomes NaN
+            table[place] = group.validation_mean  # `None` becomes NaN
         image = panel.imshow(table, cmap="cividis", vmin=min(scores), vmax=max(scores), aspect="auto")
         for place, group in cells.items():
             _mark(panel, image, place, group, group.trains(study.trains_at), best[form])
@@ -123,40 +128,18 @@ def _draw_maps(results: Results, unit: str, keys: list[str]):
     figure.supxlabel(_label_axis(across), fontsize="medium")
     figure.supylabel(_label_axis(down), fontsize="medium")
     figure.colorbar(image, ax=panels, label=f"validation {unit}")
-    said = ["mean of the seeds that finished", "frame: best setting", "hatched: does not train", "\u00d7: diverged"]
+    said = [_describe_mean(results), "frame: best setting", "hatched: does not train", "\u00d7: diverged"]
     if len(keys) > 2:
         said.append(f"the best over {', '.join(keys[2:])}")
     figure.suptitle(_explain(results, width, *said), fontsize="small")
     return figure
 
 
-def _choose_shown(groups: list[Group], places: dict[str, list[str]], down: str, across: str) -> dict[tuple, Group]:
-    """Chooses the cell shown for each row and column: the best of several."""
-
-    def rank(group):
-        score = _score(group)
-        return -math.inf if score is None else score
-
-    shown: dict[tuple[int, int], Group] = {}
-    for group in groups:
-        point = dict(group.setting)
-        place = places[down].index(str(point[down])), places[across].index(str(point[across]))
-        was_run = group.of_state(FINISHED) or group.of_state(DIVERGED)
-        if was_run and (place not in shown or rank(group) > rank(shown[place])):
-            shown[place] = group
-    return shown
-
-
-def _score(group: Group) -> float | None:
-    scores = [result.validation for result in group.of_state(FINISHED) if result.validation is not None]
-    return fmean(scores) if scores else None
-
-
 def _mark(panel, image, place: tuple[int, int], group: Group, trains: bool, best: Group | None) -> None:
     from matplotlib.patches import Rectangle
 
     row, column = place
-    score = _score(group)
+    score = group.validation_mean
     lines = [] if score is None else [f"{score:.1f}"]
     lines += [_count_diverged(group)] if group.of_state(DIVERGED) else []
     background = (1, 1, 1, 1) if score is None else image.cmap(image.norm(score))

@@ -11,6 +11,7 @@ from made_up_cells import diverge, finish
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
 from hf_rskip.studies.differences import Difference
+from hf_rskip.studies.grid_figure import _draw_lines
 from hf_rskip.studies.report import format_tables, write_report
 from hf_rskip.studies.results import _answer, gather_results
 from hf_rskip.studies.study import read_study
@@ -123,6 +124,17 @@ def test_a_step_beyond_the_edge_without_the_module_of_a_residual_kind(make_study
     for cell, score in zip(beginning.cells, (20.0, 30.0), strict=True):
         finish(cell, score, [score])
     assert [str(cell) for cell in advance(beginning).cells[2:]] == ["a, dropout 0.4, seed 1"]
+
+
+def test_a_tuning_seed_that_diverged_counts_as_0_in_table_and_picture(make_study):
+    study = make_study(forms={"a": {}}, tune={"grid": {"learning_rate": [0.1, 0.2]}, "seeds": [1, 2]})
+    for cell, score in zip(study.cells, (20.0, None, 30.0, 32.0), strict=True):
+        diverge(cell, 7) if score is None else finish(cell, score, [score])
+    results = gather_results(study)
+    assert "| a      | 10.00, 1 diverged* | 31.00 |" in format_tables(results)
+    (axes,) = _draw_lines(results, "BLEU", "learning_rate").axes
+    assert axes.containers[0][0].get_ydata() == pytest.approx([10.0, 31.0])
+    assert "mean over seeds, 0 for those that diverged" in axes.get_title().replace("\n", " ")
 
 
 def test_cells_of_later_stages_by_number(beginning, capsys):
