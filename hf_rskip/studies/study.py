@@ -19,7 +19,6 @@ from ..checks import did_you_mean
 from ..data.names import check_name
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
-from ..models import SKIP_CONNECTIONS
 from ..recipe.parsing import (
     Recipe,
     check_configuration,
@@ -287,12 +286,6 @@ def check_cells(cells: list[Cell]) -> None:
             for path in cell.keys.get(key) or ():
                 if not Path(path).is_file():
                     raise UserError(f"{key} names a file that does not exist: {path}.")
-        kind = cell.keys.get("skip_type")
-        if kind is not None and kind not in SKIP_CONNECTIONS:
-            raise UserError(
-                f"The form {cell.form!r} has the skip_type {kind!r}, which is none of {', '.join(SKIP_CONNECTIONS)}; "
-                f"one of your own is known after --import_module MODULE{did_you_mean(kind, SKIP_CONNECTIONS) or '.'}"
-            )
         try:
             check_configuration(parse_values(cell.keys, [], str(cell)))
         except UserError as error:
