@@ -21,7 +21,7 @@ _N_SAMPLES = {"bs": 1_000, "ar": 10_000}
 
 
 @dataclass(frozen=True)
-class Difference:
+class SystemDifference:
     """Difference between the corpus scores of a system and the baseline.
 
     Attributes:
@@ -57,7 +57,7 @@ class SystemScores:
     translations: list[str]
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    differences: dict[str, Difference]
+    differences: dict[str, SystemDifference]
     length_ratio: float
     sentence_chrf: np.ndarray
 
@@ -118,10 +118,10 @@ def compare_systems(
         scores[metric] = [float(compute_scores(scorer, own.sum(0, keepdims=True))[0]) for own in counts]
         resampled[metric] = [compute_scores(scorer, weights @ own) for own in counts]
 
-    def compare(metric: str, index: int) -> Difference:
+    def compare(metric: str, index: int) -> SystemDifference:
         counts = statistics[metric]
         samples = resampled[metric][index] - resampled[metric][0]
-        return Difference(
+        return SystemDifference(
             score=scores[metric][index] - scores[metric][0],
             interval=percentile_interval(samples),
             wins=float((samples > 0).mean()),

@@ -4,7 +4,7 @@ All are two-sided. Two, for `compare` and `study`, answer questions about system
 would give: the paired bootstrap whether the difference would keep its sign on other sentences like these, approximate
 randomisation whether systems that are interchangeable would differ by so much. Two, for `study`, answer questions about
 kinds of systems that were trained with several seeds: Welch's test whether they differ on these very sentences,
-[`crossed_error`] whether they differ on others, too.
+[`clustered_error`] whether they differ on others, too.
 
 Reference: Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004; Riezler and Maxwell,
 "On Some Pitfalls in Automatic Evaluation and Significance Testing for MT", 2005 (the randomisation).
@@ -125,14 +125,14 @@ def welch_error(first: Sequence[float], second: Sequence[float]) -> StandardErro
     return None if min(len(first), len(second)) < 2 else _combine(_seed_variances(first, second))
 
 
-def crossed_error(
+def clustered_error(
     first: Sequence[float],
     second: Sequence[float],
     first_samples: np.ndarray,
     second_samples: np.ndarray,
     sentences: int,
 ) -> StandardError | None:
-    """Standard error of the difference between mean scores of two systems, over seeds and sentences.
+    """Standard error of the difference between mean scores of two systems, clustered by seed and by sentence.
 
     Sentences are resampled, with the seeds as they are; that seeds are resampled, too, needs no chance: the variance of
     their mean is known (with n - 1 for n, as a bootstrap of few seeds is too narrow). Every seed is tested on the same

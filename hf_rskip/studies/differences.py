@@ -12,8 +12,8 @@ from ..evaluation.bleu import create_bleu
 from ..evaluation.predictions import PREDICTIONS_NAME, read_predictions
 from ..evaluation.significance import (
     bootstrap_p_value,
+    clustered_error,
     compute_scores,
-    crossed_error,
     draw_resamples,
     percentile_interval,
     welch_error,
@@ -25,7 +25,7 @@ N_SAMPLES = 1_000
 
 
 @dataclass(frozen=True)
-class Difference:
+class FormDifference:
     """Difference between two forms, in points of 100; all p-values are two-sided.
 
     "Sentences" are images where a study classifies.
@@ -56,7 +56,7 @@ class Bootstrap:
         self._references: list | None = None
         self._samples: dict[int, np.ndarray] = {}
 
-    def compare(self, form: Sequence[tuple[Cell, float]], rival: Sequence[tuple[Cell, float]]) -> Difference:
+    def compare(self, form: Sequence[tuple[Cell, float]], rival: Sequence[tuple[Cell, float]]) -> FormDifference:
         """Form minus rival, each given by its finished cells and their test scores.
 
         Raises:
@@ -66,8 +66,8 @@ class Bootstrap:
         score = statistics.fmean(scores[0]) - statistics.fmean(scores[1])
         resampled = [np.stack([self._resample(cell) for cell, _ in side]) for side in (form, rival)]
         samples = resampled[0].mean(0) - resampled[1].mean(0)
-        seeds, both = welch_error(*scores), crossed_error(*scores, *resampled, len(self._references))
-        return Difference(
+        seeds, both = welch_error(*scores), clustered_error(*scores, *resampled, len(self._references))
+        return FormDifference(
             score,
             percentile_interval(samples),
             bootstrap_p_value(samples),

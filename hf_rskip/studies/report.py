@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from ..recipe.parsing import read_yaml
 from .cell import DIVERGED, FAILED, FINISHED
-from .differences import N_SAMPLES, Difference
+from .differences import N_SAMPLES, FormDifference
 from .figure import draw_courses, draw_curves, draw_scores
 from .grid_figure import draw_grid
 from .results import Group, Results
@@ -91,7 +91,11 @@ def _format_choice(results: Results) -> str:
         setting, score = "none: nothing finished", None
         if best.tuned is not None:
             setting, score = describe_setting(best.tuned.setting), best.tuned.validation_mean
-        row = {"form": _escape(best.form), "trains in": f"{best.trained} of {best.tried}", "best setting": setting}
+        row = {
+            "form": _escape(best.form),
+            "trains in": f"{best.settings_trained} of {best.settings_tried}",
+            "best setting": setting,
+        }
         rows.append(row | {f"validation {UNITS[results.study.metric]}": _format(score, ".2f")})
     return _format_table(rows)
 
@@ -157,7 +161,7 @@ def _format_contrasts(results: Results) -> list[str]:
     return ["Two forms with each other:", _format_table(rows)] if rows else []
 
 
-def _format_difference(difference: Difference | None, study: Study) -> dict[str, str]:
+def _format_difference(difference: FormDifference | None, study: Study) -> dict[str, str]:
     examples = "images" if study.metric == "accuracy" else "sentences"
     headers = ["difference", f"95% {examples}", f"p {examples}", "p seeds", "95% both", "p both"]
     if difference is None:
@@ -351,7 +355,7 @@ def _write_contrasts(results: Results, path: Path) -> None:
     _write_csv(path, rows)
 
 
-def _flatten(difference: Difference | None) -> dict[str, float | None]:
+def _flatten(difference: FormDifference | None) -> dict[str, float | None]:
     """The values of a difference by column name."""
     row: dict[str, float | None] = {"difference": difference and difference.score}
     for name in ("interval_sentences", "p_sentences", "p_seeds", "interval_both", "interval_90", "p_both"):

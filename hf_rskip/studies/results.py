@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..evaluation.significance import correct_holm
 from ..training.best_model import rank_scores
 from .cell import DIVERGED, FINISHED, read_result
-from .differences import Bootstrap, Difference
+from .differences import Bootstrap, FormDifference
 from .study import Cell, Setting, Study
 
 _SCALES = {"accuracy": 100.0}
@@ -117,15 +117,16 @@ class Best:
         tuned: the cells at that setting by which it was chosen; `None` where it is not known (yet).
         group: the cells at that setting by which forms are compared, which in a study with `tune_seeds` are others.
         difference: to the baseline at its own best setting; `None` for the baseline, or where either has no score.
-        trained, tried: in how many settings all cells that were run finished, and reached `trains_at`; of how many.
+        settings_trained: in how many settings all cells that were run finished, and reached `trains_at`.
+        settings_tried: in how many settings cells were run.
     """
 
     form: str
     tuned: Group | None
     group: Group | None
-    difference: Difference | None
-    trained: int
-    tried: int
+    difference: FormDifference | None
+    settings_trained: int
+    settings_tried: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Contrast:
 
     form: str
     rival: str
-    difference: Difference | None
+    difference: FormDifference | None
     p_holm: float | None
     answer: str | None
 
@@ -181,7 +182,7 @@ def gather_results(study: Study) -> Results:
     compared = {form: _find(_make_groups(study, results, study.seeds), form, chosen[form]) for form in study.forms}
     bootstrap = Bootstrap(study)
 
-    def compare(form: str, rival: str) -> Difference | None:
+    def compare(form: str, rival: str) -> FormDifference | None:
         sides = [group.of_state(FINISHED) if group else [] for group in (compared[form], compared[rival])]
         cells = [[(result.cell, result.test) for result in side] for side in sides]
         return bootstrap.compare(*cells) if all(cells) else None
@@ -236,7 +237,7 @@ def _make_groups(study: Study, results: Sequence[CellResult], seeds: Sequence[in
     return groups
 
 
-def _answer(difference: Difference | None, p_holm: float | None, margin: float | None) -> str | None:
+def _answer(difference: FormDifference | None, p_holm: float | None, margin: float | None) -> str | None:
     if margin is None or p_holm is None:
         return None
     low, high = difference.interval_90

@@ -20,7 +20,7 @@ _SERVER_LOST = 255
 """Exit code that `multiprocessing` reports, even of a running process, when the process that forked it has ended."""
 
 
-def check_folders(cells: Sequence[Cell]) -> None:
+def check_recorded_recipes(cells: Sequence[Cell]) -> None:
     """Raises a [`UserError`] if a cell's folder holds a result, or a checkpoint, of another recipe."""
     for cell in cells:
         begun = is_done(cell) or any(cell.run_folder.glob("checkpoint-*"))

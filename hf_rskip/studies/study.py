@@ -257,7 +257,7 @@ def _make_cells(
         except UserError as error:
             raise UserError(f"{path}, cell {name_point(form, setting)}: {error}") from error
         cells.append(Cell(len(cells) + 1, form, setting, seed, values, cell_folder))
-    _check_folders(cells)
+    _check_unique_folders(cells)
     return cells, recipes
 
 
@@ -401,7 +401,7 @@ def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: 
             raise UserError(f"{min(keys & others)} is set by {one} of {where} and by {other}.")
 
 
-def _check_folders(cells: list[Cell]) -> None:
+def _check_unique_folders(cells: list[Cell]) -> None:
     by_folder: dict[Path, Cell] = {}
     for cell in cells:
         if (other := by_folder.setdefault(cell.folder, cell)) is not cell:

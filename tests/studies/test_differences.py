@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_rskip.evaluation.significance import correct_holm, crossed_error, draw_resamples, welch_error
+from hf_rskip.evaluation.significance import clustered_error, correct_holm, draw_resamples, welch_error
 
 SAMPLES = [([1.0, 2.0, 4.0], [3.0, 5.5, 5.0]), ([30.1, 30.4], [29.0, 29.3, 28.1, 29.9])]
 
@@ -29,12 +29,12 @@ def test_welch_by_integrating_the_density(first, second):
 
 def test_one_seed_has_no_test():
     assert welch_error([1.0], [2.0, 3.0]) is None
-    assert crossed_error([1.0], [2.0, 3.0], np.ones((1, 9)), np.ones((2, 9)), 30) is None
+    assert clustered_error([1.0], [2.0, 3.0], np.ones((1, 9)), np.ones((2, 9)), 30) is None
 
 
 def test_no_variance_has_no_test():
     assert welch_error([1.0, 1.0], [2.0, 2.0]) is None
-    assert crossed_error([1.0, 1.0], [2.0, 2.0], np.ones((2, 9)), np.ones((2, 9)), 30) is None
+    assert clustered_error([1.0, 1.0], [2.0, 2.0], np.ones((2, 9)), np.ones((2, 9)), 30) is None
 
 
 def test_the_error_over_seeds_and_sentences_by_its_parts():
@@ -46,7 +46,7 @@ def test_the_error_over_seeds_and_sentences_by_its_parts():
     for side in (first, second):
         apart = [np.var([side[i, b] - side[:, b].mean() for b in range(50)], ddof=1) for i in range(len(side))]
         sentences -= np.mean(apart) * len(side) / (len(side) - 1) / len(side)  # as the mean takes a part of each seed
-    error = crossed_error(*scores, first, second, 200)
+    error = clustered_error(*scores, first, second, 200)
     assert sentences > 0 and error.error == pytest.approx((sum(seeds) + sentences) ** 0.5)
     below = seeds[0] ** 2 / 2 + seeds[1] ** 2 / 1 + sentences**2 / 199
     assert error.freedom == pytest.approx((sum(seeds) + sentences) ** 2 / below)
@@ -74,7 +74,7 @@ def test_the_interval_over_seeds_and_sentences_covers_the_true_difference(seeds,
         ]
         forms[0] += truth
         scores = [form.mean(1).tolist() for form in forms]
-        error = crossed_error(*scores, *(form @ weights for form in forms), 300)
+        error = clustered_error(*scores, *(form @ weights for form in forms), 300)
         low, high = error.interval(np.mean(scores[0]) - np.mean(scores[1]), 0.95)
         covered += low <= truth <= high
     assert 0.93 <= covered / 300 <= 0.97

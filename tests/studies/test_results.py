@@ -124,8 +124,18 @@ def test_the_best_setting_is_chosen_by_validation(make_study):
             finish(cell, 50.0 - best, [best / 2, best, best - 1])  # the test score says the contrary
     results = gather_results(study)
     a, b = results.best
-    assert (dict(a.group.setting), a.group.validation_mean, a.trained, a.tried) == ({"learning_rate": 0.2}, 30.0, 2, 3)
-    assert (dict(b.group.setting), b.group.validation_mean, b.trained, b.tried) == ({"learning_rate": 0.1}, 25.0, 2, 3)
+    assert (dict(a.group.setting), a.group.validation_mean, a.settings_trained, a.settings_tried) == (
+        {"learning_rate": 0.2},
+        30.0,
+        2,
+        3,
+    )
+    assert (dict(b.group.setting), b.group.validation_mean, b.settings_trained, b.settings_tried) == (
+        {"learning_rate": 0.1},
+        25.0,
+        2,
+        3,
+    )
     assert a.difference is None and b.difference.score == pytest.approx(25.0 - 20.0)
     (contrast,) = results.contrasts
     assert (contrast.form, contrast.rival) == ("a", "b") and contrast.difference.score == pytest.approx(20.0 - 25.0)

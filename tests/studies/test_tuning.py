@@ -10,7 +10,7 @@ from made_up_cells import diverge, finish
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
-from hf_rskip.studies.differences import Difference
+from hf_rskip.studies.differences import FormDifference
 from hf_rskip.studies.grid_figure import _draw_lines
 from hf_rskip.studies.report import format_tables, write_report
 from hf_rskip.studies.results import _answer, gather_results
@@ -81,13 +81,13 @@ def test_the_stages_one_after_the_other(beginning, tmp_path):
     results = gather_results(advance(beginning))
     a, b, c = results.best
     assert (a.tuned.validation_mean, a.group.test_scores) == (30.0, [20.1, 20.2])
-    assert (b.tuned.validation_mean, b.group.test_scores, b.trained, b.tried) == (
+    assert (b.tuned.validation_mean, b.group.test_scores, b.settings_trained, b.settings_tried) == (
         36.0,
         pytest.approx([14.1, 14.2]),
         4,
         4,
     )
-    assert (c.tuned, c.group, c.trained, c.tried) == (None, None, 0, 3)
+    assert (c.tuned, c.group, c.settings_trained, c.settings_tried) == (None, None, 0, 3)
     known, missing = results.contrasts
     assert known.difference.score == b.difference.score == pytest.approx(-6.0)
     assert known.p_holm == pytest.approx(2 * known.difference.p_both)  # of two contrasts, one of them never computed
@@ -200,7 +200,7 @@ def test_numbers_are_sorted_and_words_are_not():
     ],
 )
 def test_answers(interval_90, p_holm, answer):
-    difference = Difference(0.0, (0, 0), 1.0, None, None, interval_90, p_holm)
+    difference = FormDifference(0.0, (0, 0), 1.0, None, None, interval_90, p_holm)
     assert _answer(difference, p_holm, 0.5) == answer
     assert _answer(difference, p_holm, None) is _answer(None, None, 0.5) is None
 
