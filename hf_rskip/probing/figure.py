@@ -70,19 +70,14 @@ def draw_probes(probed: Sequence[ProbedModel], folder: str | Path) -> list[Path]
     median over its seeds, with a band from the lowest to the highest, or for one seed, where there are quartiles over
     tokens, between these. Where one was probed at several steps, each model has panels of its own, with a line a step.
     """
-    by_model: dict[str, list[ProbedModel]] = {}
-    for item in probed:
-        by_model.setdefault(item.model, []).append(item)
-    if any(len({item.step for item in items}) > 1 for items in by_model.values()):
-        groups = {f"{escape(model)}: " * (len(by_model) > 1): items for model, items in by_model.items()}
-        draw = _draw_steps
-    else:
-        groups, draw = {"": probed}, _draw_models
+    models = {item.model for item in probed}
+    is_course = len({(item.model, item.step) for item in probed}) > len(models)
     columns: Columns = {}
-    for prefix, items in groups.items():
-        for item in items:
-            for name, stack in item.stacks().items():
-                columns.setdefault(prefix + name, []).append((item, stack))
+    for item in probed:
+        prefix = f"{escape(item.model)}: " if is_course and len(models) > 1 else ""
+        for name, stack in item.stacks().items():
+            columns.setdefault(prefix + name, []).append((item, stack))
+    draw = _draw_steps if is_course else _draw_models
     paths = []
     for name, quantities in (_PICTURES | {"gains": _gain_quantities(probed)}).items():
         if quantities:

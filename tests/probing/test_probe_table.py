@@ -104,7 +104,9 @@ def test_pictures_of_models_and_of_courses(tmp_path):
     strange = [
         ProbedModel("a", 1, 0, [replace(row, gradient_norm_x=float("nan"), skip_weight=-1.0) for row in stack(1)])
     ]
-    for name, probed in {"models": models, "course": course, "strange": strange}.items():
+    courses = [*course, replace(course[0], model="b")]
+    kinds = {"models": models, "course": course, "courses": courses, "strange": strange}
+    for name, probed in kinds.items():
         (tmp_path / name).mkdir()
         paths = draw_probes(probed, tmp_path / name)
         assert {path.stem for path in paths} == {"gradients", "activations", "angle", "skip_weight"}
