@@ -179,7 +179,8 @@ def gather_results(study: Study) -> Results:
         chosen = {form: choose_setting(form, groups, study.metric) for form in study.forms}
     else:
         chosen = study.chosen or dict.fromkeys(study.forms)
-    compared = {form: _find(_make_groups(study, results, study.seeds), form, chosen[form]) for form in study.forms}
+    last_stage = _make_groups(study, results, study.seeds)
+    compared = {form: _find(last_stage, form, setting) for form, setting in chosen.items()}
     bootstrap = Bootstrap(study)
 
     def compare(form: str, rival: str) -> FormDifference | None:
@@ -191,16 +192,8 @@ def gather_results(study: Study) -> Results:
     for form, setting in chosen.items():
         outcomes = [group.trains(study.trains_at) for group in groups if group.form == form]
         difference = None if form == study.baseline else compare(form, study.baseline)
-        best.append(
-            Best(
-                form,
-                _find(groups, form, setting),
-                compared[form],
-                difference,
-                outcomes.count(True),
-                len(outcomes) - outcomes.count(None),
-            )
-        )
+        trained, tried = outcomes.count(True), len(outcomes) - outcomes.count(None)
+        best.append(Best(form, _find(groups, form, setting), compared[form], difference, trained, tried))
     differences = [compare(form, rival) for form, rival in study.contrasts]
     corrected = correct_holm([part and part.p_both for part in differences])
     contrasts = [
