@@ -281,8 +281,8 @@ def _explain(results: Results) -> str:
         lines[-1] += (
             f" A form trains in a setting if every cell that was run {trains}. Settings were chosen by validation "
             f"(equal ones by {ties}), never by test scores; a diverged cell counts as 0 there. "
+            "Differences are between forms at their own best settings."
         )
-        lines[-1] += "Differences are between forms at their own best settings."
     if study.tune_seeds is not None:
         lines[-1] += (
             " A cell that has tuned is not trained again: where its seed is one of the second stage, it counts there."

@@ -128,7 +128,9 @@ class Study:
         """The key of the file that judges by the validation scores of cells, if one does."""
         if self.tune_seeds is not None:
             return "tune"
-        return "grid" if len(self.settings) > 1 else None if self.trains_at is None else "trains_at"
+        if len(self.settings) > 1:
+            return "grid"
+        return None if self.trains_at is None else "trains_at"
 
     @property
     def is_growing(self) -> bool:
