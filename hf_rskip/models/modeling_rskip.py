@@ -128,24 +128,22 @@ class RSkipMLP(nn.Module):
 
 
 class RSkipLayer(GradientCheckpointingLayer):
-    """A layer of either stack: each of its branches has a skip connection, `self_attn` has `self_attn_skip`."""
+    """A layer of a stack, `"encoder"` or `"decoder"`: each of its branches has a skip connection, `self_attn` has
+    `self_attn_skip`."""
 
-    stack: str
-    """`"encoder"` or `"decoder"`."""
-
-    def __init__(self, config: RSkipConfig, layer_idx: int):
+    def __init__(self, config: RSkipConfig, stack: str, layer_idx: int):
         super().__init__()
         self.dropout = nn.Dropout(config.dropout)
-        heads, ffn_dim = (getattr(config, f"{self.stack}_{field}") for field in ("attention_heads", "ffn_dim"))
+        heads, ffn_dim = (getattr(config, f"{stack}_{field}") for field in ("attention_heads", "ffn_dim"))
         layers, other_layers = config.encoder_layers, config.decoder_layers
-        branches = {"self_attn": RSkipAttention(config, heads, layer_idx, is_causal=self.stack == "decoder")}
-        if self.stack == "decoder":
+        branches = {"self_attn": RSkipAttention(config, heads, layer_idx, is_causal=stack == "decoder")}
+        if stack == "decoder":
             branches["encoder_attn"] = RSkipAttention(config, heads, layer_idx)
             layers, other_layers = other_layers, layers
         branches["mlp"] = RSkipMLP(config, ffn_dim)
         kind = SKIP_CONNECTIONS[config.skip_type]
         for index, (name, branch) in enumerate(branches.items()):
-            position = SublayerPosition(self.stack, layer_idx, index, layers, len(branches), other_layers=other_layers)
+            position = SublayerPosition(stack, layer_idx, index, layers, len(branches), other_layers=other_layers)
             skip = kind.from_config(config, config.d_model, position)
             for linear, gain in skip.branch_gains.items():
                 if hasattr(branch, linear):
@@ -181,20 +179,12 @@ class RSkipLayer(GradientCheckpointingLayer):
         return hidden_states if self.layer_skip is None else self.layer_skip(layer_input, hidden_states, token_mask)
 
 
-class RSkipEncoderLayer(RSkipLayer):
-    stack = "encoder"
-
-
-class RSkipDecoderLayer(RSkipLayer):
-    stack = "decoder"
-
-
 class RSkipPreTrainedModel(PreTrainedModel):
     config_class = RSkipConfig
     config: RSkipConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RSkipEncoderLayer", "RSkipDecoderLayer"]
+    _no_split_modules = ["RSkipLayer"]
     _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -288,11 +278,11 @@ class RSkipStack(RSkipPreTrainedModel):
 class RSkipEncoder(RSkipStack):
     """Transformer encoder."""
 
-    _can_record_outputs = {"hidden_states": RSkipEncoderLayer, "attentions": RSkipAttention}
+    _can_record_outputs = {"hidden_states": RSkipLayer, "attentions": RSkipAttention}
 
     def __init__(self, config: RSkipConfig):
         super().__init__(config, config.vocab_size)
-        self.layers = nn.ModuleList(RSkipEncoderLayer(config, index) for index in range(config.encoder_layers))
+        self.layers = nn.ModuleList(RSkipLayer(config, "encoder", index) for index in range(config.encoder_layers))
         self.post_init()
 
     @capture_outputs
@@ -326,14 +316,14 @@ class RSkipDecoder(RSkipStack):
         "layers.*.encoder_attn.out_proj": "rowwise",
     }
     _can_record_outputs = {
-        "hidden_states": RSkipDecoderLayer,
+        "hidden_states": OutputRecorder(RSkipLayer, num_hidden_layers_key="decoder_layers"),
         "attentions": OutputRecorder(RSkipAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(RSkipAttention, index=1, layer_name="encoder_attn"),
     }
 
     def __init__(self, config: RSkipConfig):
         super().__init__(config, config.decoder_vocab_size)
-        self.layers = nn.ModuleList(RSkipDecoderLayer(config, index) for index in range(config.decoder_layers))
+        self.layers = nn.ModuleList(RSkipLayer(config, "decoder", index) for index in range(config.decoder_layers))
         self.post_init()
 
     def _token_mask(self, input_ids, attention_mask, length):

@@ -204,6 +204,16 @@ def test_recorded_outputs(build, batch, skip_type):
     assert torch.equal(as_tuple[0], outputs.logits)
 
 
+@pytest.mark.parametrize("layers", [(3, 2), (2, 3)])
+def test_hidden_states_by_a_negative_index(build, batch, layers):
+    model = build(encoder_layers=layers[0], decoder_layers=layers[1])
+    inputs = without_labels(batch)
+    every, last = (model(**inputs, output_hidden_states=asked) for asked in (True, [-1]))
+    for name, count in zip(("encoder_hidden_states", "decoder_hidden_states"), layers, strict=True):
+        *others, found = last[name]
+        assert others == [None] * count and torch.equal(found, every[name][-1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_eager_is_sdpa(build, batch, kind):
     eager, sdpa = (build(attn_implementation=name, **kind).train() for name in ("eager", "sdpa"))
