@@ -113,7 +113,10 @@ class SkipConnection(nn.Module):
         return NoNorm(size)
 
     def init_weights(self) -> None:
-        """Initialises its own parameters, not those of its norms, by functions of `transformers.initialization`."""
+        """Initialises its own parameters, not those of its norms, by functions of `transformers.initialization`.
+
+        The models here call it. In other modules it is not called: the constructor must give the same values.
+        """
 
     def before(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The input of the branch: x itself by default."""
