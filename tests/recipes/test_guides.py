@@ -64,7 +64,11 @@ def test_a_gpt_of_ones_own(own_models):
     assert {skip.scale for block in deep.h for skip in block.skips} == {16**0.25}
     bound = 64**-0.25 * (6 / (32 + 128)) ** 0.5  # Xavier's, with DeepNorm's gain
     assert 0.95 * bound < deep.h[0].mlp.fc1.weight.abs().max() <= bound
-    assert all(block.around is not None for block in own_models.GPT(100, kind="b2t").h)
+    for kind in ("pre_norm", "b2t"):
+        gpt = own_models.GPT(100, kind=kind, norm="rms_norm", eps=1e-3)
+        norms = [module for module in gpt.modules() if hasattr(module, "eps")]
+        assert len(norms) > 3 and {(type(norm), norm.eps) for norm in norms} == {(hf_rskip.NORMS["rms_norm"], 1e-3)}
+    assert all(block.around is not None for block in gpt.h)
 
 
 class WithLoss(nn.Module):
