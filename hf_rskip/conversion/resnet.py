@@ -35,9 +35,6 @@ _TIMM_ARGUMENTS = {"num_classes", "in_chans"}  # known from the shapes of the we
 def convert_resnet_config(config: ResNetConfig) -> RSkipResNetConfig:
     """The configuration of the same model: plain sums (`xskip` without norm).
 
-    A `problem_type` other than classification into one of several labels is kept for pipelines. Training, which here
-    is with cross-entropy, is another one than before, and a warning says so.
-
     Raises:
         [`UserError`]: if there is no classifier, or if a field has a value that `RSkipResNetConfig` does not allow.
             That goes for activations too: those inside the blocks of Transformers' ResNet are ReLU whatever
@@ -50,8 +47,6 @@ def convert_resnet_config(config: ResNetConfig) -> RSkipResNetConfig:
             f"with `hidden_act` {config.hidden_act!r} the ResNet of Transformers still has ReLU inside its blocks, "
             "which an RSkipResNet has not"
         )
-    if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
-        logger.warning("The outputs are the same, but training will minimise the cross-entropy")
     try:
         return RSkipResNetConfig(
             **{field: getattr(config, field) for field in _SAME_FIELDS}, skip_type="xskip", skip_norm="none"

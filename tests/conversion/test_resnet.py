@@ -202,10 +202,12 @@ def test_a_checkpoint_without_counts_of_batches(resnet_folder, tmp_path):
         close(AutoModelForImageClassification.from_pretrained(tmp_path / "new")(images()).logits, expected)
 
 
-def test_another_loss_is_said(caplog):
-    model = convert_resnet_model(make_resnet(**BASIC, problem_type="multi_label_classification"))
-    assert model.config.problem_type == "multi_label_classification"
-    assert "training will minimise the cross-entropy" in caplog.text
+def test_the_loss_of_another_problem_is_kept(caplog):
+    resnet = make_resnet(**BASIC, problem_type="multi_label_classification")
+    labels = torch.randint(2, (len(images()), resnet.config.num_labels)).float()
+    losses = [model(images(), labels=labels).loss for model in (convert_resnet_model(resnet), resnet)]
+    close(*losses)
+    assert not caplog.text
 
 
 # torchvision and timm
