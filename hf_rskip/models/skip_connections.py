@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .skip_norms import NORMS, LayerNorm, NoNorm, Norm, make_norm, norm_of
+from .skip_norms import NORMS, NoNorm, Norm, make_norm, norm_of
 
 AFFINES = ("per_step", "shared", "last")
 """Which of the K norms of an rSkip have gain and bias (`skip_norm_affine`)."""
@@ -184,7 +184,7 @@ class XSkip(SkipConnection):
         if not math.isfinite(scale):
             raise ValueError(f"`scale` must be a finite number, not {scale!r}")
         self.scale = scale
-        self.norm = make_norm(norm, size, eps)
+        self.norm = make_norm(norm, size, eps, names=self.norms)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.norm(torch.add(branch, x, alpha=self.scale), mask)
@@ -206,10 +206,8 @@ class DetachedRSkip(SkipConnection):
 
     def __init__(self, size: int, recursions: int = 2, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__()
-        if norm not in ("layer_norm", LayerNorm):
-            raise ValueError(f"`norm` must be 'layer_norm', whose standard deviation is meant, not {norm!r}")
         self.recursions = recursions
-        self.norm = make_norm(norm, size, eps)
+        self.norm = make_norm(norm, size, eps, names=self.norms)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.norm(self.weight_of_x(x, branch) * x + branch, mask)
@@ -276,7 +274,7 @@ class Admin(SkipConnection):
         super().__init__()
         self.first_scale = scale
         self.scale = nn.Parameter(torch.full((size,), scale))
-        self.norm = make_norm(norm, size, eps)
+        self.norm = make_norm(norm, size, eps, names=self.norms)
 
     @classmethod
     def for_position(cls, size, position, **options):
@@ -357,9 +355,7 @@ class PreNorm(SkipConnection):
 
     def __init__(self, size: int, norm: Norm = "layer_norm", eps: float = 1e-5):
         super().__init__()
-        if norm in ("none", NoNorm):
-            raise ValueError("`norm` must be a norm, not 'none'")
-        self.norm = make_norm(norm, size, eps)
+        self.norm = make_norm(norm, size, eps, names=self.norms)
 
     @classmethod
     def for_position(cls, size, position, **options):

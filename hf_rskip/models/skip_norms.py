@@ -4,6 +4,8 @@ Each is called as `norm(hidden, mask)` with `hidden` of shape `(..., size)` and 
 tokens, or `None` when all are real; only batch normalisation looks at it. `normalize` takes gain and bias, too.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -155,15 +157,17 @@ NORM_AXES = {"channels": NORMS, "sample": SAMPLE_NORMS}
 """Norms of feature maps by the axes of their statistics (`skip_norm_axes`): those of a position, or of a sample."""
 
 
-def make_norm(norm: Norm, size: int, eps: float = 1e-5, elementwise_affine: bool = True) -> nn.Module:
+def make_norm(
+    norm: Norm, size: int, eps: float = 1e-5, elementwise_affine: bool = True, names: Collection[str] = tuple(NORMS)
+) -> nn.Module:
     """The norm of that name in [`NORMS`], or of that class, for `size` features.
 
     Raises:
-        `ValueError`: if there is no norm of that name.
+        `ValueError`: if a name is not one of `names`.
     """
     if isinstance(norm, str):
-        if norm not in NORMS:
-            raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, not {norm!r}")
+        if norm not in names:
+            raise ValueError(f"`norm` must be one of {', '.join(names)}, not {norm!r}")
         norm = NORMS[norm]
     return norm(size, eps=eps, elementwise_affine=elementwise_affine)
 

@@ -129,7 +129,7 @@ class EveryKind(torch.nn.Module):
                 partial(PreNorm),
                 partial(PreNorm, norm="batch_norm"),
                 partial(PeriNorm),
-                partial(B2T, norm="none"),
+                partial(B2T),
                 partial(Admin, scale=1.5),
                 partial(Keel, scale=6.0),
                 partial(ReZero, norm="none"),

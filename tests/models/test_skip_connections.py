@@ -520,22 +520,23 @@ def test_any_leading_shape(shape, size, recursions, contiguous):
         (RSkip, {"recursions": True}, "`recursions` must be an integer of at least 1, not True"),
         (RSkip, {"affine": "first"}, "`affine` must be one of per_step, shared, last, not 'first'"),
         (XSkip, {"scale": math.nan}, "`scale` must be a finite number, not nan"),
-        (PreNorm, {"norm": "none"}, "`norm` must be a norm, not 'none'"),
-        (
-            DetachedRSkip,
-            {"norm": "rms_norm"},
-            "`norm` must be 'layer_norm', whose standard deviation is meant, not 'rms_norm'",
-        ),
-        *(
-            (kind, {"norm": "group_norm"}, f"`norm` must be one of {', '.join(NORMS)}, not 'group_norm'")
-            for kind in (RSkip, XSkip, PreNorm)
-        ),
+        (RSkip, {"norm": "group_norm"}, f"`norm` must be one of {', '.join(NORMS)}, not 'group_norm'"),
     ],
 )
 def test_wrong_values_are_one_sentence(kind, options, message):
     with pytest.raises(ValueError) as error:
         kind(8, **options)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [(kind, norm) for kind in SKIP_CONNECTIONS.values() for norm in (*NORMS, "group_norm") if norm not in kind.norms],
+)
+def test_norms_that_a_kind_does_not_have(kind, norm):
+    with pytest.raises(ValueError) as error:
+        kind.for_position(8, SublayerPosition("encoder", 0, 0, 2, 2), norm=norm)
+    assert str(error.value) == f"`norm` must be one of {', '.join(kind.norms)}, not {norm!r}"
 
 
 # Feature maps: formulas of (batch, channels, height, width); skip connections see the same memory with channels last
