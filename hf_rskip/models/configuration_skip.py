@@ -70,6 +70,10 @@ class SkipConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs):
+        known = [field.name for field in fields(self) if field.name.startswith("skip_")]
+        for name in kwargs:
+            if name.startswith("skip_"):
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}")
         self._check_values()
         labels = {"num_labels": kwargs.get("num_labels"), "id2label": self.id2label and len(self.id2label)}
         for field, number in labels.items():
@@ -83,7 +87,7 @@ class SkipConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in Transformers, but keywords that are fields are checked like those of the constructor."""
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        names |= cls.attribute_map.keys()
+        names |= cls.attribute_map.keys() | {name for name in kwargs if name.startswith("skip_")}
         given = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
         return super().from_dict(config_dict | given, **kwargs)
 

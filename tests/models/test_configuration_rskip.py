@@ -160,6 +160,15 @@ def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_
     assert (changed.skip_recursions, others) == (3, {"unknown": 1})
 
 
+def test_an_unknown_field_of_skip_connections(tmp_path):
+    RSkipConfig().save_pretrained(tmp_path)
+    known = "skip_type, skip_recursions, skip_scale, skip_norm, skip_norm_affine"
+    for name in ("skip_recursion", "skip_norm_axes"):
+        for make in (RSkipConfig, lambda **values: AutoConfig.from_pretrained(tmp_path, **values)):
+            with pytest.raises(ValueError, match=f"^`{name}` must be one of {known}$"):
+                make(**{name: 3})
+
+
 def test_what_is_large_but_was_trained_is_allowed():
     deep = RSkipConfig(encoder_layers=500, decoder_layers=500, skip_recursions=5)  # as deep as Wang et al. (2022)
     wide = RSkipConfig(d_model=16384, encoder_ffn_dim=65536, decoder_ffn_dim=65536, vocab_size=256_000)
