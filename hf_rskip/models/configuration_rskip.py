@@ -82,6 +82,13 @@ class RSkipConfig(SkipConfig):
             self.decoder_vocab_size = self.vocab_size
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        are_equal = config_dict.get("decoder_vocab_size") == config_dict.get("vocab_size")
+        if are_equal and config_dict.get("share_encoder_decoder_embeddings"):
+            config_dict = config_dict | {"decoder_vocab_size": None}  # follows a `vocab_size` of the keywords
+        return super().from_dict(config_dict, **kwargs)
+
     def _is_token(self, value) -> bool:
         return value == 0 or (is_count(value) and value < self.decoder_vocab_size)
 

@@ -104,6 +104,12 @@ class RSkipResNetConfig(BackboneConfigMixin, SkipConfig):
         self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        if config_dict.get("out_features") == config_dict.get("stage_names", [])[-1:]:
+            config_dict = config_dict | {"out_features": None, "out_indices": None}  # follow `depths` of the keywords
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_name(cls, name: str, **kwargs) -> "RSkipResNetConfig":
         """The configuration of an architecture of the literature, a key of [`ARCHITECTURES`].
 

@@ -149,13 +149,14 @@ def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
         ({"layer_norm_eps": -1.0}, "`layer_norm_eps` must be a positive number, not -1.0"),
         ({"skip_type": "b2t", "skip_norm": "none"}, "`skip_norm` must be one of"),
         ({"hidden_size": 513}, "`d_model` must be a multiple of"),
-        ({"vocab_size": 60}, "`decoder_vocab_size` must equal `vocab_size`"),
+        ({"decoder_vocab_size": 60}, "`decoder_vocab_size` must equal `vocab_size`"),
     ],
 )
 def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_path):
     RSkipConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(tmp_path, **values)
+    assert AutoConfig.from_pretrained(tmp_path, vocab_size=60).decoder_vocab_size == 60
     changed, others = AutoConfig.from_pretrained(tmp_path, skip_recursions=3, unknown=1, return_unused_kwargs=True)
     assert (changed.skip_recursions, others) == (3, {"unknown": 1})
 

@@ -232,6 +232,13 @@ def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_
         AutoConfig.from_pretrained(tmp_path, **values)
 
 
+def test_the_last_stage_follows_the_depths_beside_a_checkpoint(tmp_path):
+    two = {"depths": [1, 1], "hidden_sizes": [8, 16]}
+    for stored, found in (({}, ["stage2"]), ({"out_features": ["stem", "stage1"]}, ["stem", "stage1"])):
+        RSkipResNetConfig(**stored).save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path, **two).out_features == found
+
+
 @pytest.mark.parametrize("field", ["skip_recursions", "skip_norm_affine"])
 def test_an_option_that_the_plain_network_does_not_have(field):
     with pytest.raises(ValueError, match=f"`{field}` has no effect on the plain network: give a `skip_type`"):
