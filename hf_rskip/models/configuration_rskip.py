@@ -1,6 +1,6 @@
 """Configuration of the translation model."""
 
-from .configuration_skip import ACTIVATION, COUNT, FLAG, MOST_LAYERS, RATE, SkipConfig, at_most, is_count
+from .configuration_skip import ACTIVATION, COUNT, FLAG, MOST_LAYERS, RATE, SkipConfig, count, is_count
 
 
 class RSkipConfig(SkipConfig):
@@ -90,17 +90,17 @@ class RSkipConfig(SkipConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _is_token(self, value) -> bool:
-        return value == 0 or (is_count(value) and value < self.decoder_vocab_size)
+        return value == 0 or is_count(value, self.decoder_vocab_size - 1)
 
     def _are_tokens(self, value) -> bool:
         return all(token is None or self._is_token(token) for token in (value if isinstance(value, list) else [value]))
 
     def _check_values(self) -> None:
         super()._check_values()
-        self._check("vocab_size decoder_vocab_size d_model max_position_embeddings", COUNT, at_most())
-        self._check("encoder_attention_heads encoder_ffn_dim", COUNT, at_most())
-        self._check("decoder_attention_heads decoder_ffn_dim", COUNT, at_most())
-        self._check("encoder_layers decoder_layers", COUNT, at_most(MOST_LAYERS))
+        self._check("vocab_size decoder_vocab_size d_model max_position_embeddings", COUNT)
+        self._check("encoder_attention_heads encoder_ffn_dim", COUNT)
+        self._check("decoder_attention_heads decoder_ffn_dim", COUNT)
+        self._check("encoder_layers decoder_layers", count(MOST_LAYERS))
         self._check("dropout attention_dropout activation_dropout", RATE)
         self._check("activation_function", ACTIVATION)
         self._check("learned_positions scale_embedding share_encoder_decoder_embeddings tie_word_embeddings", FLAG)
@@ -119,21 +119,6 @@ class RSkipConfig(SkipConfig):
                 f"`decoder_vocab_size` must equal `vocab_size` with `share_encoder_decoder_embeddings`, but "
                 f"{self.decoder_vocab_size} is not {self.vocab_size}"
             )
-        encoder, decoder, width = self.encoder_layers, self.decoder_layers, self.d_model
-        self._check_size(
-            {"`encoder_layers`": encoder, "`decoder_layers`": decoder},
-            {
-                "`vocab_size` times `d_model`": self.vocab_size * width,
-                "`decoder_vocab_size` times `d_model`": self.decoder_vocab_size * width,
-                "`max_position_embeddings` times `d_model`": self.max_position_embeddings * width,
-                "`d_model`, squared, times the number of layers": 4 * width**2 * (encoder + 2 * decoder),
-                "`encoder_ffn_dim` times `d_model` times `encoder_layers`": 2 * self.encoder_ffn_dim * width * encoder,
-                "`decoder_ffn_dim` times `d_model` times `decoder_layers`": 2 * self.decoder_ffn_dim * width * decoder,
-                "`skip_recursions` times `d_model` times the number of layers": (
-                    2 * self.skip_recursions * width * (2 * encoder + 3 * decoder)
-                ),
-            },
-        )
 
 
 __all__ = ["RSkipConfig"]

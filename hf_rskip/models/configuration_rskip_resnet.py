@@ -1,11 +1,8 @@
 """Configuration of the ResNet, and the architectures of the literature by name."""
 
-from itertools import pairwise
-from math import prod
-
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .configuration_skip import ACTIVATION, COUNT, COUNTS, FLAG, RATE, SkipConfig, at_most, one_of
+from .configuration_skip import ACTIVATION, COUNT, FLAG, MOST_FEATURES, MOST_LAYERS, RATE, SkipConfig, counts, one_of
 from .skip_connections import SKIP_CONNECTIONS
 from .skip_norms import NORM_AXES
 
@@ -139,8 +136,9 @@ class RSkipResNetConfig(BackboneConfigMixin, SkipConfig):
         self._check("skip_norm_axes", one_of(NORM_AXES))
         if not SKIP_CONNECTIONS[self.skip_type].for_images:
             raise ValueError(f"`skip_type` {self.skip_type!r} is not for a ResNet")
-        self._check("num_channels embedding_size", COUNT, at_most())
-        self._check("hidden_sizes depths", COUNTS)
+        self._check("num_channels embedding_size", COUNT)
+        self._check("hidden_sizes", counts(MOST_FEATURES))
+        self._check("depths", counts(MOST_LAYERS))
         if len(self.hidden_sizes) != len(self.depths):
             raise ValueError(
                 f"`depths` must have a number for each of the {len(self.hidden_sizes)} `hidden_sizes`, not "
@@ -163,17 +161,6 @@ class RSkipResNetConfig(BackboneConfigMixin, SkipConfig):
                 f"`hidden_sizes` must not fall from stage to stage (the stem has {self.embedding_size}) with "
                 f"`shortcut_type` 'A', which can only add channels, but they are {list(self.hidden_sizes)!r}"
             )
-        # A basic block has two convolutions of 3 x 3; a bottleneck one, between a quarter of the channels.
-        weights = 18 if self.layer_type == "basic" else 1
-        self._check_size(
-            {"`depths`": sum(self.depths)},
-            {
-                "`num_channels` times `embedding_size`": 49 * self.num_channels * self.embedding_size,
-                "`depths` times `hidden_sizes`, squared,": weights
-                * sum(depth * size**2 for depth, size in zip(self.depths, self.hidden_sizes, strict=True)),
-                "`hidden_sizes` from stage to stage": sum(map(prod, pairwise(sizes))),
-            },
-        )
 
 
 __all__ = ["RSkipResNetConfig"]

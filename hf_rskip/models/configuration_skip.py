@@ -12,33 +12,35 @@ from .skip_norms import NORMS
 
 Rule = tuple[Callable[[object], bool], str]
 """A test of a value, and the allowed values in words: the end of "`field` must be ..."."""
-# Upper bounds above any trained model: a configuration from the Hub cannot exhaust the memory.
-MOST_LABELS, MOST_LAYERS, MOST_RECURSIONS, MOST_NORMS = 100_000, 10_000, 1_000, 20_000
-MOST_VALUES = 10**11
+# Upper bounds above any trained model: a configuration from the Hub cannot ask for millions of modules.
+MOST_LABELS, MOST_LAYERS, MOST_RECURSIONS, MOST_FEATURES = 100_000, 1_000, 100, 10_000_000
 
 
 def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_count(value, most: int = MOST_FEATURES) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
-COUNT: Rule = (is_count, "an integer of at least 1")
-COUNTS: Rule = (
-    lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_count, value)),
-    "a list of integers of at least 1",
-)
+def count(most: int) -> Rule:
+    return lambda value: is_count(value, most), f"an integer from 1 to {most:,}"
+
+
+def counts(most: int) -> Rule:
+    return (
+        lambda value: isinstance(value, (list, tuple)) and all(map(is_count, value)) and 0 < sum(value) <= most,
+        f"a list of integers of at least 1 whose sum is at most {most:,}",
+    )
+
+
+COUNT: Rule = count(MOST_FEATURES)
 RATE: Rule = (lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
 FINITE: Rule = (lambda value: is_number(value) and math.isfinite(value), "a finite number")
 POSITIVE: Rule = (lambda value: is_number(value) and 0 < value < math.inf, "a positive number")
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
 ACTIVATION: Rule = (lambda value: str(value) in ACT2FN, "a name of `transformers.activations.ACT2FN`")
-
-
-def at_most(number: int = 10_000_000) -> Rule:
-    return lambda value: value <= number, f"at most {number:,}"
 
 
 def one_of(names: Collection[str], more: str = "") -> Rule:
@@ -75,9 +77,9 @@ class SkipConfig(PreTrainedConfig):
             if name.startswith("skip_"):
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}")
         self._check_values()
-        labels = {"num_labels": kwargs.get("num_labels"), "id2label": self.id2label and len(self.id2label)}
-        for field, number in labels.items():
-            if number is not None and not (number == 0 or is_count(number) and number <= MOST_LABELS):
+        labels = None if self.id2label is None else len(self.id2label)
+        for field, number in (("num_labels", kwargs.get("num_labels")), ("id2label", labels)):
+            if number not in (None, 0) and not is_count(number, MOST_LABELS):
                 raise ValueError(f"`{field}` must be of 0 to {MOST_LABELS:,} classes, not {number!r}")
         if not self.is_remote_code():
             kwargs.pop("auto_map", None)  # set by checkpoints with code, which this class does not need
@@ -91,17 +93,17 @@ class SkipConfig(PreTrainedConfig):
         given = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in names & kwargs.keys()}
         return super().from_dict(config_dict | given, **kwargs)
 
-    def _check(self, fields: str, *rules: Rule) -> None:
-        """Raises a `ValueError` that says "`field` must be ..." unless each of `fields` fulfils all rules."""
+    def _check(self, fields: str, rule: Rule) -> None:
+        """Raises a `ValueError` that says "`field` must be ..." unless each of `fields` fulfils the rule."""
+        is_allowed, what = rule
         for field in fields.split():
             value = getattr(self, field)
-            for is_allowed, what in rules:
-                if not is_allowed(value):
-                    raise ValueError(f"`{field}` must be {what}, not {value!r}")
+            if not is_allowed(value):
+                raise ValueError(f"`{field}` must be {what}, not {value!r}")
 
     def _check_values(self) -> None:
         """Checks the fields, before anything is computed from them."""
-        self._check("skip_recursions", COUNT, at_most(MOST_RECURSIONS))
+        self._check("skip_recursions", count(MOST_RECURSIONS))
         self._check("skip_scale", FINITE)
         self._check("layer_norm_eps", POSITIVE)
         self._check(
@@ -113,18 +115,3 @@ class SkipConfig(PreTrainedConfig):
         norms = SKIP_CONNECTIONS[self.skip_type].norms
         what = f"one of {', '.join(norms)}" if len(norms) > 1 else repr(norms[0])
         self._check("skip_norm", (norms.__contains__, f"{what} with `skip_type` {self.skip_type!r}"))
-
-    def _check_size(self, layers: dict[str, int], values: dict[str, int]) -> None:
-        """Checks the numbers of `layers`, by the fields that give them, of norms, and of weights and positions:
-        `values`, approximate, by the fields whose product each is."""
-        count, fields = sum(layers.values()), " and ".join(layers)
-        if count > MOST_LAYERS:
-            raise ValueError(f"{fields} must make at most {MOST_LAYERS:,} layers, not {count:,}")
-        if count * self.skip_recursions > MOST_NORMS:
-            raise ValueError(
-                f"`skip_recursions` times the number of layers must be at most {MOST_NORMS:,}, not "
-                f"{self.skip_recursions:,} times {count:,}"
-            )
-        if sum(values.values()) > MOST_VALUES:
-            largest, total = max(values, key=values.get), sum(values.values())
-            raise ValueError(f"{largest} must make a model of at most {MOST_VALUES:.0e} weights, not {total:.1e}")
