@@ -109,16 +109,12 @@ class RSkipConfig(SkipConfig):
         self._check("pad_token_id decoder_start_token_id", (self._is_token, what))
         self._check("eos_token_id bos_token_id", (self._are_tokens, what))
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
-            if self.d_model % getattr(self, field):
-                raise ValueError(
-                    f"`d_model` must be a multiple of `{field}`, but {self.d_model} is not a multiple of "
-                    f"{getattr(self, field)}"
-                )
-        if self.share_encoder_decoder_embeddings and self.decoder_vocab_size != self.vocab_size:
-            raise ValueError(
-                f"`decoder_vocab_size` must equal `vocab_size` with `share_encoder_decoder_embeddings`, but "
-                f"{self.decoder_vocab_size} is not {self.vocab_size}"
-            )
+            heads = getattr(self, field)
+            what = f"a multiple of `{field}`, {heads}"
+            self._check("d_model", (lambda width, heads=heads: width % heads == 0, what))
+        if self.share_encoder_decoder_embeddings:
+            what = f"`vocab_size`, {self.vocab_size}, with `share_encoder_decoder_embeddings`"
+            self._check("decoder_vocab_size", (lambda size: size == self.vocab_size, what))
 
 
 __all__ = ["RSkipConfig"]

@@ -134,16 +134,12 @@ class RSkipResNetConfig(BackboneConfigMixin, SkipConfig):
     def _check_values(self) -> None:
         super()._check_values()
         self._check("skip_norm_axes", one_of(NORM_AXES))
-        if not SKIP_CONNECTIONS[self.skip_type].for_images:
-            raise ValueError(f"`skip_type` {self.skip_type!r} is not for a ResNet")
+        self._check("skip_type", one_of([name for name, kind in SKIP_CONNECTIONS.items() if kind.for_images]))
         self._check("num_channels embedding_size", COUNT)
         self._check("hidden_sizes", counts(MOST_FEATURES))
         self._check("depths", counts(MOST_LAYERS))
-        if len(self.hidden_sizes) != len(self.depths):
-            raise ValueError(
-                f"`depths` must have a number for each of the {len(self.hidden_sizes)} `hidden_sizes`, not "
-                f"{list(self.depths)!r}"
-            )
+        stages = len(self.hidden_sizes)
+        self._check("depths", (lambda depths: len(depths) == stages, f"a list of {stages}, as `hidden_sizes`"))
         self._check("layer_type", one_of(("basic", "bottleneck")))
         self._check("stem_type", one_of(("imagenet", "cifar")))
         self._check("shortcut_type", one_of(("A", "B")))
@@ -153,14 +149,13 @@ class RSkipResNetConfig(BackboneConfigMixin, SkipConfig):
         if self.problem_type is not None:
             problems = ("regression", "single_label_classification", "multi_label_classification")
             self._check("problem_type", one_of(problems))
-        if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
-            raise ValueError(f"`hidden_sizes` must be multiples of 4 with bottlenecks, not {list(self.hidden_sizes)!r}")
-        sizes = [self.embedding_size, *self.hidden_sizes]
-        if self.shortcut_type == "A" and sorted(sizes) != sizes:
-            raise ValueError(
-                f"`hidden_sizes` must not fall from stage to stage (the stem has {self.embedding_size}) with "
-                f"`shortcut_type` 'A', which can only add channels, but they are {list(self.hidden_sizes)!r}"
-            )
+        if self.layer_type == "bottleneck":
+            what = "multiples of 4 with `layer_type` 'bottleneck'"
+            self._check("hidden_sizes", (lambda sizes: not any(size % 4 for size in sizes), what))
+        if self.shortcut_type == "A":
+            stem = self.embedding_size
+            what = f"in ascending order from the stem's {stem} on with `shortcut_type` 'A', which only adds channels"
+            self._check("hidden_sizes", (lambda sizes: sorted([stem, *sizes]) == [stem, *sizes], what))
 
 
 __all__ = ["RSkipResNetConfig"]

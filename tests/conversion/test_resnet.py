@@ -627,7 +627,7 @@ def test_unfit_folders(capsys, resnet_folder, make_timm, tmp_path):
     ("values", "message"),
     [
         ({**BASIC, "hidden_act": "gelu"}, "with `hidden_act` 'gelu' the ResNet of Transformers still has ReLU inside"),
-        ({**BOTTLENECK, "hidden_sizes": [18, 24, 32]}, "`hidden_sizes` must be multiples of 4 with bottlenecks"),
+        ({**BOTTLENECK, "hidden_sizes": [18, 24, 32]}, "`hidden_sizes` must be multiples of 4 with `layer_type`"),
         ({**BASIC, "num_labels": 0}, "it has no classifier"),
     ],
 )

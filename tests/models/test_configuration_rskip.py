@@ -104,15 +104,15 @@ def test_a_wrong_value_names_the_field_and_what_is_allowed(field, value, allowed
         ),
         (
             {"d_model": 20, "encoder_attention_heads": 8, "decoder_attention_heads": 4},
-            "`d_model` must be a multiple of `encoder_attention_heads`, but 20 is not a multiple of 8",
+            "`d_model` must be a multiple of `encoder_attention_heads`, 8, not 20",
         ),
         (
             {"d_model": 20, "encoder_attention_heads": 4, "decoder_attention_heads": 3},
-            "`d_model` must be a multiple of `decoder_attention_heads`, but 20 is not a multiple of 3",
+            "`d_model` must be a multiple of `decoder_attention_heads`, 3, not 20",
         ),
         (
             {"vocab_size": 10, "decoder_vocab_size": 12},
-            "`decoder_vocab_size` must equal `vocab_size` with `share_encoder_decoder_embeddings`, but 12 is not 10",
+            "`decoder_vocab_size` must be `vocab_size`, 10, with `share_encoder_decoder_embeddings`, not 12",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
         ({"layer_norm_eps": -1.0}, "`layer_norm_eps` must be a positive number, not -1.0"),
         ({"skip_type": "b2t", "skip_norm": "none"}, "`skip_norm` must be one of"),
         ({"hidden_size": 513}, "`d_model` must be a multiple of"),
-        ({"decoder_vocab_size": 60}, "`decoder_vocab_size` must equal `vocab_size`"),
+        ({"decoder_vocab_size": 60}, "`decoder_vocab_size` must be `vocab_size`, 32000"),
     ],
 )
 def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_path):

@@ -180,18 +180,15 @@ def test_a_problem_type_that_there_is_not():
             {"id2label": dict.fromkeys(range(10**6), "class")},
             "`id2label` must be of 0 to 100,000 classes, not 1000000",
         ),
-        (
-            {"depths": [1, 2]},
-            "`depths` must have a number for each of the 4 `hidden_sizes`, not [1, 2]",
-        ),
+        ({"depths": [1, 2]}, "`depths` must be a list of 4, as `hidden_sizes`, not [1, 2]"),
         (
             {"hidden_sizes": [8, 10], "depths": [1, 1]},
-            "`hidden_sizes` must be multiples of 4 with bottlenecks, not [8, 10]",
+            "`hidden_sizes` must be multiples of 4 with `layer_type` 'bottleneck', not [8, 10]",
         ),
         (
             {"hidden_sizes": [32, 64], "depths": [1, 1], "shortcut_type": "A"},
-            "`hidden_sizes` must not fall from stage to stage (the stem has 64) with `shortcut_type` 'A', which can "
-            "only add channels, but they are [32, 64]",
+            "`hidden_sizes` must be in ascending order from the stem's 64 on with `shortcut_type` 'A', which only adds "
+            "channels, not [32, 64]",
         ),
     ],
 )
@@ -219,8 +216,8 @@ def test_a_wrong_value_in_a_checkpoint_is_an_error_too(tmp_path):
     ("values", "message"),
     [
         ({"shortcut_type": "C"}, "`shortcut_type` must be one of A, B, not 'C'"),
-        ({"depths": [1, 1]}, "`depths` must have a number for each of the 4 `hidden_sizes`"),
-        ({"skip_type": "deep_norm"}, "`skip_type` 'deep_norm' is not for a ResNet"),
+        ({"depths": [1, 1]}, "`depths` must be a list of 4, as `hidden_sizes`"),
+        ({"skip_type": "deep_norm"}, "`skip_type` must be one of rskip, xskip, .* not 'deep_norm'"),
     ],
 )
 def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_path):

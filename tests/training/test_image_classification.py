@@ -360,7 +360,7 @@ def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
         ({"momentum": -0.1}, "momentum must be a number from 0 to below 1"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum above 0"),
         ({"architecture": "resnet19"}, "architecture must be one of resnet20_cifar, "),
-        ({"hidden_sizes": [8, 16, 32]}, "`depths` must have a number for each of the 3 `hidden_sizes`"),
+        ({"hidden_sizes": [8, 16, 32]}, "`depths` must be a list of 3, as `hidden_sizes`"),
         ({"skip_norm": "group_norm"}, "`skip_norm` must be one of layer_norm, rms_norm, batch_norm, none"),
         ({"task": "segmentation"}, "task must be one of translation, image-classification, not 'segmentation'"),
         ({"vocab_size": 100}, "is a key of task translation, and the task is image-classification"),
