@@ -5,14 +5,13 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..models.skip_connections import RSkip
-from ..models.skip_norms import LayerNorm, RMSNorm, SampleLayerNorm, SampleRMSNorm
+from ..models.skip_norms import NORM_AXES
 from .rskip import choose_backend, run
 
 _FUSED = {
-    LayerNorm: (True, "channels"),
-    RMSNorm: (False, "channels"),
-    SampleLayerNorm: (True, "sample"),
-    SampleRMSNorm: (False, "sample"),
+    norms[name]: (centred, axes)
+    for axes, norms in NORM_AXES.items()
+    for name, centred in (("layer_norm", True), ("rms_norm", False))
 }
 """Whether each class of norm is centred, and its `axes`."""
 

@@ -41,22 +41,6 @@ class RMSNorm(_Norm, nn.RMSNorm):
         return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
 
 
-def sample_layer_norm(
-    hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
-    """Layer normalisation over all dimensions but the first, with gain and bias of the size of the last."""
-    return F.group_norm(hidden.movedim(-1, 1), 1, weight, bias, eps).movedim(1, -1)
-
-
-def sample_rms_norm(hidden: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Root-mean-square normalisation over all dimensions but the first, with a gain of the size of the last."""
-    # `F.rms_norm` would rearrange the memory of maps whose channels do not lie last there.
-    dims, dtype = tuple(range(1, hidden.dim())), torch.promote_types(hidden.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(hidden, dim=dims, keepdim=True, dtype=dtype)
-    rstd = torch.rsqrt(norm.square() / hidden.shape[1:].numel() + eps)
-    return hidden * (rstd if weight is None else rstd * weight).to(hidden.dtype)
-
-
 class SampleLayerNorm(_Norm, nn.GroupNorm):
     """Layer normalisation over all positions and features of a sample together, with gain and bias for each feature.
 
@@ -68,7 +52,7 @@ class SampleLayerNorm(_Norm, nn.GroupNorm):
         super().__init__(1, size, eps=eps, affine=elementwise_affine)
 
     def normalize(self, hidden, weight, bias, mask=None):
-        return sample_layer_norm(hidden, weight, bias, self.eps)
+        return F.group_norm(hidden.movedim(-1, 1), 1, weight, bias, self.eps).movedim(1, -1)
 
 
 class SampleRMSNorm(RMSNorm):
@@ -78,7 +62,11 @@ class SampleRMSNorm(RMSNorm):
         super().__init__(size, eps=eps, elementwise_affine=elementwise_affine)
 
     def normalize(self, hidden, weight, bias, mask=None):
-        return sample_rms_norm(hidden, weight, self.eps)
+        # `F.rms_norm` would rearrange the memory of maps whose channels do not lie last there.
+        dims, dtype = tuple(range(1, hidden.dim())), torch.promote_types(hidden.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden, dim=dims, keepdim=True, dtype=dtype)
+        rstd = torch.rsqrt(norm.square() / hidden.shape[1:].numel() + self.eps)
+        return hidden * (rstd if weight is None else rstd * weight).to(hidden.dtype)
 
 
 class BatchNorm(_Norm, nn.BatchNorm1d):
@@ -150,11 +138,9 @@ NORMS: dict[str, type[nn.Module]] = {
 }
 """Every norm by its configuration name (`skip_norm`). Called as `norm(hidden, mask)`."""
 
-SAMPLE_NORMS: dict[str, type[nn.Module]] = NORMS | {"layer_norm": SampleLayerNorm, "rms_norm": SampleRMSNorm}
-"""The same names with statistics over a whole feature map. Batch statistics are those of a channel in either table."""
-
-NORM_AXES = {"channels": NORMS, "sample": SAMPLE_NORMS}
-"""Norms of feature maps by the axes of their statistics (`skip_norm_axes`): those of a position, or of a sample."""
+NORM_AXES = {"channels": NORMS, "sample": NORMS | {"layer_norm": SampleLayerNorm, "rms_norm": SampleRMSNorm}}
+"""Norms of feature maps by the axes of their statistics (`skip_norm_axes`): those of a position, or of a sample. Batch
+statistics are those of a channel in either."""
 
 
 def make_norm(
