@@ -81,23 +81,16 @@ class BatchNorm(_Norm, nn.BatchNorm1d):
         super().__init__(size, eps=eps, affine=elementwise_affine)
 
     def normalize(self, hidden, weight, bias, mask=None):
-        if mask is None and hidden.numel() > self.num_features:
-            return self._normalize_all(hidden, weight, bias)
-        if self.training:
-            mean, variance = self._batch_statistics(hidden, mask)
-        else:
-            mean, variance = self.running_mean, self.running_var
-        rstd = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + self.eps)
-        normalized = ((hidden - mean) * rstd).to(hidden.dtype)
+        if not self.training or (mask is None and hidden.numel() > self.num_features):
+            if self.training:
+                self.num_batches_tracked.add_(1)
+            statistics = self.running_mean, self.running_var
+            maps = torch.atleast_2d(hidden).movedim(-1, 1)
+            maps = F.batch_norm(maps, *statistics, weight, bias, self.training, self.momentum, self.eps)
+            return maps.movedim(1, -1).view(hidden.shape)
+        mean, variance = self._batch_statistics(hidden, mask)
+        normalized = ((hidden - mean) * torch.rsqrt(variance + self.eps)).to(hidden.dtype)
         return normalized if weight is None else normalized * weight + bias
-
-    def _normalize_all(self, hidden, weight, bias):
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        statistics = self.running_mean, self.running_var
-        maps = hidden.movedim(-1, 1)
-        maps = F.batch_norm(maps, *statistics, weight, bias, self.training, self.momentum, self.eps)
-        return maps.movedim(1, -1)
 
     def _batch_statistics(self, hidden, mask):
         tokens = hidden.reshape(-1, self.num_features).to(torch.promote_types(hidden.dtype, torch.float32))

@@ -724,3 +724,5 @@ def test_batch_norm_of_a_single_value_a_channel():
     norm = NORMS["batch_norm"](MAP[1]).double()
     assert on_maps(norm)(torch.randn(1, MAP[1], 1, 1, dtype=torch.float64)).abs().max() == 0
     assert all(buffer.isfinite().all() for buffer in norm.buffers())
+    vector = torch.randn(MAP[1], dtype=torch.float64)
+    torch.testing.assert_close(norm.eval()(vector), norm(vector[None])[0])
