@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
@@ -253,10 +254,10 @@ def image_classification_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The loss of `config.problem_type`, whose default is found as in Transformers.
+    """The loss of `config.problem_type`, which the first labels decide, as in Transformers.
 
-    That of Transformers would ignore `num_items_in_batch` where there is more than one label, or a number, for an
-    image, and gradient accumulation would multiply the gradient.
+    That of Transformers ignores `num_items_in_batch` where there is more than one label, or a number, for an image, and
+    gradient accumulation would multiply the gradient.
 
     Args:
         labels: `(batch,)` with the class of each image, or -100 to leave it out; `(batch, num_labels)` floating point
@@ -264,23 +265,14 @@ def image_classification_loss(
         logits: `(batch, num_labels)`.
         num_items_in_batch: what the sum is divided by, rather than by the number of its terms.
     """
-    problem = config.problem_type
-    if problem is None and config.num_labels == 1:
-        problem = "regression"
-    elif problem is None:
-        problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-    labels = labels.to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    if problem == "regression":
-        loss = nn.functional.mse_loss(logits.view(labels.shape), labels.to(logits.dtype), reduction=reduction)
-    elif problem == "multi_label_classification":
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction=reduction)
-    else:
-        loss = nn.functional.cross_entropy(logits, labels.view(-1), reduction=reduction)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
+    are_classes = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+    if labels.is_floating_point() or not are_classes:
+        labels = labels.to(logits.dtype)
+    loss = ForSequenceClassificationLoss(labels, logits, config, num_items_in_batch=num_items_in_batch)
+    if num_items_in_batch is None or config.problem_type == "single_label_classification":
+        return loss
+    return loss * labels.numel() / torch.as_tensor(num_items_in_batch, device=loss.device)
 
 
 class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):

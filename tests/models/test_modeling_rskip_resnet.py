@@ -364,7 +364,11 @@ def test_losses_of_other_problems(problem_type, given):
         for part in (slice(0, 3), slice(3, 4))
     ]
     torch.testing.assert_close(sum(halves), outputs.loss)
-    assert model.config.problem_type == (problem_type if given else None)
+    assert model.config.problem_type == problem_type
+    whole = labels.long()
+    losses = [model(x, labels=one).loss for one in (whole, whole if "single" in problem_type else whole.double())]
+    losses[0].backward()
+    torch.testing.assert_close(*losses)
 
 
 # Inputs and outputs
