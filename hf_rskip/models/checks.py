@@ -2,19 +2,17 @@
 
 from collections.abc import Collection, Mapping
 
-import transformers
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
+from transformers.utils.versions import require_version
 
-LOWEST_TRANSFORMERS = "5.24"
-"""The release that calls a cache of keys and values `cache`, which was `past_key_values` before."""
+require_version("transformers>=5.24.0.dev0")  # which calls a cache of keys and values `cache`
 ENCODER_KEYWORDS = ("logits_to_keep", "return_dict")
 """Keywords that `generate` passes to an encoder."""
 _KNOWN_KEYWORDS = TransformersKwargs.__optional_keys__ | FlashAttentionKwargs.__optional_keys__
 # For packed sequences, state-space models and mixtures of experts, which no model here has.
 _WITHOUT_EFFECT = FlashAttentionKwargs.__optional_keys__ | {"position_ids", "seq_idx", "output_router_logits"}
-_IS_TOO_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, LOWEST_TRANSFORMERS.split(".")))
 
 
 def check_keywords(
@@ -29,15 +27,12 @@ def check_keywords(
         without_effect: keywords of Transformers that this module ignores, beyond those that all models here ignore.
 
     Raises:
-        `TypeError`: if a keyword is unknown to Transformers or has no effect, or if Transformers is too old.
+        `TypeError`: if a keyword is unknown to Transformers or has no effect.
     """
     name = type(module).__name__
-    needs = f"{name} needs transformers>={LOWEST_TRANSFORMERS}"
-    if _IS_TOO_OLD:
-        raise TypeError(f"{needs}; {transformers.__version__} is installed")
     for keyword, value in keywords.items():
         if keyword not in _KNOWN_KEYWORDS and keyword not in also:
-            hint = f": {needs}, where it is called `cache`" if keyword == "past_key_values" else ""
+            hint = ": it is `cache` since Transformers 5.24" if keyword == "past_key_values" else ""
             raise TypeError(f"{name}.forward() got an unexpected keyword argument {keyword!r}{hint}")
         ignored = (keyword in _WITHOUT_EFFECT or keyword in without_effect) and value is not False
         if value is not None and (ignored or keyword == "is_causal"):  # which would change the attention of every kind
