@@ -1,4 +1,4 @@
-"""Builds and calls `rskip.cpp`, in which a row stays in the cache while it passes through its K steps.
+"""Builds `rskip.cpp`, in which a row stays in the cache while it passes through its K steps.
 
 The C++ needs no headers of torch and no ninja, so that any `c++` builds it in some seconds. It is compiled for the
 processor at hand when a precision is first used, and kept in torch's folder of extensions (`TORCH_EXTENSIONS_DIR`);
@@ -23,7 +23,6 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -37,6 +36,8 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_F
 def load(types: tuple[torch.dtype, torch.dtype, torch.dtype], source: str = SOURCE) -> ctypes.CDLL | None:
     """The compiled functions of `source` for x, F and y of these precisions, or `None`, with one line of log, where
     they cannot be built."""
+    from torch.utils.cpp_extension import get_default_build_root  # which imports setuptools
+
     names = zip(("TYPE_OF_X", "TYPE_OF_BRANCH", "TYPE_OF_Y"), types, strict=True)
     options = [*FLAGS.split(), *(f"-D{name}={_NAMES[dtype]}" for name, dtype in names)]
     try:
@@ -95,28 +96,3 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.findall(r"^(?:flags|Features|model name)\s*:.*", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     return "\n".join([platform.machine(), platform.processor(), *sorted(set(found))])
-
-
-def forward(x, branch, weight, bias, centred, eps, dtype):
-    """The kernel of [`operators.forward`]."""
-    y, stats = torch.empty_like(x, dtype=dtype), x.new_empty(len(x), 2 * len(weight) + 2, dtype=torch.float32)
-    tensors = x, branch, weight.float(), bias.float(), y, stats
-    load((x.dtype, branch.dtype, dtype)).rskip_forward(*_arguments(tensors, (*x.shape, len(weight), centred), eps))
-    return y, stats
-
-
-def backward(gradient, x, branch, weight, bias, stats, centred, eps):
-    """The kernel of [`operators.backward`]."""
-    (rows, size), grad_x, grad_branch = x.shape, torch.empty_like(x), torch.empty_like(branch)
-    chunks = min(64, -(-rows // (64 if size <= 8192 else 16)))
-    partial = torch.empty(chunks, 2, *weight.shape, dtype=torch.float64)
-    tensors = gradient, x, branch, weight.float(), bias.float(), stats, grad_x, grad_branch, partial
-    sizes = rows, size, len(weight), centred, chunks
-    load((x.dtype, branch.dtype, gradient.dtype)).rskip_backward(*_arguments(tensors, sizes, eps))
-    grad_weight, grad_bias = partial.sum(0)
-    return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True)
-
-
-def _arguments(tensors, sizes, eps):
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-    return *pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_double(eps), torch.get_num_threads()

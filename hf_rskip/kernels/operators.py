@@ -4,9 +4,18 @@ Kept for the backward pass are x, F and 2 K + 2 float32 numbers a row, from whic
 `(rows, size)`, gains and biases `(K, size)`, all contiguous; `dtype` is the precision of y.
 """
 
+import ctypes
+
 import torch
 
+from .cpu import load
 from .reference import reference
+
+
+def _arguments(tensors, sizes, eps):
+    """The arguments of a function of `rskip.cpp`; `tensors` must live until it returns."""
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    return *pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_double(eps), torch.get_num_threads()
 
 
 @torch.library.custom_op("hf_rskip::rskip", mutates_args=(), device_types="cpu")
@@ -20,9 +29,10 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y and the statistics of each row; `centred` is false for RMS normalisation."""
-    from . import cpu
-
-    return cpu.forward(x, branch, weight, bias, centred, eps, dtype)
+    y, stats = torch.empty_like(x, dtype=dtype), x.new_empty(len(x), 2 * len(weight) + 2, dtype=torch.float32)
+    tensors = x, branch, weight.float(), bias.float(), y, stats
+    load((x.dtype, branch.dtype, dtype)).rskip_forward(*_arguments(tensors, (*x.shape, len(weight), centred), eps))
+    return y, stats
 
 
 @forward.register_fake
@@ -43,9 +53,14 @@ def backward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, F, gains and biases."""
-    from . import cpu
-
-    return cpu.backward(gradient.contiguous(), x, branch, weight, bias, stats, centred, eps)
+    (rows, size), grad_x, grad_branch = x.shape, torch.empty_like(x), torch.empty_like(branch)
+    chunks = min(64, -(-rows // (64 if size <= 8192 else 16)))
+    partial = torch.empty(chunks, 2, *weight.shape, dtype=torch.float64)
+    tensors = gradient.contiguous(), x, branch, weight.float(), bias.float(), stats, grad_x, grad_branch, partial
+    sizes = rows, size, len(weight), centred, chunks
+    load((x.dtype, branch.dtype, gradient.dtype)).rskip_backward(*_arguments(tensors, sizes, eps))
+    grad_weight, grad_bias = partial.sum(0)
+    return grad_x, grad_branch, grad_weight.to(weight.dtype, copy=True), grad_bias.to(bias.dtype, copy=True)
 
 
 @backward.register_fake

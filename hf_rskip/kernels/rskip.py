@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ..models.skip_connections import AFFINES
+from .cpu import load
 from .maps import ClosedFormOverMaps
 from .operators import forward
 from .reference import reference
@@ -19,7 +20,7 @@ BACKENDS = {
     "sample": ("auto", "reference", "closed_form"),
 }
 """The implementations by what the norms go over: the last dimension, or all but the first (`skip_norm_axes`)."""
-LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rskip_layer_norm(
@@ -157,7 +158,7 @@ def run(
 
 
 def _check_cpp(x, branch):
-    if not (x.dtype in LOW_PRECISION and branch.dtype in LOW_PRECISION):
+    if not (x.dtype in PRECISIONS and branch.dtype in PRECISIONS):
         raise ValueError(f"backend='cpp' takes float32, bfloat16 and float16, not {x.dtype} and {branch.dtype}")
     if x.device.type != "cpu":
         raise ValueError(f"backend='cpp' runs on cpu, and x is on {x.device.type}")
@@ -174,7 +175,7 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, axes:
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or _is_transformed() or isinstance(x, torch.fx.Proxy):
         return "reference"
     size = x.shape[-1] if x.dim() else 0
-    supported = branch.dtype in LOW_PRECISION and x.dtype in (branch.dtype, torch.float32)
+    supported = branch.dtype in PRECISIONS and x.dtype in (branch.dtype, torch.float32)
     plain = not any(hasattr(tensor, "__tensor_flatten__") for tensor in (x, branch))
     if recursions == 1 or x.shape != branch.shape or not supported or not plain or not 16 <= size <= 8192:
         return "reference"
@@ -207,6 +208,4 @@ def cpu_threads() -> int:
 @torch.compiler.assume_constant_result
 def has_cpp(x: torch.dtype, branch: torch.dtype) -> bool:
     """Whether the kernel for CPUs exists; builds it at the first call."""
-    from .cpu import load
-
     return load((x, branch, torch.promote_types(x, branch))) is not None

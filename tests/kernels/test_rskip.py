@@ -331,7 +331,7 @@ def test_wrong_tensors_are_one_sentence():
 def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(cpu, "load", functools.cache(cpu.load.__wrapped__))
+    monkeypatch.setattr(rskip, "load", functools.cache(cpu.load.__wrapped__))
     x, branch = torch.randn(2, 16384, 64)
     for recursions in (4, 5):
         assert RSkip(64, recursions)(x, branch).isfinite().all()
