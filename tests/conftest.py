@@ -223,6 +223,16 @@ def warm_python() -> str:
     return os.environ.get("PYTHON_EXEC", sys.executable)
 
 
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def run_cli(start_cli, warm_python):
     """Runs the console script to its end, by [`warm_python`] unless told otherwise; returns `code`, `out` and `err`

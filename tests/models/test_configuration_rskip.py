@@ -65,7 +65,7 @@ COUNTS = (
             for value in (1.0, -0.1, math.nan, "0.1")
         ),
         *(("skip_scale", value, "a finite number") for value in (math.nan, math.inf, -math.inf, "1", None, True)),
-        *(("layer_norm_eps", value, "a positive number") for value in (0.0, -1e-5, math.nan, "1e-5")),
+        *(("layer_norm_eps", value, "a positive number") for value in (0.0, -1e-5, math.nan, math.inf, "1e-5")),
         *(
             (
                 "skip_type",

@@ -9,12 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 from hf_rskip import RSkipForConditionalGeneration
 from hf_rskip.models.skip_connections import ReZero
 
-
-@pytest.fixture(autouse=True)
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
 def assert_xavier_uniform(weight, gain=1.0):

@@ -41,13 +41,6 @@ def generate(model, batch, **options):
     return model.generate(**source_of(batch), **(OPTIONS | options))
 
 
-@pytest.fixture
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 # Weights
 
 

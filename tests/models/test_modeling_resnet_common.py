@@ -75,13 +75,6 @@ def labels():
     return torch.tensor([0, 2, 1])
 
 
-@pytest.fixture
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def first_output(model, images):
     outputs = model(images)
     return outputs.feature_maps[-1] if isinstance(model, RSkipResNetBackbone) else outputs[0]

@@ -119,13 +119,6 @@ def test_gradient_checkpointing_changes_nothing(build, batch, kind):
 # Saving and loading
 
 
-@pytest.fixture
-def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def embedding_matrices(model):
     weights = (model.model.encoder.embed_tokens, model.model.decoder.embed_tokens, model.lm_head)
     return {module.weight.data_ptr() for module in weights}
