@@ -54,8 +54,8 @@ class SkipConfig(PreTrainedConfig):
         skip_type: The kind of skip connection, a key of `SKIP_CONNECTIONS`, such as `"rskip"`, `"xskip"` or
             `"pre_norm"`; `"deep_norm"`, `"b2t"` and `"rskip_detached"` are for Transformers only.
         skip_recursions: K, the number of recursions of `"rskip"` (and of `"rskip_detached"`), at least 1; K = 1 is
-            post-LN. Other kinds ignore it.
-        skip_scale: s, the fixed scale of `"xskip"`. Other kinds ignore it.
+            post-LN. It has no effect on other kinds.
+        skip_scale: s, the fixed scale of `"xskip"`. It has no effect on other kinds.
         skip_norm: `"layer_norm"`, `"rms_norm"`, `"batch_norm"`, or `"none"` where the formula allows it.
         skip_norm_affine: Gain and bias of the K norms of `"rskip"`: `"per_step"`, `"shared"` or `"last"`.
         layer_norm_eps: Added to the variance in every norm of a skip connection.
