@@ -8,7 +8,6 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .skip_connections import AFFINES, SKIP_CONNECTIONS
-from .skip_norms import NORMS
 
 Rule = tuple[Callable[[object], bool], str]
 """A test of a value, and the allowed values in words: the end of "`field` must be ..."."""
@@ -110,8 +109,6 @@ class SkipConfig(PreTrainedConfig):
             "skip_type",
             one_of(SKIP_CONNECTIONS, ", or one of your own, whose module is imported first (`--import_module`)"),
         )
-        self._check("skip_norm", one_of(NORMS))
-        self._check("skip_norm_affine", one_of(AFFINES))
         norms = SKIP_CONNECTIONS[self.skip_type].norms
-        what = f"one of {', '.join(norms)}" if len(norms) > 1 else repr(norms[0])
-        self._check("skip_norm", (norms.__contains__, f"{what} with `skip_type` {self.skip_type!r}"))
+        self._check("skip_norm", one_of(norms, f" with `skip_type` {self.skip_type!r}"))
+        self._check("skip_norm_affine", one_of(AFFINES))

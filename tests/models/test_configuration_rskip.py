@@ -75,7 +75,7 @@ COUNTS = (
             )
             for value in ("r_skip", "", None)
         ),
-        *(("skip_norm", value, f"one of {', '.join(NORMS)}") for value in ("layernorm", None)),
+        *(("skip_norm", value, f"one of {', '.join(NORMS)} with `skip_type` 'rskip'") for value in ("layernorm", None)),
         ("skip_norm_affine", "first", "one of per_step, shared, last"),
         *(
             (field, "false", "true or false")
@@ -100,7 +100,7 @@ def test_a_wrong_value_names_the_field_and_what_is_allowed(field, value, allowed
         ),
         (
             {"skip_type": "rskip_detached", "skip_norm": "rms_norm"},
-            "`skip_norm` must be 'layer_norm' with `skip_type` 'rskip_detached', not 'rms_norm'",
+            "`skip_norm` must be one of layer_norm with `skip_type` 'rskip_detached', not 'rms_norm'",
         ),
         (
             {"d_model": 20, "encoder_attention_heads": 8, "decoder_attention_heads": 4},
