@@ -74,7 +74,7 @@ class SkipConfig(PreTrainedConfig):
         known = [field.name for field in fields(self) if field.name.startswith("skip_")]
         for name in kwargs:
             if name.startswith("skip_"):
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}")
+                raise ValueError(f"`{name}` is not a field: those that begin with skip_ are {', '.join(known)}")
         self._check_values()
         labels = None if self.id2label is None else len(self.id2label)
         for field, number in (("num_labels", kwargs.get("num_labels")), ("id2label", labels)):
