@@ -113,9 +113,12 @@ def _handled(numbers: Sequence[int], handler: Callable) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def outlive_signal(dataloader: DataLoader) -> None:
-    """Makes the workers of a data loader ignore the signals, as the last step still needs them."""
-    dataloader.worker_init_fn = partial(_ignore_signals, dataloader.worker_init_fn)
+def outlive_signal(dataloader: DataLoader) -> DataLoader:
+    """Makes the workers of a data loader ignore the signals, as the last step and its evaluation still need them."""
+    loader = getattr(dataloader, "base_dataloader", dataloader)  # accelerate wraps the one that starts them
+    if getattr(loader.worker_init_fn, "func", None) is not _ignore_signals:  # the Trainer keeps some loaders
+        loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
+    return dataloader
 
 
 def _ignore_signals(worker_init_fn: Callable[[int], None] | None, worker: int) -> None:

@@ -183,9 +183,13 @@ class RecipeTrainer(Trainer):
         return False
 
     def get_train_dataloader(self) -> DataLoader:
-        dataloader = super().get_train_dataloader()
-        outlive_signal(dataloader)
-        return dataloader
+        return outlive_signal(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        return outlive_signal(super().get_eval_dataloader(*args, **kwargs))
+
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        return outlive_signal(super().get_test_dataloader(*args, **kwargs))
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)

@@ -130,8 +130,7 @@ class RSkipTrainer(RecipeTrainer):
         dataloader = prepare_data_loader(
             dataloader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
-        outlive_signal(dataloader)
-        return dataloader
+        return outlive_signal(dataloader)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {**inputs, "use_cache": False}

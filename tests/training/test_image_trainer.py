@@ -7,6 +7,7 @@ import copy
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from torch.nn import functional as F
@@ -181,6 +182,22 @@ def test_the_moving_average(tmp_path):
     for name in floating:
         torch.testing.assert_close(final[name].double(), expected[name], rtol=1e-5, atol=1e-6)
     assert trainer.evaluate()["eval_loss"] == accuracy
+
+
+@pytest.mark.parametrize("split", ["train", "eval", "test"])
+def test_the_workers_of_a_data_loader_outlive_a_signal(tmp_path, split):
+    """Sent by another process, as that of their parent ends them without an error; most batches are still to come."""
+    arguments = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 1}
+    trainer = create_trainer(tmp_path, count=12, **arguments)
+    given = {"train": (), "eval": (), "test": (create_images(12),)}[split]
+    others = psutil.Process().children()
+    batches = iter(getattr(trainer, f"get_{split}_dataloader")(*given))
+    first = next(batches)
+    (worker,) = [process for process in psutil.Process().children() if process not in others]
+    for number in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    labels = torch.cat([batch["labels"] for batch in [first, *batches]])
+    assert sorted(labels.tolist()) == sorted(create_images(12).labels.tolist())
 
 
 # Evaluation
