@@ -92,29 +92,32 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
 
     Raises:
         [`UserError`]: if the checkpoint cannot be gone on from: names the file, and the newest one that is whole; if a
-            folder has the name of a checkpoint and is none; or if a fresh start would mix with an earlier run.
+            folder has the name of a checkpoint and is none; or if a fresh start would mix with an earlier run or
+            replace its model.
     """
     is_fresh = resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false"
+    is_last = str(resume_from_checkpoint).lower() == "true"
     # A refused fresh start must not remove files that another run may be writing.
     if not (is_fresh and list_checkpoints(output_dir)):
         clear_staging(output_dir)
     checkpoints = list_checkpoints(output_dir)
+    names = (CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if (is_fresh or is_last) and not checkpoints and any(Path(output_dir, name).exists() for name in names):
+        raise UserError(
+            f"{str(output_dir)!r} already holds a model, and no checkpoint to go on from: remove the folder, or choose "
+            "another `output_dir`"
+        )
+    if is_fresh and checkpoints:
+        raise UserError(
+            f"{str(output_dir)!r} already holds {checkpoints[-1].name}: go on from it with "
+            "`--resume_from_checkpoint true`, remove the folder, or choose another `output_dir`"
+        )
     if is_fresh:
-        names = (CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-        if any(Path(output_dir, name).exists() for name in names) and not checkpoints:
-            raise UserError(
-                f"{str(output_dir)!r} already holds a model: remove the folder, or choose another `output_dir`"
-            )
-        if checkpoints:
-            raise UserError(
-                f"{str(output_dir)!r} already holds {checkpoints[-1].name}: go on from it with "
-                "`--resume_from_checkpoint true`, remove the folder, or choose another `output_dir`"
-            )
         return None
     for path in checkpoints:
         if not {TRAINER_STATE_NAME, MANIFEST_NAME} & set(_list_names(path)):
             raise UserError(f"{str(path)!r} has the name of a checkpoint, but no {TRAINER_STATE_NAME}: move it away")
-    if str(resume_from_checkpoint).lower() != "true":
+    if not is_last:
         checkpoint = Path(resume_from_checkpoint)
     elif checkpoints:
         checkpoint = checkpoints[-1]

@@ -200,10 +200,12 @@ def test_weights_that_were_changed_on_purpose_load_without_the_manifest(copied, 
     assert torch.equal(load_model(str(folder))[0].lm_head.weight, model.lm_head.weight)
 
 
-def test_a_fresh_start_beside_a_finished_model_is_refused(tmp_path):
+@pytest.mark.parametrize("value", [None, "true"])
+def test_a_fresh_start_beside_a_finished_model_is_refused(tmp_path, value):
+    """Also the one that resuming comes to without a checkpoint."""
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(UserError, match="already holds a model"):
-        find_checkpoint(tmp_path, None)
+    with pytest.raises(UserError, match="already holds a model, and no checkpoint to go on from"):
+        find_checkpoint(tmp_path, value)
 
 
 def test_a_refused_start_leaves_what_another_run_is_writing(tmp_path):
