@@ -44,12 +44,10 @@ def sentence_batch(
     return dict(DataCollatorForSeq2Seq(tokenizer, model=model)(pairs))
 
 
-def training_sentences(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_set: Dataset, samples: int = SAMPLES
-) -> Batch:
+def training_sentences(collator: DataCollatorForSeq2Seq, train_set: Dataset, samples: int = SAMPLES) -> Batch:
     """Makes a batch of a result of [`~hf_rskip.data.text.preprocessing.tokenize_corpus`]."""
     pairs = train_set.select(spread(train_set, samples)).select_columns(["input_ids", "labels"])
-    return dict(DataCollatorForSeq2Seq(tokenizer, model=model)(list(pairs)))
+    return dict(collator(list(pairs)))
 
 
 def image_batch(processor: BaseImageProcessor, dataset: Dataset, args: ImageDataArguments, split: str) -> Batch:

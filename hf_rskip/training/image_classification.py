@@ -13,7 +13,6 @@ from ..decoding.loading import load_config
 from ..errors import UserError, first_line
 from ..hub.model_card import write_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
-from ..probing.batches import Batch, training_images
 from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
 from .checkpoints import read_step
@@ -47,9 +46,6 @@ class ImageClassification(Task):
         if self.recipe.training.channels_last:
             model.to(memory_format=torch.channels_last)
         return model
-
-    def probe_batch(self, model: PreTrainedModel) -> Batch:
-        return training_images(self.sets["train"], self.recipe.data)
 
     def create_trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> ImageTrainer:
         return ImageTrainer(

@@ -14,6 +14,7 @@ from ..data.images.augmentation import normalize, random_crop, random_flip
 from ..data.images.pixels import collate
 from ..errors import UserError
 from ..evaluation.image_metric import ImageClassificationMetric, rank_classes
+from ..probing.batches import Batch, training_images
 from .recipe_trainer import RecipeTrainer
 
 
@@ -35,6 +36,7 @@ class ImageTrainer(RecipeTrainer):
     throughput_name = "images_per_second"
 
     def __init__(self, *, data_args: ImageDataArguments, **kwargs):
+        self.data_args = data_args
         super().__init__(
             data_collator=collate,
             compute_metrics=lambda prediction: ImageClassificationMetric().compute(
@@ -45,7 +47,6 @@ class ImageTrainer(RecipeTrainer):
         )
         if self.is_fsdp_enabled:
             raise UserError("Models of images are not sharded: launch with ddp, not with FSDP.")
-        self.data_args = data_args
         self._generator = torch.Generator(self.args.device)
         self._batch_of_step = (-1, 0)
 
@@ -74,6 +75,9 @@ class ImageTrainer(RecipeTrainer):
         self._batch_of_step = (self.state.global_step, batch)
         entropy = (self.args.seed, self.state.global_step, batch, self.args.process_index)
         self._generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    def probe_batch(self) -> Batch:
+        return training_images(self.train_dataset, self.data_args)
 
     def describe_batch(self, inputs: dict) -> str:
         return f"rows {', '.join(map(str, inputs['row'].tolist()))} of the training split"

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from transformers import PreTrainedModel, set_seed
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, set_seed
 
 from ..data.images.loading import load_image_dataset
 from ..data.images.pixels import decode_images, stream_images
@@ -62,7 +62,7 @@ def _begin_translation(recipe: Recipe, samples: int) -> tuple[PreTrainedModel, B
     some, _ = filter_by_length(tokenize_corpus(some, tokenizer, data), data)
     set_seed(recipe.training.seed)
     model = create_translation_model(recipe, tokenizer)
-    return model, training_sentences(model, tokenizer, some, samples)
+    return model, training_sentences(DataCollatorForSeq2Seq(tokenizer, model=model), some, samples)
 
 
 def _begin_images(recipe: Recipe, samples: int) -> tuple[PreTrainedModel, Batch]:

@@ -31,6 +31,8 @@ from ..errors import UserError, first_line
 from ..hub.checkpoints import PushCheckpoints
 from ..hub.push import Pushed, push_folder
 from ..manifest import MODEL_FILES, check_manifest, write_manifest
+from ..probing.batches import Batch
+from ..probing.callback import ProbeCallback
 from .averaging import MovingAverage, average_weights, choose_checkpoints, is_out_of_turn
 from .best_model import BestModelCallback
 from .checkpoints import (
@@ -44,7 +46,7 @@ from .checkpoints import (
 from .loss_guard import LossGuard, check_weights
 from .preemption import StopOnSignal, outlive_signal
 from .progress import TrainingBar, TrainingLog
-from .resuming import write_record
+from .resuming import EarlyStopping, write_record
 
 
 class RecipeTrainer(Trainer):
@@ -71,6 +73,11 @@ class RecipeTrainer(Trainer):
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingLog if args.disable_tqdm else TrainingBar)
         self.add_callback(_SamplerEpoch)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(args.early_stopping_patience))
+        if args.probe_steps is not None:
+            probe = ProbeCallback(self.probe_batch(), args.probe_steps, args.label_smoothing_factor or None)
+            self.add_callback(probe)
         self.moving_average = None
         if args.ema_decay is not None:
             self.moving_average = MovingAverage(self.model, args.ema_decay)
@@ -99,6 +106,10 @@ class RecipeTrainer(Trainer):
                 f"push_to_hub: no repository can be made on the Hub ({reason}); without it, `hf-rskip push` sends the "
                 "finished model."
             ) from error
+
+    def probe_batch(self) -> Batch:
+        """Makes the batch of training examples for `probe_steps`."""
+        raise NotImplementedError
 
     def describe_batch(self, inputs: dict) -> str:
         """Describes the examples of a batch in a few words, for an error."""

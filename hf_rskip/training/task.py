@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..probing.batches import Batch
 from ..recipe.parsing import Recipe
 from .recipe_trainer import RecipeTrainer
 
@@ -43,10 +42,6 @@ class Task(ABC):
     @abstractmethod
     def create_model(self) -> PreTrainedModel:
         """Creates the model."""
-
-    @abstractmethod
-    def probe_batch(self, model: PreTrainedModel) -> Batch:
-        """Training examples for [`~hf_rskip.probing.callback.ProbeCallback`]."""
 
     @abstractmethod
     def create_trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> RecipeTrainer:

@@ -10,7 +10,6 @@ from transformers import set_seed
 from ..errors import UserError
 from ..evaluation.predictions import write_predictions
 from ..manifest import check_model
-from ..probing.callback import ProbeCallback
 from ..recipe.describe import describe_resumption
 from ..recipe.parsing import Recipe, check_configuration
 from .checkpoints import find_checkpoint
@@ -18,7 +17,6 @@ from .image_classification import ImageClassification
 from .output_lock import locked
 from .resuming import (
     CurrentSteps,
-    EarlyStopping,
     begin_record,
     check_data,
     complete_metrics,
@@ -68,11 +66,6 @@ def _train(recipe: Recipe) -> dict[str, float | str]:
     set_seed(training.seed)
     model = task.create_model()
     callbacks = [CurrentSteps(not {"logging_steps", "logging_strategy"}.isdisjoint(recipe.keys))]
-    if training.early_stopping_patience:
-        callbacks.append(EarlyStopping(training.early_stopping_patience))
-    if training.probe_steps:
-        batch = task.probe_batch(model)
-        callbacks.append(ProbeCallback(batch, training.probe_steps, training.label_smoothing_factor or None))
     trainer = task.create_trainer(model, callbacks)
     trainer.record = record
     if trainer.is_world_process_zero():

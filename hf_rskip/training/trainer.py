@@ -16,6 +16,7 @@ from ..data.text.batching import TokenBatchSampler
 from ..data.text.columns import read_column
 from ..errors import UserError
 from ..models import RSkipForConditionalGeneration
+from ..probing.batches import Batch, training_sentences
 from .chunked_loss import chunked_cross_entropy
 from .preemption import outlive_signal
 from .recipe_trainer import RecipeTrainer
@@ -143,6 +144,9 @@ class RSkipTrainer(RecipeTrainer):
         hidden = outputs.decoder_hidden_states[-1]
         total = chunked_cross_entropy(hidden, head.weight, head.bias, labels, self.args.label_smoothing_factor)
         return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def probe_batch(self) -> Batch:
+        return training_sentences(self.data_collator, self.train_dataset)
 
     def describe_batch(self, inputs: dict) -> str:
         source, target = (

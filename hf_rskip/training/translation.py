@@ -16,7 +16,6 @@ from ..evaluation.bleu import choose_tokenizer, scored_form
 from ..evaluation.evaluate import evaluate_translation, lowercases, split_languages
 from ..hub.model_card import write_model_card
 from ..models import RSkipForConditionalGeneration
-from ..probing.batches import Batch, training_sentences
 from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
 from .task import Task, Tested
@@ -52,9 +51,6 @@ class Translation(Task):
             )
         model.set_attn_implementation(training.attn_implementation)
         return model
-
-    def probe_batch(self, model: PreTrainedModel) -> Batch:
-        return training_sentences(model, self.tokenizer, self.train_set)
 
     def create_trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> RSkipTrainer:
         training, pad_to = self.recipe.training, self.recipe.training.pad_to_multiple_of

@@ -19,6 +19,7 @@ from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
 from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
 from hf_rskip.models import RSkipConfig, RSkipForConditionalGeneration
+from hf_rskip.probing.table import read_table
 from hf_rskip.recipe.translation import RSkipTrainingArguments
 from hf_rskip.training.averaging import choose_checkpoints
 from hf_rskip.training.trainer import RSkipTrainer
@@ -236,11 +237,10 @@ def test_a_finished_run_does_not_go_on_when_it_is_resumed(tmp_path, end):
 
     def create():
         scores = itertools.count(100, -1)
-        stops = {"patience": {"num_train_epochs": 5}, "max_steps": {"max_steps": 6}}
+        stops = {"patience": {"num_train_epochs": 5, "early_stopping_patience": 2}, "max_steps": {"max_steps": 6}}
         return create_trainer(
             tmp_path,
             COVERAGE_LENGTHS[:40],
-            callbacks=[EarlyStoppingCallback(2)] if end == "patience" else [],
             metrics=lambda model: {"bleu": float(next(scores))},
             per_device_train_batch_tokens=40,
             eval_strategy="steps",
@@ -352,6 +352,11 @@ def test_what_shards_cannot_do(tmp_path, monkeypatch, arguments, said):
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
     with pytest.raises(UserError, match=said):
         trainer._check_fsdp()
+
+
+def test_probe_steps_is_a_key_of_the_trainer_alone(tmp_path):
+    create_trainer(tmp_path, COVERAGE_LENGTHS[:20], max_steps=3, probe_steps=2).train()
+    assert [item.step for item in read_table(tmp_path / "probe.csv")] == [0, 2]
 
 
 def test_logs_count_target_tokens(tmp_path):
