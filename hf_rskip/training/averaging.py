@@ -20,8 +20,9 @@ from ..conversion.output import new_folder
 from ..errors import UserError
 from ..hub.push import RESULT_FILES, collect_files
 from ..manifest import MODEL_FILES, read_json, write_manifest
-from .best_model import SCORES, list_evaluations, rank_scores
+from .best_model import list_evaluations, rank_scores
 from .checkpoints import checkpoint_step, list_checkpoints, read_state
+from .resuming import read_record
 
 MOVING_AVERAGE_NAME = "moving_average.safetensors"
 
@@ -120,17 +121,18 @@ def choose_checkpoints(
         run: its `output_dir`.
         count: how many.
         by: "last", or "best" by the metric by which the run chooses its best model.
-        state: of the run; that of its last checkpoint unless given.
-        metric: by which the run chooses; the one whose value the state remembers unless given.
+        state: of the run, with the `metric` by which it chooses; those of its last checkpoint unless given.
+
+    Raises:
+        [`UserError`]: if the last checkpoint does not say the metric.
     """
     checkpoints = [path for path in list_checkpoints(run) if not is_out_of_turn(path)]
     if by == "last" or not checkpoints:
         return checkpoints[-count:]
-    state = state or TrainerState.load_from_json(str(checkpoints[-1] / TRAINER_STATE_NAME))
+    if state is None:
+        state = TrainerState.load_from_json(str(checkpoints[-1] / TRAINER_STATE_NAME))
+        metric = read_record(checkpoints[-1])["values"].get("metric_for_best_model")
     logs = {log["step"]: log for log in list_evaluations(state)}
-    if metric is None:
-        best = logs.get(state.best_global_step, {})
-        metric = next((name for name in SCORES if best.get(f"eval_{name}") == state.best_metric), None)
     evaluated = [path for path in checkpoints if metric is not None and checkpoint_step(path) in logs]
     # The sort is stable: of equal ones the later is chosen.
     ranked = sorted(evaluated, key=lambda path: rank_scores(logs[checkpoint_step(path)], metric))

@@ -11,8 +11,6 @@ from ..manifest import check_manifest
 
 logger = logging.get_logger(__name__)
 
-SCORES = ("bleu", "chrf", "accuracy", "top5_accuracy", "loss")
-"""Values of `metric_for_best_model`."""
 TIE_BREAKERS = ("chrf", "accuracy", "loss")
 """Metrics that decide, in this order, between evaluations that are equal by the chosen one."""
 

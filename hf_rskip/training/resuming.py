@@ -38,7 +38,7 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
     """
     record = {"values": _values(recipe), "data": {}, "resumed": []}
     if checkpoint is not None:
-        before = _read_record(checkpoint / RECORD_NAME)
+        before = read_record(checkpoint)
         changed = _find_changes(before, record["values"], str(checkpoint))
         _check_end(recipe, checkpoint)
         record["data"] = before.get("data", {})
@@ -72,7 +72,7 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     folder, resume = Path(training.output_dir), str(training.resume_from_checkpoint or "false").lower()
     if resume == "false" or not ((folder / RECORD_NAME).exists() and any(folder.glob("model*.safetensors"))):
         return None
-    record = _read_record(folder / RECORD_NAME)
+    record = read_record(folder)
     named = [] if resume == "true" else [Path(training.resume_from_checkpoint)]
     if any(path not in list_checkpoints(path.parent) for path in named):
         return None  # [`find_checkpoint`] refuses it
@@ -118,7 +118,7 @@ def complete_metrics(metrics: dict[str, Any], recipe: Recipe, record: dict[str, 
         [`UserError`]: if the finished run in `output_dir` had as many steps; its record stays.
     """
     path = Path(recipe.training.output_dir, RECORD_NAME)
-    if path.exists() and _read_record(path)["step"] >= step:
+    if path.exists() and read_record(path.parent)["step"] >= step:
         raise UserError(
             f"{recipe.training.output_dir!r} holds a finished run of {step:,} steps, and with this recipe nothing is "
             "left to train: its results stay as they are."
@@ -169,8 +169,9 @@ def _values(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.values, "processes": recipe.training.world_size}
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    record = read_json(path)
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads the record of a checkpoint or a finished run; raises a [`UserError`] if there is none."""
+    record = read_json(path := folder / RECORD_NAME)
     if not record.keys() >= {"step", "values", "resumed"}:
         raise UserError(f"{str(path)!r} does not say how that was trained.")
     return record

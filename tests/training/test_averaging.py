@@ -8,10 +8,12 @@ import signal
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM, AutoTokenizer, Trainer
+from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainerState
 
 from hf_rskip.cli.main import main
+from hf_rskip.training.averaging import choose_checkpoints
 from hf_rskip.training.checkpoints import list_checkpoints
+from hf_rskip.training.resuming import write_record
 
 
 def assert_mean(folder, checkpoints):
@@ -65,6 +67,22 @@ def test_the_last_and_the_best_of_a_run(run, tmp_path, capfd):
     losses = {log["step"]: log["eval_loss"] for log in history if "eval_loss" in log}
     best = sorted(sorted(losses, key=losses.get)[:3])
     assert_mean(tmp_path / "best", numbered(run, *best))
+
+
+def test_the_best_are_by_the_metric_of_the_recipe_not_by_an_equal_value(tmp_path):
+    """Top-5 accuracies, of which the best equals an accuracy."""
+    top5 = {4: 0.9, 8: 1.0, 12: 0.8}
+    logs = [{"step": step, "eval_loss": 1.0, "eval_accuracy": 1.0, "eval_top5_accuracy": top5[step]} for step in top5]
+    for step in top5:
+        numbered(tmp_path, step)[0].mkdir()
+        write_record(
+            numbered(tmp_path, step)[0],
+            {"values": {"metric_for_best_model": "eval_top5_accuracy"}, "resumed": []},
+            step,
+        )
+        state = TrainerState(log_history=logs, best_global_step=8, best_metric=1.0, global_step=step)
+        state.save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
+    assert choose_checkpoints(tmp_path, 2, "best") == numbered(tmp_path, 4, 8)
 
 
 def test_half_precision_is_accumulated_in_double(run, tmp_path):
