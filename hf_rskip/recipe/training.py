@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from typing import Literal
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -119,25 +119,37 @@ class CommonTrainingArguments(TrainingArguments):
             # With 1, the Trainer removes all but the best at the end.
             self.save_total_limit = max(self.save_total_limit, self.average_checkpoints, 2)
 
+    def find_uses_of_evaluations(self) -> list[str]:
+        """Finds the settings that need evaluations, each as its key, with the value where that matters."""
+        uses = {
+            "early_stopping_patience": self.early_stopping_patience is not None,
+            "average_checkpoints_by best": self._averages_best(),
+            "save_strategy best": self.save_strategy == SaveStrategy.BEST,
+            f"lr_scheduler_type {self.lr_scheduler_type.value}": (
+                self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+            ),
+        }
+        return [use for use, applies in uses.items() if applies]
+
+    def _averages_best(self) -> bool:
+        return self.average_checkpoints is not None and self.average_checkpoints_by == "best"
+
     def _check_combinations(self) -> None:
-        evaluates, averages = self.eval_strategy != IntervalStrategy.NO, self.average_checkpoints is not None
-        averages_best = averages and self.average_checkpoints_by == "best"
-        has_ema = self.ema_decay is not None
+        if self.eval_strategy == IntervalStrategy.NO:
+            for use in self.find_uses_of_evaluations():
+                raise UserError(f"{use} needs evaluations, but eval_strategy is no.")
+        averages, has_ema = self.average_checkpoints is not None, self.ema_decay is not None
         problems = {
             "dataloader_persistent_workers needs workers: set dataloader_num_workers.": (
                 self.dataloader_persistent_workers and self.dataloader_num_workers == 0
-            ),
-            "early_stopping_patience needs evaluations, but eval_strategy is no.": (
-                self.early_stopping_patience is not None and not evaluates
             ),
             "ema_decay needs whole checkpoints, without save_only_model.": has_ema and self.save_only_model,
             "ema_decay and average_checkpoints are two averages to end with: choose one.": has_ema and averages,
             "average_checkpoints needs checkpoints, but save_strategy is no.": (
                 averages and self.save_strategy == SaveStrategy.NO
             ),
-            "average_checkpoints_by best needs evaluations, but eval_strategy is no.": averages_best and not evaluates,
             "average_checkpoints_by best needs a metric_for_best_model.": (
-                averages_best and self.metric_for_best_model is None
+                self._averages_best() and self.metric_for_best_model is None
             ),
         }
         for message, applies in problems.items():

@@ -25,10 +25,10 @@ class ImageClassification(Task):
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None):
         super().__init__(recipe, checkpoint)
+        if recipe.data.validation_split is None and recipe.data.validation_size is None:
+            _do_without_validation(recipe)
         images = load_image_dataset(recipe.data)
         self.class_names = images.class_names
-        if "validation" not in images.splits:
-            _do_without_validation(recipe)
         if recipe.training.metric_for_best_model == "top5_accuracy" and len(self.class_names) <= 5:
             count = len(self.class_names)
             raise UserError(f"metric_for_best_model top5_accuracy is always 1 for {count} classes: choose accuracy.")
@@ -76,11 +76,11 @@ class ImageClassification(Task):
 def _do_without_validation(recipe: Recipe) -> None:
     """Turns evaluations off; refuses keys that need validation images."""
     training = recipe.training
-    for key in ("load_best_model_at_end", "early_stopping_patience"):
-        if getattr(training, key):
-            raise UserError(f"{key} needs validation images: set validation_split or validation_size.")
+    uses = [key for key in ("load_best_model_at_end", "eval_on_start") if getattr(training, key)]
     if "eval_strategy" in recipe.keys and training.eval_strategy != IntervalStrategy.NO:
-        raise UserError("eval_strategy needs validation images: set validation_split or validation_size.")
+        uses.append("eval_strategy")
+    for use in uses + training.find_uses_of_evaluations():
+        raise UserError(f"{use} needs validation images: set validation_split or validation_size.")
     training.eval_strategy = IntervalStrategy.NO
 
 

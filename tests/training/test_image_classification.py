@@ -354,6 +354,17 @@ def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
             {"eval_strategy": None, "save_strategy": "epoch", "load_best_model_at_end": True},
             "load_best_model_at_end needs validation images",
         ),
+        ({"eval_on_start": True}, "eval_on_start needs validation images"),
+        (
+            {"eval_strategy": None, "average_checkpoints": 2, "average_checkpoints_by": "best"},
+            "average_checkpoints_by best needs validation images",
+        ),
+        (
+            {"eval_strategy": None, "lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type reduce_lr_on_plateau needs validation images",
+        ),
+        ({"eval_strategy": None, "save_strategy": "best"}, "save_strategy best needs validation images"),
+        ({"save_strategy": "best"}, "save_strategy best needs evaluations, but eval_strategy is no"),
         ({"lr_milestones": [2, 1]}, "lr_milestones must be rising numbers of epochs"),
         ({"lr_milestones": [1], "max_steps": 5}, "lr_milestones are epochs: set num_train_epochs, not max_steps, or"),
         ({"ema_decay": 1.0}, "ema_decay must be a number from 0 to below 1, not 1.0"),
