@@ -8,6 +8,10 @@ from ..models import SKIP_CONNECTIONS
 from .parsing import Recipe
 
 
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Values of `lr_scheduler_type` for which `warmup_steps` has no effect."""
+
+
 def describe_model(model: PreTrainedModel, recipe: Recipe, shape: str) -> None:
     """Prints the skip connection and the size of a model, and which keys of the recipe have no effect."""
     config = model.config
@@ -24,7 +28,6 @@ def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, 
     values, options = recipe.values, SKIP_CONNECTIONS[config.skip_type].options
     schedule, optim = values["lr_scheduler_type"], values["optim"]
     has_milestones = values.get("lr_milestones") is not None
-    no_warmup = schedule in ("constant", "reduce_lr_on_plateau", "greedy")
     own_tokenizer = values.get("tokenizer_name") or values["model_name_or_path"]
     skip_keys = [key for key in ("skip_recursions", "skip_norm_affine", "skip_scale") if key not in options]
     hub_keys = [key for key in values if key.startswith("hub_")]
@@ -38,7 +41,7 @@ def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, 
         ("loss_spike_window", values["loss_spike_factor"] is None, "without loss_spike_factor"),
         ("average_checkpoints_by", values["average_checkpoints"] is None, "without average_checkpoints"),
         (" ".join(skip_keys), True, f"with skip_type {config.skip_type}"),
-        ("warmup_steps", no_warmup and not has_milestones, f"with lr_scheduler_type {schedule}"),
+        ("warmup_steps", schedule in _WITHOUT_WARMUP and not has_milestones, f"with lr_scheduler_type {schedule}"),
         ("layer_norm_eps skip_norm_axes", config.skip_norm == "none", "with skip_norm none"),
         ("lr_gamma", not has_milestones, "without lr_milestones"),
         ("lr_scheduler_type lr_scheduler_kwargs", has_milestones, "with lr_milestones"),
@@ -59,7 +62,10 @@ def describe_schedule(args: TrainingArguments, steps: int) -> str:
     """Describes the learning-rate schedule of so many steps in one line."""
     name, warmup = args.lr_scheduler_type.value, args.get_warmup_steps(steps)
     if getattr(args, "lr_milestones", None) is not None:
-        name = f"times {args.lr_gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in args.lr_milestones)}"
+        milestones = [f"{epoch:g}{' (not reached)' * (epoch >= args.num_train_epochs)}" for epoch in args.lr_milestones]
+        name = f"times {args.lr_gamma:g} after epochs {', '.join(milestones)}"
+    elif name in _WITHOUT_WARMUP:
+        return f"learning rate: {args.learning_rate:g}, {name}, {steps:,} steps"
     if warmup > steps:
         name += " (its peak is never reached: lower warmup_steps)"
     return f"learning rate: {args.learning_rate:g}, {name}, warm-up in {warmup:,} of {steps:,} steps"

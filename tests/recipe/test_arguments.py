@@ -267,6 +267,14 @@ def test_the_default_schedule_warms_up_and_decays(write_recipe):
     )
 
 
+def test_a_schedule_without_warm_up_and_milestones_after_the_end_are_called_so(write_recipe, write_image_recipe):
+    training = parse_recipe(write_recipe(lr_scheduler_type="constant"), []).training
+    assert describe_schedule(training, 400) == "learning rate: 0.01, constant, 400 steps"
+    training = parse_recipe(write_image_recipe(lr_milestones=[1, 2.5, 3], num_train_epochs=2.5), []).training
+    said = "times 0.1 after epochs 1, 2.5 (not reached), 3 (not reached), warm-up in 0 of 400 steps"
+    assert describe_schedule(training, 400) == f"learning rate: 0.05, {said}"
+
+
 def test_a_key_that_stands_twice_is_an_error(write_recipe):
     recipe = write_recipe()
     recipe.write_text(recipe.read_text() + "\nskip_recursions: 1\nskip-recursions: 3\n")
