@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from ..models import SKIP_CONNECTIONS
 from .parsing import Recipe
 
-
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Values of `lr_scheduler_type` for which `warmup_steps` has no effect."""
 
@@ -27,6 +26,7 @@ def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, 
     """Finds the keys of a recipe that have no effect beside its other keys or with its model; each with the reason."""
     values, options = recipe.values, SKIP_CONNECTIONS[config.skip_type].options
     schedule, optim = values["lr_scheduler_type"], values["optim"]
+    is_adam = ("adam" in optim or "ademamix" in optim) and optim != "grokadamw"
     has_milestones = values.get("lr_milestones") is not None
     own_tokenizer = values.get("tokenizer_name") or values["model_name_or_path"]
     skip_keys = [key for key in ("skip_recursions", "skip_norm_affine", "skip_scale") if key not in options]
@@ -45,7 +45,8 @@ def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, 
         ("layer_norm_eps skip_norm_axes", config.skip_norm == "none", "with skip_norm none"),
         ("lr_gamma", not has_milestones, "without lr_milestones"),
         ("lr_scheduler_type lr_scheduler_kwargs", has_milestones, "with lr_milestones"),
-        ("adam_beta1 adam_beta2 adam_epsilon", "adam" not in optim, f"with optim {optim}"),
+        ("adam_beta1 adam_beta2", not is_adam and "lion" not in optim, f"with optim {optim}"),
+        ("adam_epsilon", not is_adam, f"with optim {optim}"),
         ("momentum nesterov", optim != "sgd", f"with optim {optim}"),
         (" ".join(hub_keys), not values["push_to_hub"], "without push_to_hub"),
         ("generation_num_beams", not values.get("predict_with_generate"), "without predict_with_generate"),

@@ -100,6 +100,22 @@ def test_idle_keys_are_named(write_recipe, changes, key):
     assert key in dict(_idle(write_recipe(**changes)))
 
 
+@pytest.mark.parametrize(
+    ("optim", "idle"),
+    [
+        ("adamw_torch", []),
+        ("paged_ademamix_8bit", []),
+        ("lion_32bit", ["adam_epsilon"]),
+        ("grokadamw", ["adam_beta1", "adam_epsilon"]),
+    ],
+)
+def test_keys_of_adam_that_other_optimizers_take(write_recipe, optim, idle):
+    """As `Trainer.get_optimizer_cls_and_kwargs` passes them on; the optimizers need not be installed here."""
+    recipe = parse_recipe(write_recipe(adam_beta1=0.8, adam_epsilon=1e-7), [])
+    recipe.values["optim"] = optim
+    assert list(dict(find_idle_keys(recipe, recipe.model))) == idle
+
+
 def test_a_recipe_without_idle_keys(write_recipe, write_image_recipe):
     for recipe in (write_recipe(), write_image_recipe()):
         assert _idle(recipe) == []
