@@ -82,7 +82,7 @@ class CommonTrainingArguments(TrainingArguments):
         default="epoch", help="When to evaluate, if there is validation data."
     )
     save_strategy: Literal["no", "steps", "epoch", "best"] = HfArg(default="epoch", help="When to save.")
-    save_total_limit: int | None = HfArg(default=2, help="Number of checkpoints to keep.")
+    save_total_limit: int | None = HfArg(default=2, help="Number of checkpoints to keep; 0 keeps all.")
     logging_steps: float = HfArg(
         default=DEFAULT_LOGGING_STEPS,
         help="Log every so many steps, or this fraction of all; the default, 50, is less in a short run.",
@@ -115,7 +115,7 @@ class CommonTrainingArguments(TrainingArguments):
         check_ranges(self)
         self._check_combinations()
         self._check_optimization()
-        if self.average_checkpoints is not None and self.save_total_limit is not None:
+        if self.average_checkpoints is not None and (self.save_total_limit or 0) > 0:
             # With 1, the Trainer removes all but the best at the end.
             self.save_total_limit = max(self.save_total_limit, self.average_checkpoints, 2)
 

@@ -102,6 +102,12 @@ def test_lists(parse, text):
     assert parse(text, words, dataset_name=None).data.train_files == ["c.en", "c.de"]
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(0, 0), (1, 5), (7, 7)])
+def test_the_checkpoints_to_average_are_kept(parse, limit, kept):
+    """0 keeps all."""
+    assert parse(save_total_limit=limit, average_checkpoints=5).training.save_total_limit == kept
+
+
 def test_null_keeps_the_default(parse):
     assert parse("save_total_limit: null").training.save_total_limit == 2
     assert parse("max_length_ratio: null").data.max_length_ratio is None
