@@ -149,15 +149,16 @@ class RSkipTrainer(RecipeTrainer):
         return training_sentences(self.data_collator, self.train_dataset)
 
     def describe_batch(self, inputs: dict) -> str:
-        source, target = (
-            (side >= 0) & (side != self.processing_class.pad_token_id)
-            for side in (inputs["input_ids"], inputs["labels"])
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        source, target = mask.sum(1), (inputs["labels"] != -100).sum(1)
+        description = (
+            f"{len(source)} pairs of {source.min()} to {source.max()} source tokens and {target.min()} to "
+            f"{target.max()} target tokens"
         )
+        if self.processing_class is None:
+            return description
         first = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
-        return (
-            f"{len(source)} pairs of {source.sum(1).min()} to {source.sum(1).max()} source tokens and "
-            f"{target.sum(1).min()} to {target.sum(1).max()} target tokens, the first {first!r}"
-        )
+        return f"{description}, the first {first!r}"
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         kwargs["prediction_loss_only"] = True

@@ -354,6 +354,17 @@ def test_what_shards_cannot_do(tmp_path, monkeypatch, arguments, said):
         trainer._check_fsdp()
 
 
+def test_a_batch_is_described_without_a_tokenizer(tmp_path):
+    trainer = create_trainer(tmp_path, STEP_LENGTHS)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 2)])
+    said = "2 pairs of 11 to 12 source tokens and 10 to 14 target tokens"  # with a number of two tokens and EOS
+    assert trainer.describe_batch(batch) == said
+    del batch["attention_mask"]
+    assert trainer.describe_batch(batch).startswith("2 pairs of 12 to 12 source tokens")
+    trainer.processing_class = trainer.data_collator.tokenizer
+    assert trainer.describe_batch(batch).startswith("2 pairs of") and ", the first '" in trainer.describe_batch(batch)
+
+
 def test_probe_steps_is_a_key_of_the_trainer_alone(tmp_path):
     create_trainer(tmp_path, COVERAGE_LENGTHS[:20], max_steps=3, probe_steps=2).train()
     assert [item.step for item in read_table(tmp_path / "probe.csv")] == [0, 2]
