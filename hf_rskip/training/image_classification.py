@@ -29,7 +29,8 @@ class ImageClassification(Task):
             _do_without_validation(recipe)
         images = load_image_dataset(recipe.data)
         self.class_names = images.class_names
-        if recipe.training.metric_for_best_model == "top5_accuracy" and len(self.class_names) <= 5:
+        metric = (recipe.training.metric_for_best_model or "").removeprefix("eval_")
+        if metric == "top5_accuracy" and len(self.class_names) <= 5:
             count = len(self.class_names)
             raise UserError(f"metric_for_best_model top5_accuracy is always 1 for {count} classes: choose accuracy.")
         self.sets = {split: _prepare(images, split, recipe, checkpoint) for split in images.splits}

@@ -385,6 +385,7 @@ def test_a_start_model_of_another_kind(write_image_recipe, tmp_path, capsys):
         ({"image_size": 2, "crop_padding": 0, "per_device_train_batch_size": 29}, "A batch of one image occurs"),
         ({"test_split": "train"}, "train_split and test_split are both 'train'"),
         ({"metric_for_best_model": "top5_accuracy"}, "top5_accuracy is always 1 for 4 classes: choose accuracy"),
+        ({"metric_for_best_model": "eval_top5_accuracy"}, "top5_accuracy is always 1 for 4 classes"),
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model must be one of accuracy, top5_accuracy, loss"),
     ],
 )
