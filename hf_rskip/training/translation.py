@@ -73,6 +73,8 @@ class Translation(Task):
         pairs = pairs.select(order[longest[order] <= positions])
         if len(pairs) == 0:
             raise UserError(f"No validation pair fits max_position_embeddings {positions}.")
+        if (left_out := len(longest) - len(pairs)) and self.recipe.training.process_index == 0:
+            print(f"validation: {left_out:,} of {len(longest):,} pairs have more tokens than positions, so no loss")
         return pairs
 
     def _validate(self, model: PreTrainedModel) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_rskip.cli.main import main
+from hf_rskip.errors import UserError
 from hf_rskip.models import SKIP_CONNECTIONS, SkipConnection
+from hf_rskip.training.translation import Translation
 
 TIMES = {"runtime", "per_second"}
 
@@ -41,6 +44,18 @@ def test_the_folder_of_a_finished_run(trained):
     assert (generation["num_beams"], generation["max_new_tokens"]) == (2, 24)
     assert generation.get("use_cache", True) is not False
     assert all(line in trained.out for line in ("of 320 pairs kept", "parameters, vocabulary of", "BLEU"))
+
+
+def test_validation_pairs_beyond_the_positions_are_counted(capsys):
+    task = Translation.__new__(Translation)
+    task.recipe = SimpleNamespace(training=SimpleNamespace(process_index=0))
+    task.validation_set = Dataset.from_dict({"source_length": [4, 9, 3, 8], "target_length": [7, 3, 2, 9]})
+    assert task._for_the_loss(9)["target_length"] == [2, 3, 7, 9]
+    assert capsys.readouterr().out == ""
+    assert task._for_the_loss(8)["target_length"] == [2, 7]
+    assert capsys.readouterr().out == "validation: 2 of 4 pairs have more tokens than positions, so no loss\n"
+    with pytest.raises(UserError, match="No validation pair fits max_position_embeddings 2"):
+        task._for_the_loss(2)
 
 
 def test_the_model_is_the_best_one(trained):
