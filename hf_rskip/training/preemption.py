@@ -1,6 +1,5 @@
 """Stops a run with a checkpoint at SIGTERM or Ctrl-C."""
 
-import copy
 import os
 import signal
 import threading
@@ -12,7 +11,8 @@ import torch
 from accelerate.utils import gather
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from ..errors import Preempted
 
@@ -20,21 +20,21 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopOnSignal(TrainerCallback):
-    """After SIGTERM or Ctrl-C to one of the processes, all of them finish the step, save a checkpoint and raise
-    [`Preempted`]. An evaluation that is due at that step is left to the run that goes on.
+    """After SIGTERM or Ctrl-C to one of the processes, all of them finish the step, evaluate if that is due, save a
+    checkpoint and raise [`Preempted`].
 
-    It must be the last callback that changes the control of the training.
+    Where only better models are saved and that evaluation finds none, the next step is made, too. It must be the last
+    callback that changes the control of the training.
     """
 
     def __init__(self):
-        self.due: TrainerControl | None = None
-        """Control of the Trainer after the last step of a stopped run: evaluation, log and checkpoint that were due."""
         self._received: int | None = None
+        self._is_stopping = self._is_due = False  # the second: a checkpoint, also without the signal
 
     @contextmanager
     def caught(self) -> Iterator[None]:
         """Defers SIGTERM and the first Ctrl-C inside this context to the end of the step; a second one interrupts."""
-        self._received = self.due = None
+        self._received, self._is_stopping = None, False
         with _handled(_SIGNALS, self._handle):
             yield
 
@@ -67,17 +67,24 @@ class StopOnSignal(TrainerCallback):
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.on_epoch_end(args, state, control)
-        if self.due is not None and float(state.epoch).is_integer():  # also what is due at the end of an epoch
-            DefaultFlowCallback().on_epoch_end(args, state, self.due)
+        self._is_due = control.should_save
+        # The Trainer calls `on_epoch_end` next after the last step of an epoch or of all, with what is due there.
+        if not (float(state.epoch).is_integer() or control.should_training_stop):
+            self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.is_told_to_stop(args):
-            self.due = copy.copy(control)
-            control.should_evaluate, control.should_save = False, True
+            self._is_stopping = True
+            self._is_due |= control.should_save
+            control.should_save = True
+
+    def is_out_of_turn(self, args, state: TrainerState) -> bool:
+        """Whether the checkpoint that is being written would not be without the signal."""
+        is_best = args.save_strategy == SaveStrategy.BEST and state.best_global_step == state.global_step
+        return self._is_stopping and not (self._is_due or is_best)
 
     def on_save(self, args, state, control, **kwargs):
-        if self.due is not None:
+        if self._is_stopping:
             raise self.preempted(state.global_step)
 
     def preempted(self, step: int) -> Preempted:

@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
@@ -86,14 +85,11 @@ class RecipeTrainer(Trainer):
             self.add_callback(PushCheckpoints(self.hub_model_id))
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
-        self._end = _EndAtOnce()
-        self.add_callback(self._end)
         scales_loss = self.accelerator.scaler is not None
         self.loss_guard = LossGuard(self.describe_batch, args.loss_spike_factor, args.loss_spike_window, scales_loss)
         self.record: dict | None = None
         """The record of the run ([`begin_record`]), written into every checkpoint."""
         self._resumed: TrainerState | None = None
-        self._is_overdue = False  # whether a signal left an evaluation to this run
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses, and number of labels
         self._restart_clock()
 
@@ -159,8 +155,7 @@ class RecipeTrainer(Trainer):
                 "the same way."
             )
         self._resumed = state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        self.args.eval_on_start = self._is_overdue = control.get("should_evaluate", False)
+        self.args.eval_on_start = False
         if self.moving_average is not None:
             self.moving_average.load(checkpoint)
         if state.best_model_checkpoint is None:
@@ -216,23 +211,7 @@ class RecipeTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self._evaluating(), torch.random.fork_rng([]):  # data loaders draw a seed for their workers
-            metrics = super().evaluate(*args, **kwargs)
-        if self._is_overdue:
-            self._is_overdue = False
-            self._make_up_for(metrics)
-            self._end.is_over = self.control.should_training_stop  # set by early stopping
-        return metrics
-
-    def _make_up_for(self, metrics: dict[str, float]) -> None:
-        """Updates schedule and best model, as the Trainer does after an evaluation while it trains."""
-        if self.args.metric_for_best_model is None:
-            return
-        value = metrics[f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"]
-        if isinstance(self.lr_scheduler, ReduceLROnPlateau):
-            self.lr_scheduler.step(value)
-        if self.state.best_metric is None:
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-            self.state.best_model_checkpoint = str(self._checkpoint())
+            return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
         with self._evaluating():
@@ -281,20 +260,23 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         run, final = Path(self.args.output_dir), self._checkpoint()
-        staged = run / STAGING_NAME / final.name
+        staged, best = run / STAGING_NAME / final.name, self.state.best_model_checkpoint
         try:
             with replaced(self.args, output_dir=str(staged.parent), push_to_hub=False):
                 super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == self.state.global_step:
+            is_out_of_turn = self.stop.is_out_of_turn(self.args, self.state)
+            if is_out_of_turn:
+                self.state.best_model_checkpoint = best
+            elif self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
-            if self.stop.due is not None:
-                self.state.stateful_callbacks["TrainerControl"] = self.stop.due.state()
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.moving_average is not None:
                     self.moving_average.save(staged)
                 if self.record is not None:
                     write_record(staged, self.record, self.state.global_step)
+                if is_out_of_turn:
+                    self.state.stateful_callbacks["TrainerControl"]["args"]["should_save"] = False
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 publish_checkpoint(staged, final)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -384,8 +366,6 @@ class RecipeTrainer(Trainer):
         self._clock, self._items = time.perf_counter(), 0
 
     def get_batch_samples(self, *args, **kwargs):
-        if self._end.is_over:
-            return [], None
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._items += 0 if num_items_in_batch is None else num_items_in_batch  # `None` where a stream has ended
         return batch_samples, num_items_in_batch
@@ -426,13 +406,3 @@ class _SamplerEpoch(TrainerCallback):
         for part in (sampler, getattr(sampler, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(int(state.epoch or 0))
-
-
-class _EndAtOnce(TrainerCallback):
-    """Ends a resumed run without a step where the evaluation that was left to it is the last."""
-
-    is_over = False
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.is_over:
-            control.should_log = control.should_evaluate = control.should_save = False

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import Preempted
@@ -89,16 +89,20 @@ def test_sigterm_in_translation(trained, write_recipe, terminate_at, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_sigterm_in_image_classification(strategy, write_image_recipe, terminate_at, capfd):
-    """Likewise; the average of the weights goes on too, and so does early stopping."""
+@pytest.mark.parametrize(
+    ("evaluated", "saved", "schedule"), [("steps", "best", "reduce_lr_on_plateau"), ("epoch", "epoch", "greedy")]
+)
+def test_sigterm_in_image_classification(evaluated, saved, schedule, write_image_recipe, terminate_at, capfd):
+    """Likewise; the average of the weights goes on too, and so do early stopping and schedules by the metric."""
     changes = {"ema_decay": 0.8, "early_stopping_patience": 2, "load_best_model_at_end": True}
-    changes |= {"eval_strategy": strategy, "save_strategy": strategy}
+    changes |= {"eval_strategy": evaluated, "save_strategy": saved, "lr_scheduler_type": schedule}
     whole, stopped = write_image_recipe(**changes), write_image_recipe(**changes)
     assert main(["train", str(whole)]) == 0, capfd.readouterr().err
     terminate_at(5, 6, 9)
     run_until_the_end(stopped, (5, 6, 9), capfd)
     assert_same_end(stopped.parent / "output", whole.parent / "output")
+    states = [torch.load(list_checkpoints(path.parent / "output")[-1] / "scheduler.pt") for path in (stopped, whole)]
+    assert states[0] == states[1]
 
 
 def test_the_first_ctrl_c_saves_and_the_second_ends_at_once(write_image_recipe, terminate_at, capfd):
@@ -142,7 +146,7 @@ def test_sigterm_in_the_last_evaluation(prefix, write_image_recipe, monkeypatch,
 
 
 @pytest.mark.parametrize("step", [8, 14])
-def test_an_evaluation_that_is_made_up_for_can_be_the_last(step, write_recipe, terminate_at, capfd):
+def test_an_evaluation_at_a_signal_can_be_the_last(step, write_recipe, terminate_at, capfd):
     """In the middle and at the end of an epoch; nothing is learned, so that patience ends at the second evaluation."""
     every = step // 2
     recipe = write_recipe(
@@ -158,6 +162,36 @@ def test_an_evaluation_that_is_made_up_for_can_be_the_last(step, write_recipe, t
     state = json.loads((recipe.parent / "output" / "trainer_state.json").read_text())
     assert state["global_step"] == step
     assert [entry["step"] for entry in evaluations(recipe.parent / "output")[0]] == [every, step]
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_due", "is_best", "is_out_of_turn"),
+    [
+        ("steps", False, False, True),
+        ("steps", True, False, False),
+        ("steps", False, True, True),
+        ("best", False, False, True),
+        ("best", False, True, False),
+    ],
+)
+@pytest.mark.parametrize("place", ["step", "end of an epoch", "end"])
+def test_which_checkpoints_are_out_of_turn(place, saved, is_due, is_best, is_out_of_turn):
+    """Those that are not written without the signal; at an end, after what is due there."""
+    stop, args = StopOnSignal(), SimpleNamespace(world_size=1, save_strategy=saved)
+    state = TrainerState(global_step=4, epoch=1.0 if "epoch" in place else 0.5)
+    control = TrainerControl(should_save=is_due, should_training_stop=place == "end")
+    with stop.caught():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.on_step_end(args, state, control)
+        if place != "step":
+            assert control.should_save == is_due
+            stop.on_save(args, state, control)  # goes on
+            control.should_save = False
+            stop.on_epoch_end(args, state, control)
+        state.best_global_step = 4 if is_best else 2
+        assert control.should_save and stop.is_out_of_turn(args, state) == is_out_of_turn
+        with pytest.raises(Preempted, match="after step 4"):
+            stop.on_save(args, state, control)
 
 
 def test_a_signal_while_processes_tell_each_other_of_signals(monkeypatch):
