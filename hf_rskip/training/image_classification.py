@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data.images.loading import ImageDatasets, load_image_dataset
 from ..data.images.pixels import CroppedImages, decode_images, make_image_processor, stream_images
-from ..decoding.loading import load_config
 from ..errors import UserError, first_line
 from ..hub.model_card import write_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
@@ -17,6 +15,7 @@ from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
 from .checkpoints import read_step
 from .image_trainer import ImageTrainer
+from .start_model import load_start_model
 from .task import Task, Tested
 
 
@@ -107,36 +106,17 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
         raise UserError("architecture cannot be set with model_name_or_path, which brings its own.")
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     labels |= {"image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
+    if start:
+        new = {
+            "classifier.": f"the classifier is new, for {len(class_names):,} classes",
+            ".skip.": "the norms of the skip connections are new",
+        }
+        asked = recipe.model.config_fields(recipe.keys)
+        return load_start_model(start, RSkipResNetForImageClassification, asked, labels, new)
     try:
-        if start:
-            model_type = load_config(start).model_type
-            if model_type != RSkipResNetConfig.model_type:
-                hint = ": `hf-rskip convert resnet` makes one of it" if model_type == "resnet" else ""
-                raise UserError(
-                    f"{start!r} is a model of type {model_type!r}, not {RSkipResNetConfig.model_type!r}{hint}."
-                )
-            changes = {**recipe.model.config_fields(recipe.keys), **labels}
-            model, info = RSkipResNetForImageClassification.from_pretrained(
-                start, **changes, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-        else:
-            return RSkipResNetForImageClassification(recipe.model.make_config(recipe.keys, **labels))
-    except UserError:
-        raise
-    except SafetensorError as error:
-        raise UserError(f"The weights of {start!r} cannot be read: {error}.") from error
-    except (OSError, ValueError, RuntimeError) as error:
+        return RSkipResNetForImageClassification(recipe.model.make_config(recipe.keys, **labels))
+    except ValueError as error:
         raise UserError(f"{first_line(error)}.") from error
-    # The classifier and the norms of skip connections may be new; other weights must fit.
-    foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
-    if any(key.startswith("classifier.") for key in foreign):
-        print(f"note: the classifier is new, for {len(class_names):,} classes", flush=True)
-    if any(".skip." in key for key in foreign):
-        print("note: the norms of the skip connections are new", flush=True)
-    foreign = sorted(key for key in foreign if not key.startswith("classifier.") and ".skip." not in key)
-    if foreign:
-        raise UserError(f"{start!r} has no weights for what the recipe asks, such as {foreign[0]}")
-    return model
 
 
 def _check_last_batch(config: RSkipResNetConfig, train_set, recipe: Recipe) -> None:

@@ -2,18 +2,16 @@
 
 from dataclasses import asdict
 
-import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data.text.corpora import iterate_sentences
 from ..data.text.preprocessing import tokenizer_cache_file
 from ..data.text.tokenizer import check_known, load_tokenizer, train_tokenizer
-from ..decoding.loading import load_config
 from ..errors import UserError, first_line
 from ..models import RSkipConfig, RSkipForConditionalGeneration
 from ..recipe.parsing import Recipe, check_lengths
+from .start_model import load_start_config, load_start_model
 
 _CHECKED_PAIRS = 1000
 """Pairs, at even distances in the corpus, of which a tokenizer must know most."""
@@ -22,7 +20,7 @@ _CHECKED_PAIRS = 1000
 def make_tokenizer(recipe: Recipe, train_set: Dataset) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that the recipe names, or trains one on `train_set`, a cleaned corpus."""
     if recipe.training.model_name_or_path:
-        _load_start_config(recipe.training.model_name_or_path)
+        load_start_config(recipe.training.model_name_or_path, RSkipConfig)
     name = recipe.data.tokenizer_name or recipe.training.model_name_or_path
     if name:
         tokenizer = load_tokenizer(name)
@@ -48,17 +46,17 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
         "decoder_start_token_id": tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
     }
     languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
-    try:
-        if start:
-            model = _start_from(start, recipe, languages)
-            special_tokens["decoder_start_token_id"] = model.config.decoder_start_token_id
-        else:
-            said = {**asdict(recipe.model), "vocab_size": len(tokenizer)}
-            model = RSkipForConditionalGeneration(RSkipConfig(**said, **special_tokens, **languages))
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{first_line(error)}.") from error
+    if start:
+        asked = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys}
+        asked.pop("vocab_size", None)
+        model = load_start_model(start, RSkipForConditionalGeneration, asked, languages)
+        special_tokens["decoder_start_token_id"] = model.config.decoder_start_token_id
+    else:
+        fields = {**asdict(recipe.model), "vocab_size": len(tokenizer)}
+        try:
+            model = RSkipForConditionalGeneration(RSkipConfig(**fields, **special_tokens, **languages))
+        except ValueError as error:
+            raise UserError(f"{first_line(error)}.") from error
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of {start!r}")
@@ -69,30 +67,4 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
         generation["max_new_tokens"] = data.max_target_length
     check_lengths(recipe, config.max_position_embeddings)
     model.generation_config = GenerationConfig(**generation, **special_tokens)
-    return model
-
-
-def _load_start_config(start: str) -> RSkipConfig:
-    config = load_config(start)
-    if config.model_type != RSkipConfig.model_type:
-        hint = ": `hf-rskip convert marian` makes one of it" if config.model_type == "marian" else ""
-        raise UserError(f"{start!r} is a model of type {config.model_type!r}, not {RSkipConfig.model_type!r}{hint}.")
-    return config
-
-
-def _start_from(start: str, recipe: Recipe, languages: dict[str, str]) -> RSkipForConditionalGeneration:
-    """Loads the model of a folder or Hub id, with the recipe's model keys in place of its own."""
-    before = _load_start_config(start)
-    said = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys and key != "vocab_size"}
-    model, info = RSkipForConditionalGeneration.from_pretrained(
-        start, **said, **languages, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
-    if foreign:
-        changed = {key: getattr(before, key) for key in said if getattr(before, key) != said[key]}
-        asked = ", ".join(f"{key} {said[key]!r} in place of {old!r}" for key, old in changed.items())
-        raise UserError(f"{start!r} has no weights for what the recipe asks ({asked}), such as {min(foreign)}.")
-    if info["unexpected_keys"]:
-        unused = sorted(info["unexpected_keys"])
-        print(f"note: {len(unused)} weights of {start} are not used, such as {unused[0]}", flush=True)
     return model

@@ -16,9 +16,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rskip import RSkipResNetBackbone
 from hf_rskip.cli.main import main
+from hf_rskip.errors import UserError
 from hf_rskip.models import SKIP_CONNECTIONS
 from hf_rskip.models.configuration_rskip_resnet import ARCHITECTURES
 from hf_rskip.recipe.parsing import parse_recipe
+from hf_rskip.training.image_classification import create_model
 
 README = Path(__file__).parents[2] / "README.md"
 RECIPES = README.parent / "recipes"
@@ -257,6 +259,16 @@ def test_fine_tuning(trained_resnet, write_image_recipe):
     after = load_file(path.parent / "output" / "model.safetensors")
     parameters = [name for name in before if "running" not in name and "num_batches" not in name]
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in parameters)
+
+
+def test_weights_of_a_start_model_that_are_not_used_are_counted(trained_resnet, write_image_recipe, capsys):
+    """K = 1 has no use for the second norm of each of the two blocks; a shape of another model is refused."""
+    start, names = str(trained_resnet.folder), ["blue", "green", "red", "yellow"]
+    create_model(parse_recipe(write_image_recipe(**TINY, model_name_or_path=start, skip_recursions=1), []), names)
+    assert f"note: 4 weights of {start} are not used, such as resnet.encoder." in capsys.readouterr().out
+    recipe = parse_recipe(write_image_recipe(**TINY | {"embedding_size": 16}, model_name_or_path=start), [])
+    with pytest.raises(UserError, match=r"asks \(embedding_size 16 in place of 8\), such as resnet\.embedder"):
+        create_model(recipe, names)
 
 
 def test_fine_tuning_with_other_classes_and_another_skip_connection(
