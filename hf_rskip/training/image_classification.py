@@ -9,14 +9,13 @@ from transformers.trainer_utils import IntervalStrategy
 from ..data.images.loading import ImageDatasets, load_image_dataset
 from ..data.images.pixels import CroppedImages, decode_images, make_image_processor, stream_images
 from ..errors import UserError, first_line
-from ..hub.model_card import write_model_card
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
 from .checkpoints import read_step
 from .image_trainer import ImageTrainer
 from .start_model import load_start_model
-from .task import Task, Tested
+from .task import Task
 
 
 class ImageClassification(Task):
@@ -65,12 +64,9 @@ class ImageClassification(Task):
         shape = f"{' + '.join(map(str, config.depths))} blocks of {config.hidden_sizes} channels"
         describe_model(trainer.model, self.recipe, self.recipe.model.architecture or shape)
 
-    def test(self, trainer: ImageTrainer) -> Tested:
+    def test(self, trainer: ImageTrainer) -> tuple[dict[str, float], list[int], list[int]]:
         predicted = trainer.predict(self.sets["test"], metric_key_prefix="test")
-        return Tested(predicted.metrics, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist())
-
-    def write_card(self, trainer: ImageTrainer, metrics: dict) -> None:
-        write_model_card(trainer.args.output_dir, self.recipe, trainer.model, trainer.state, metrics, trainer.record)
+        return predicted.metrics, predicted.predictions[:, 0].tolist(), predicted.label_ids.tolist()
 
 
 def _do_without_validation(recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from ..errors import UserError
 from ..evaluation.predictions import write_predictions
+from ..hub.model_card import write_model_card
 from ..manifest import check_model
 from ..recipe.describe import describe_resumption
 from ..recipe.parsing import Recipe, check_configuration
@@ -80,14 +81,14 @@ def _train(recipe: Recipe) -> dict[str, float | str]:
         trainer.use_average()
         trainer.save_model(_internal_call=True)  # pushed later, with the scores and the card
         trainer.save_state()
-        tested = task.test(trainer)
-        trainer.log_metrics("test", tested.metrics)
-        metrics = {**trained.metrics, **tested.metrics}
-        for part, values in {"train": trained.metrics, "test": tested.metrics, "all": metrics}.items():
+        scores, predictions, references = task.test(trainer)
+        trainer.log_metrics("test", scores)
+        metrics = {**trained.metrics, **scores}
+        for part, values in {"train": trained.metrics, "test": scores, "all": metrics}.items():
             trainer.save_metrics(part, values, combined=False)  # combining would keep results of an earlier run
         if trainer.is_world_process_zero():
-            write_predictions(training.output_dir, tested.predictions, tested.references)
-            task.write_card(trainer, metrics)
+            write_predictions(training.output_dir, predictions, references)
+            write_model_card(training.output_dir, recipe, trainer.model, trainer.state, metrics, record, task.example)
             write_record(training.output_dir, record, trainer.state.global_step)
             print(f"model, card and scores: {training.output_dir}", flush=True)
         if training.push_to_hub:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -14,11 +15,10 @@ from ..data.text.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer, scored_form
 from ..evaluation.evaluate import evaluate_translation, lowercases, split_languages
-from ..hub.model_card import write_model_card
 from ..models import RSkipForConditionalGeneration
 from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
-from .task import Task, Tested
+from .task import Task
 from .trainer import RSkipTrainer
 from .translation_model import create_model, make_tokenizer
 
@@ -40,6 +40,7 @@ class Translation(Task):
         self.train_set, too_long = filter_by_length(tokenize_corpus(train_set, self.tokenizer, data), data)
         self.validation_set = tokenize_corpus(self.corpus["validation"], self.tokenizer, data)
         self.dropped = Counter(unclean) + Counter(too_long)
+        self.example = self.corpus["test"][0]["translation"][data.source_lang]
         self.bleu_tokenize = choose_tokenizer(recipe.training.bleu_tokenize, data.target_lang)
 
     def create_model(self) -> RSkipForConditionalGeneration:
@@ -91,17 +92,11 @@ class Translation(Task):
         describe_model(trainer.model, self.recipe, f"vocabulary of {trainer.model.config.vocab_size:,}")
         print(f"batches: {len(sampler):,} an epoch, padding {sampler.padding_fraction():.1%}", flush=True)
 
-    def test(self, trainer: RSkipTrainer) -> Tested:
+    def test(self, trainer: RSkipTrainer) -> tuple[dict[str, Any], list[str], list[str]]:
         beams = self.recipe.generation.num_beams
         if trainer.is_world_process_zero():
             print(f"test: translates {len(self.corpus['test']):,} sentences with num_beams {beams}", flush=True)
         scores, translations = self._score(trainer.whole_model(), "test")
         _, references = split_languages(self.corpus["test"], self.recipe.data.source_lang, self.recipe.data.target_lang)
         scored = scored_form(translations, references, lowercase=lowercases(self.tokenizer))
-        return Tested({f"test_{name}": value for name, value in scores.items()}, *scored)
-
-    def write_card(self, trainer: RSkipTrainer, metrics: dict) -> None:
-        example = self.corpus["test"][0]["translation"][self.recipe.data.source_lang]
-        write_model_card(
-            trainer.args.output_dir, self.recipe, trainer.model, trainer.state, metrics, trainer.record, example
-        )
+        return {f"test_{name}": value for name, value in scores.items()}, *scored
