@@ -37,6 +37,7 @@ PRIVATE = [
     ),
     ("transformers:PreTrainedConfig", "_attn_implementation", None, "which attention function a layer calls"),
     ("transformers:Trainer", "_get_grad_norm", ("model", "grad_norm"), "the loss guard, before an update"),
+    ("transformers:Trainer", "_get_train_sampler", ("train_dataset",), "batches of translation by token budget"),
     ("transformers:Trainer", "_save_checkpoint", ("model", "trial"), "a checkpoint is complete or not there"),
     ("evaluate:EvaluationModule", "_compute", (), "the metric of this package"),
     ("evaluate:EvaluationModule", "_info", (), "the metric of this package"),

@@ -1,13 +1,11 @@
 """The Trainer for translation: token-budget batches, a chunked loss, and scores of translations."""
 
-import inspect
 from collections.abc import Callable
 
 import torch
-from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType, fully_shard
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -18,7 +16,6 @@ from ..errors import UserError
 from ..models import RSkipForConditionalGeneration
 from ..probing.batches import Batch, training_sentences
 from .chunked_loss import chunked_cross_entropy
-from .preemption import outlive_signal
 from .recipe_trainer import RecipeTrainer
 
 
@@ -116,22 +113,8 @@ class RSkipTrainer(RecipeTrainer):
             world_size=self.args.world_size,
         )
 
-    def get_train_dataloader(self) -> DataLoader:
-        args, taken = self.args, inspect.signature(self.model.forward).parameters
-        dataloader = DataLoader(
-            self.train_dataset.select_columns([name for name in self.train_dataset.column_names if name in taken]),
-            batch_sampler=self.make_sampler(),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        # Prepared for one process: the sampler yields the batches of this one alone.
-        dataloader = prepare_data_loader(
-            dataloader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
-        return outlive_signal(dataloader)
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TokenBatchSampler:
+        return self.make_sampler()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {**inputs, "use_cache": False}

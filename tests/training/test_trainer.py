@@ -191,6 +191,14 @@ def test_a_resumed_epoch_draws_what_was_left(ranks):
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_the_data_loader_of_training_is_that_of_the_trainer(tmp_path):
+    """With all its keys, on the columns that the model takes."""
+    keys = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
+    loader = create_trainer(tmp_path, COVERAGE_LENGTHS, **keys).get_train_dataloader()
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    assert loader.dataset.column_names == ["input_ids", "labels"]
+
+
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 def test_accumulation_is_a_larger_batch(tmp_path, smoothing):
     accumulated_sizes, accumulated = weights_after_one_step(tmp_path, smoothing, ONE_SENTENCE, 8)

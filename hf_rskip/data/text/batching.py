@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ...errors import UserError
 
 
-class TokenBatchSampler(Sampler[list[int]]):
+class TokenBatchSampler(BatchRebalanceSampler):
     """Yields the batches, as lists of sentence indices, of one process.
 
     A batch holds so many sentences that its padded source, rows times the longest, has at most `max_tokens` cells, and
@@ -20,6 +20,8 @@ class TokenBatchSampler(Sampler[list[int]]):
     With `shares` a batch is planned for all processes and all accumulated batches of a step together, and shared out
     among them: `shares` batches of a process, one after the other, are its part of a step. Which sentences form which
     step then depends neither on `world_size` nor on `shares`.
+
+    It is a `BatchRebalanceSampler` so that the Trainer neither batches it nor shares it out again.
 
     Args:
         source_lengths, target_lengths: tokens of every sentence.
