@@ -1,7 +1,6 @@
 """Trains by a recipe: from data to a tested model, the same way for all tasks."""
 
 import errno
-import resource
 from contextlib import nullcontext
 
 from safetensors import SafetensorError
@@ -38,10 +37,9 @@ def train(recipe: Recipe) -> dict[str, float | str]:
 
     Raises:
         [`UserError`]: if the data, the configuration or `output_dir` cannot be used, before any training starts; if
-            another run is writing into `output_dir`, if too few files may be open, and if the disk is full.
+            another run is writing into `output_dir`, and if the disk is full.
         [`Preempted`], [`Diverged`]: see [`~hf_rskip.training.recipe_trainer.RecipeTrainer`].
     """
-    _check_file_handles(recipe.training.dataloader_num_workers)
     if recipe.training.model_name_or_path:
         check_model(recipe.training.model_name_or_path)
     check_configuration(recipe)
@@ -100,12 +98,3 @@ def _is_full(error: Exception) -> bool:
     """Whether the disk is full; an error of safetensors says so in its text only."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
-
-
-def _check_file_handles(workers: int) -> None:
-    allowed, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 64 + 32 * workers
-    if allowed != resource.RLIM_INFINITY and allowed < needed:
-        raise UserError(
-            f"A training with dataloader_num_workers {workers} may need {needed} open files, and {allowed} are "
-            f"allowed: raise the limit by `ulimit -n {needed}`"
-        )

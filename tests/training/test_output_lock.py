@@ -85,22 +85,10 @@ def test_a_folder_that_cannot_be_written_into(kind, write_recipe, tmp_path, capf
     assert error.startswith(f"hf-rskip: error: output_dir {str(folder)!r} cannot be written into: ")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim sgd cannot be used: "),
-        ({"dataloader_num_workers": 10**6}, "dataloader_num_workers 1000000 may need 32000064 open files"),
-    ],
-)
-def test_what_this_machine_cannot_do_is_said_before_the_corpus_is_read(changes, message, write_recipe, tmp_path, capfd):
-    recipe = write_recipe(dataset_name=str(tmp_path / "no_corpus"), **changes)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
-    try:
-        assert main(["train", str(recipe)]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert message in capfd.readouterr().err.splitlines()[-1]
+def test_an_optimizer_that_cannot_be_is_refused_before_the_corpus_is_read(write_recipe, tmp_path, capfd):
+    recipe = write_recipe(dataset_name=str(tmp_path / "no_corpus"), optim="sgd", optim_args="momentum=-1")
+    assert main(["train", str(recipe)]) == 2
+    assert "optim sgd cannot be used: " in capfd.readouterr().err.splitlines()[-1]
     assert not (recipe.parent / "output").exists()
 
 
