@@ -7,8 +7,8 @@ from itertools import combinations
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from ..checks import check_count
 from ..errors import UserError
+from ..ranges import check_ranges
 
 logger = logging.get_logger(__name__)
 
@@ -39,9 +39,7 @@ class DatasetArguments:
     """Name of the key of a split in messages; not a field. Commands, which have one split only, say `--split`."""
 
     def __post_init__(self):
-        for name in (*_SAMPLE_LIMITS.values(), "validation_size", "preprocessing_num_workers"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        check_ranges(self)
         for name in ("validation_split", "validation_files"):
             if self.validation_size is not None and getattr(self, name, None) is not None:
                 raise UserError(f"validation_size and {name} are both set: give one or the other.")

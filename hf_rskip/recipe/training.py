@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 import re
 import sys
 from dataclasses import dataclass, fields, make_dataclass
@@ -16,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import UserError
 from ..models.configuration_skip import SkipConfig
-from .ranges import check_ranges
+from ..ranges import check_ranges
 
 
 def make_model_arguments(name: str, config_class: type, excluded: set[str]) -> type:
@@ -100,10 +99,7 @@ class CommonTrainingArguments(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()  # no progress bar in a file
         # Without an accelerator the Trainer would not see the other processes, nor take bf16, unless it is told so.
         self.use_cpu |= not torch.accelerator.is_available()
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{part.name} must be a finite number, not {value}.")
+        check_ranges(self)
         if self.eval_strategy == "steps" and self.eval_steps is None:
             raise UserError("eval_strategy steps needs eval_steps.")
         if self.fp16 and self.use_cpu:
@@ -112,7 +108,6 @@ class CommonTrainingArguments(TrainingArguments):
         self.logging_nan_inf_filter = False  # a loss that is not finite ends the run
         self._check_reporting()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
-        check_ranges(self)
         self._check_combinations()
         self._check_optimization()
         if self.average_checkpoints is not None and (self.save_total_limit or 0) > 0:

@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 from ..errors import UserError
 from ..evaluation.bleu import create_bleu
 from ..models import RSkipConfig
-from .ranges import check_ranges
+from ..ranges import check_ranges
 from .training import CommonTrainingArguments, make_model_arguments
 
 # Set by the tokenizer and the data, or fixed.

@@ -52,4 +52,4 @@ def test_a_probed_training_ends_with_the_same_weights_and_goes_on_with_the_same_
 
 def test_probe_steps_must_be_a_count(write_recipe, capfd):
     assert main(["train", str(write_recipe(probe_steps=0))]) == 2
-    assert capfd.readouterr().err == "hf-rskip: error: probe_steps must be at least 1, not 0.\n"
+    assert capfd.readouterr().err == "hf-rskip: error: probe_steps must be a whole number of at least 1, not 0.\n"

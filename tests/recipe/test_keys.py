@@ -7,10 +7,10 @@ from transformers import Seq2SeqTrainingArguments
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
+from hf_rskip.ranges import _RANGES
 from hf_rskip.recipe.describe import find_idle_keys
 from hf_rskip.recipe.keys import CANNOT_MATTER, MAY_CHANGE, MUST_STAY, REFUSED, REFUSED_BY_TASK
 from hf_rskip.recipe.parsing import TASKS, TaskArguments, describe_keys, parse_recipe
-from hf_rskip.recipe.ranges import _RANGES
 
 SUPPORTED = [MUST_STAY, MAY_CHANGE, CANNOT_MATTER]
 

@@ -205,7 +205,7 @@ def test_a_resnet_ends_as_the_mean_whatever_interrupts_it(write_image_recipe, mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"average_checkpoints": 0}, "average_checkpoints must be at least 1, not 0"),
+        ({"average_checkpoints": 0}, "average_checkpoints must be a whole number of at least 1, not 0"),
         ({"average_checkpoints": 2, "save_strategy": "no"}, "average_checkpoints needs checkpoints"),
         (
             {"average_checkpoints": 2, "average_checkpoints_by": "best", "eval_strategy": "no", "eval_steps": None},

@@ -214,7 +214,7 @@ def test_a_sharded_run_that_goes_on_gives_the_same_curve(alone, train, write, ru
     [
         ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps 3 cannot be set with global_batch_tokens"),
         ({"pad_to_multiple_of": 5}, "pad_to_multiple_of 5 must divide max_position_embeddings 64"),
-        ({"global_batch_tokens": 0}, "global_batch_tokens must be at least 1"),
+        ({"global_batch_tokens": 0}, "global_batch_tokens must be a whole number of at least 1"),
         ({"global_batch_tokens": 20}, "more than the batch budget of 20"),
     ],
 )

@@ -123,7 +123,7 @@ def test_weights_of_the_last_update_that_are_not_finite_are_not_saved(
     ("changes", "message"),
     [
         ({"loss_spike_factor": 1.0}, "loss_spike_factor must be above 1, not 1.0"),
-        ({"loss_spike_window": 0}, "loss_spike_window must be at least 1, not 0"),
+        ({"loss_spike_window": 0}, "loss_spike_window must be a whole number of at least 1, not 0"),
     ],
 )
 def test_keys_that_do_not_fit(changes, message, write_image_recipe, capfd):

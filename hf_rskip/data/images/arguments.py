@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ...checks import check_count
 from ...errors import UserError
 from ..arguments import DatasetArguments
 
@@ -57,13 +56,8 @@ class ImageDataArguments(DatasetArguments):
         super().__post_init__()
         if self.dataset_name is None:
             raise UserError("No dataset is named: set dataset_name.")
-        for name in ("image_size", "shuffle_buffer_size"):
-            check_count(name, getattr(self, name))
-        check_count("crop_padding", self.crop_padding, least=0)
         if self.validation_size is not None and self.streaming:
             raise UserError("validation_size cannot hold out images that are streamed: set validation_split.")
-        if not 0.1 <= self.crop_pct <= 1:
-            raise UserError(f"crop_pct must be a number from 0.1 to 1, not {self.crop_pct!r}.")
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
                 raise UserError(f"{name} must be three numbers, for red, green and blue, not {getattr(self, name)!r}.")

@@ -5,7 +5,6 @@ from pathlib import PurePath
 
 from transformers.hf_argparser import HfArg
 
-from ...checks import check_count
 from ...errors import UserError
 from ..arguments import DatasetArguments
 
@@ -60,9 +59,8 @@ class DataArguments(DatasetArguments):
         super().__post_init__()
         for name in ("source_lang", "target_lang"):
             value = getattr(self, name)
-            # `no` (Norwegian) is the boolean False in an unquoted YAML value.
             if not isinstance(value, str) or not value:
-                raise UserError(f"{name} must be a language code such as 'en' (in quotes in YAML), not {value!r}.")
+                raise UserError(f"{name} must be a language code such as 'en', not {value!r}.")
             if code := _code_of(value):
                 raise UserError(f"{name} must be the language's code, {code!r}, not its name {value!r}.")
         if self.source_lang == self.target_lang:
@@ -84,13 +82,8 @@ class DataArguments(DatasetArguments):
         if self.dataset_name is not None and self.validation_size is None and self.validation_split is None:
             self.validation_split = "validation"
 
-        for name in ("max_characters", "max_source_length", "max_target_length", "tokenizer_train_samples"):
-            check_count(name, getattr(self, name))
         if self.lowercase and self.tokenizer_name is not None:
             raise UserError("lowercase shapes a tokenizer that is trained, so it cannot be set with tokenizer_name.")
-        ratio = self.max_length_ratio
-        if ratio is not None and (not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not ratio >= 1):
-            raise UserError(f"max_length_ratio must be a number of at least 1 (longer over shorter), not {ratio!r}.")
 
     def _check_files(self, name: str):
         files = getattr(self, name)

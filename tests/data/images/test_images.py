@@ -430,7 +430,7 @@ def test_a_missing_label_in_a_stream(tmp_path):
     [
         ({"dataset_name": None}, "set dataset_name"),
         ({"crop_pct": 0}, "crop_pct must be a number from 0.1 to 1"),
-        ({"crop_padding": -1}, "crop_padding must be a whole number of at least 0"),
+        ({"crop_padding": -1}, "crop_padding must be at least 0"),
         ({"image_mean": [0.5]}, "image_mean must be three numbers"),
         ({"image_std": [1, 0, 1]}, "image_std must be above 0"),
         ({"validation_size": 5, "validation_split": "dev"}, "are both set"),
