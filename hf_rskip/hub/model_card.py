@@ -77,7 +77,7 @@ def write_model_card(
     if training.load_best_model_at_end and training.average_checkpoints is None and state.best_model_checkpoint:
         kept = f"{int(Path(state.best_model_checkpoint).name.rpartition('-')[2]):,}"
     idle = dict(find_idle_keys(recipe, config))
-    keys = {key: value for key, value in recipe.keys.items() if key not in idle}
+    keys = {key: value for key, value in recipe.given.items() if key not in idle}
     card = ModelCard.from_template(
         ModelCardData(
             # The Hub refuses cards with other codes.

@@ -55,7 +55,10 @@ def find_idle_keys(recipe: Recipe, config: PreTrainedConfig) -> list[tuple[str, 
         ("crop_padding", values.get("random_resized_crop"), "with random_resized_crop"),
     ]
     return [
-        (key, condition) for keys, is_idle, condition in rules for key in keys.split() if is_idle and key in recipe.keys
+        (key, condition)
+        for keys, is_idle, condition in rules
+        for key in keys.split()
+        if is_idle and key in recipe.given
     ]
 
 

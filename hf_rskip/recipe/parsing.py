@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
     training: RSkipTrainingArguments | ImageTrainingArguments
     generation: GenerationArguments | None
     """`None` where the task generates nothing."""
-    keys: dict[str, Any]
+    given: dict[str, Any]
     """The keys that were given, with their parsed values: a recipe that makes the same model."""
     values: dict[str, Any]
     """The value of every key, given or not, but for `hub_token`."""
@@ -154,7 +154,7 @@ def parse_values(values: dict[str, Any], overrides: Sequence[str], where: str) -
     }
     recipe = Recipe(
         **{"task": task, "generation": None, **dict(zip(TASKS[task], parsed[1:], strict=True))},
-        keys={key: values[key] for key in said if key not in _NOT_REPEATED},
+        given={key: values[key] for key in said if key not in _NOT_REPEATED},
         values=values,
     )
     if recipe.training.model_name_or_path and getattr(recipe.data, "tokenizer_name", None):
@@ -196,7 +196,7 @@ def check_configuration(recipe: Recipe) -> None:
             with torch.device("meta"):
                 RSkipForConditionalGeneration(config).set_attn_implementation(recipe.training.attn_implementation)
         else:
-            recipe.model.make_config(recipe.keys)
+            recipe.model.make_config(recipe.given)
     except (ValueError, ImportError) as error:
         raise UserError(f"{first_line(error)}.") from error
 

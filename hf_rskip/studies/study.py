@@ -311,7 +311,7 @@ def compare_recipes(before: dict[str, Any], cell: Cell) -> str | None:
     """
     if before == cell.keys:
         return None
-    old, new = (parse_values(keys, [], str(cell)).keys for keys in (before, cell.keys))
+    old, new = (parse_values(keys, [], str(cell)).given for keys in (before, cell.keys))
     differing = [key for key in [*new, *old] if old.get(key) != new.get(key)]
     return f"{differing[0]} {old.get(differing[0])}, not {new.get(differing[0])}" if differing else None
 

@@ -73,7 +73,7 @@ def _do_without_validation(recipe: Recipe) -> None:
     """Turns evaluations off; refuses keys that need validation images."""
     training = recipe.training
     uses = [key for key in ("load_best_model_at_end", "eval_on_start") if getattr(training, key)]
-    if "eval_strategy" in recipe.keys and training.eval_strategy != IntervalStrategy.NO:
+    if "eval_strategy" in recipe.given and training.eval_strategy != IntervalStrategy.NO:
         uses.append("eval_strategy")
     for use in uses + training.find_uses_of_evaluations():
         raise UserError(f"{use} needs validation images: set validation_split or validation_size.")
@@ -107,10 +107,10 @@ def create_model(recipe: Recipe, class_names: list[str]) -> RSkipResNetForImageC
             "classifier.": f"the classifier is new, for {len(class_names):,} classes",
             ".skip.": "the norms of the skip connections are new",
         }
-        asked = recipe.model.config_fields(recipe.keys)
+        asked = recipe.model.config_fields(recipe.given)
         return load_start_model(start, RSkipResNetForImageClassification, asked, labels, new)
     try:
-        return RSkipResNetForImageClassification(recipe.model.make_config(recipe.keys, **labels))
+        return RSkipResNetForImageClassification(recipe.model.make_config(recipe.given, **labels))
     except ValueError as error:
         raise UserError(f"{first_line(error)}.") from error
 

@@ -64,7 +64,7 @@ def _train(recipe: Recipe) -> dict[str, float | str]:
         check_data(record, task.checksums)
     set_seed(training.seed)
     model = task.create_model()
-    callbacks = [CurrentSteps(not {"logging_steps", "logging_strategy"}.isdisjoint(recipe.keys))]
+    callbacks = [CurrentSteps(not {"logging_steps", "logging_strategy"}.isdisjoint(recipe.given))]
     trainer = task.create_trainer(model, callbacks)
     trainer.record = record
     if trainer.is_world_process_zero():

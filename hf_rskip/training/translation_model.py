@@ -47,7 +47,7 @@ def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RSkipFor
     }
     languages = {"source_lang": data.source_lang, "target_lang": data.target_lang}
     if start:
-        asked = {key: value for key, value in asdict(recipe.model).items() if key in recipe.keys}
+        asked = {key: value for key, value in asdict(recipe.model).items() if key in recipe.given}
         asked.pop("vocab_size", None)
         model = load_start_model(start, RSkipForConditionalGeneration, asked, languages)
         special_tokens["decoder_start_token_id"] = model.config.decoder_start_token_id

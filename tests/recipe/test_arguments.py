@@ -112,7 +112,7 @@ def test_null_keeps_the_default(parse):
     assert parse("save_total_limit: null").training.save_total_limit == 2
     assert parse("max_length_ratio: null").data.max_length_ratio is None
     recipe = parse("save_total_limit: 3\nskip_scale: null", ["--save_total_limit", "null"])
-    assert recipe.training.save_total_limit == 2 and not {"save_total_limit", "skip_scale"} & recipe.keys.keys()
+    assert recipe.training.save_total_limit == 2 and not {"save_total_limit", "skip_scale"} & recipe.given.keys()
     assert parse("test_split: null", ["--test_split", "other"]).data.test_split == "other"
 
 
@@ -299,7 +299,7 @@ def test_a_start_model_brings_its_tokenizer(write_recipe):
 def test_null_unsets_a_key(write_recipe, words):
     recipe = parse_recipe(write_recipe(), [*words, "--seed", "5"])
     assert recipe.generation.max_new_tokens is None and recipe.training.seed == 5
-    assert "max_new_tokens" not in recipe.keys
+    assert "max_new_tokens" not in recipe.given
 
 
 def test_languages_are_those_of_the_model_that_it_starts_from(parse, refused, tmp_path):
@@ -308,7 +308,7 @@ def test_languages_are_those_of_the_model_that_it_starts_from(parse, refused, tm
     start = {"model_name_or_path": str(tmp_path / "model")}
     recipe = parse(**start, source_lang=None, target_lang=None)
     assert (recipe.data.source_lang, recipe.data.target_lang) == ("en", "de")
-    assert recipe.keys["source_lang"] == "en" and recipe.keys["target_lang"] == "de"
+    assert recipe.given["source_lang"] == "en" and recipe.given["target_lang"] == "de"
     recipe = parse(words=["--model_name_or_path", tmp_path / "model", "--target-lang=fr"], target_lang=None)
     assert (recipe.data.source_lang, recipe.data.target_lang) == ("en", "fr")
     RSkipConfig().save_pretrained(tmp_path / "model")

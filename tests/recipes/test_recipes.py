@@ -125,6 +125,6 @@ def test_the_forms_of_the_cifar10_readme(name, capsys):
     assert len(rows) == 4
     for row in rows:
         recipe = parse_recipe(RECIPES / f"cifar10/{name}.yaml", row.replace(" K", " 2").split())
-        fields = {key: value for key, value in recipe.keys.items() if key.startswith("skip_")}
+        fields = {key: value for key, value in recipe.given.items() if key.startswith("skip_")}
         config = RSkipResNetConfig.from_name(recipe.model.architecture, **fields)
         assert all(key not in dict(find_idle_keys(recipe, config)) for key in fields)
