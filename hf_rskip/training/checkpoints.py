@@ -139,7 +139,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
 def _check_whole(checkpoint: Path) -> bool:
     """Checks the files of a checkpoint; returns whether it has a manifest."""
     has_manifest = check_manifest(checkpoint)
-    read_step(checkpoint)
+    read_state(checkpoint)
     # The Trainer would replace a missing one by a fresh one. Under FSDP the names are longer.
     for kind, pattern in _KINDS.items():
         if not any(checkpoint.rglob(pattern)):
@@ -153,11 +153,6 @@ def _is_whole(checkpoint: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def read_step(checkpoint: Path) -> int:
-    """The step of a checkpoint, by its state."""
-    return read_state(checkpoint)["global_step"]
 
 
 def read_state(checkpoint: Path) -> dict:

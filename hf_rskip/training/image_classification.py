@@ -12,7 +12,7 @@ from ..errors import UserError, first_line
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 from ..recipe.describe import describe_model
 from ..recipe.parsing import Recipe
-from .checkpoints import read_step
+from .checkpoints import read_state
 from .image_trainer import ImageTrainer
 from .start_model import load_start_model
 from .task import Task
@@ -88,7 +88,7 @@ def _prepare(images: ImageDatasets, split: str, recipe: Recipe, checkpoint: Path
             raise UserError("streaming needs max_steps, as the number of images is not known before they are read.")
         # The Trainer does not know where in which epoch a stream was: a resumed run reads it anew, in another order.
         training.ignore_data_skip = True
-        resumed_at = 0 if checkpoint is None else read_step(checkpoint)
+        resumed_at = 0 if checkpoint is None else read_state(checkpoint)["global_step"]
         return stream_images(dataset, data, split, training.seed + resumed_at)
     if data.random_resized_crop and split == "train":
         return CroppedImages(dataset, data, split)

@@ -14,7 +14,7 @@ from ..recipe.describe import describe_schedule
 from ..recipe.keys import MAY_CHANGE, MUST_STAY
 from ..recipe.parsing import Recipe
 from ..recipe.training import DEFAULT_LOGGING_STEPS
-from .checkpoints import checkpoint_step, list_checkpoints, read_state, read_step
+from .checkpoints import checkpoint_step, list_checkpoints, read_state
 
 RECORD_NAME = "recipe.json"
 """Name of the record in every checkpoint, and of the last file written to the folder of a run."""
@@ -42,7 +42,7 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
         changed = _find_changes(before, record["values"], str(checkpoint))
         _check_end(recipe, checkpoint)
         record["data"] = before.get("data", {})
-        record["resumed"] = [*before["resumed"], {"step": read_step(checkpoint), "changed": changed}]
+        record["resumed"] = [*before["resumed"], {"step": read_state(checkpoint)["global_step"], "changed": changed}]
     return record
 
 
