@@ -95,8 +95,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
             folder has the name of a checkpoint and is none; or if a fresh start would mix with an earlier run or
             replace its model.
     """
-    is_fresh = resume_from_checkpoint in (None, "") or str(resume_from_checkpoint).lower() == "false"
-    is_last = str(resume_from_checkpoint).lower() == "true"
+    value = str(resume_from_checkpoint or "false").lower()
+    is_fresh, is_last = value == "false", value == "true"
     # A refused fresh start must not remove files that another run may be writing.
     if not (is_fresh and list_checkpoints(output_dir)):
         clear_staging(output_dir)

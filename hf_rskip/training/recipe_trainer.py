@@ -155,7 +155,7 @@ class RecipeTrainer(Trainer):
                 "the same way."
             )
         self._resumed = state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        self.args.eval_on_start = False
+        self.args.eval_on_start = False  # which was made when the run began
         if self.moving_average is not None:
             self.moving_average.load(checkpoint)
         if state.best_model_checkpoint is None:
