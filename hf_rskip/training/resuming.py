@@ -79,11 +79,9 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     if any(checkpoint_step(path) > record["step"] for path in named or list_checkpoints(folder)[-1:]):
         return None  # a longer training has not finished
     changed = _find_changes(record, _values(recipe), str(folder))
-    if any(key in changed for key in _LENGTHEN):
-        _check_end(recipe, folder)
-        return None
-    if changed and changed.keys() <= _OF_CONTENT:
-        return None  # [`check_data`] says whether they are other data
+    _check_end(recipe, folder)
+    if changed.keys() & {*_LENGTHEN, *_OF_CONTENT}:
+        return None  # [`check_data`] and [`complete_metrics`] say whether there is something to train
     if changed:
         key, (before, now) = next(iter(changed.items()))
         raise UserError(
@@ -117,11 +115,11 @@ def complete_metrics(metrics: dict[str, Any], recipe: Recipe, record: dict[str, 
     Raises:
         [`UserError`]: if the finished run in `output_dir` had as many steps; its record stays.
     """
-    path = Path(recipe.training.output_dir, RECORD_NAME)
-    if path.exists() and read_record(path.parent)["step"] >= step:
+    folder = Path(recipe.training.output_dir)
+    if (folder / RECORD_NAME).exists() and read_record(folder)["step"] >= step:
         raise UserError(
-            f"{recipe.training.output_dir!r} holds a finished run of {step:,} steps, and with this recipe nothing is "
-            "left to train: its results stay as they are."
+            f"{str(folder)!r} holds a finished run of {step:,} steps, and with this recipe nothing is left to train: "
+            "its results stay as they are, and `hf-rskip evaluate` scores it otherwise."
         )
     metrics["train_resumed_at_step"] = start = record["resumed"][-1]["step"]
     if step == start:
