@@ -73,9 +73,10 @@ def _do_without_validation(recipe: Recipe) -> None:
     """Turns evaluations off; refuses keys that need validation images."""
     training = recipe.training
     uses = [key for key in ("load_best_model_at_end", "eval_on_start") if getattr(training, key)]
+    uses += training.find_uses_of_evaluations()
     if "eval_strategy" in recipe.given and training.eval_strategy != IntervalStrategy.NO:
         uses.append("eval_strategy")
-    for use in uses + training.find_uses_of_evaluations():
+    for use in uses:
         raise UserError(f"{use} needs validation images: set validation_split or validation_size.")
     training.eval_strategy = IntervalStrategy.NO
 

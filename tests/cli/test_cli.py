@@ -219,7 +219,8 @@ def test_translate_mistakes(fail, trained, tmp_path):
 )
 def test_generation_options_are_checked_before_anything_is_read(fail, trained, words, key, value):
     words = [word.format(model=trained.folder) for word in words]
-    assert f"{key} must be a finite number of at least 0, not" in fail(*words, f"--{key}={value}")
+    allowed = "a finite number" if value in ("inf", "nan") else "at least 0"
+    assert f"{key} must be {allowed}, not" in fail(*words, f"--{key}={value}")
 
 
 # Work
