@@ -97,7 +97,7 @@ def test_one_batch_of_several_is_named(write_image_recipe, spoil, capfd, monkeyp
     monkeypatch.setattr(Trainer, "training_step", second_is_nan)
     assert main(["train", str(recipe)]) == 2
     error = capfd.readouterr().err
-    assert f"batch: rows {', '.join(map(str, calls[3]))} of the training split\n" in error
+    assert f"batch: rows {', '.join(map(str, calls[3]))} of the training split.\n" in error
     assert torch.tensor(calls).shape == (4, 8)
 
 
