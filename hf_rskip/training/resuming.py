@@ -40,7 +40,7 @@ def begin_record(recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
     if checkpoint is not None:
         before = read_record(checkpoint)
         changed = _find_changes(before, record["values"], str(checkpoint))
-        _check_end(recipe, checkpoint)
+        _check_end(recipe, checkpoint, changed)
         record["data"] = before.get("data", {})
         record["resumed"] = [*before["resumed"], {"step": read_state(checkpoint)["global_step"], "changed": changed}]
     return record
@@ -79,7 +79,7 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     if any(checkpoint_step(path) > record["step"] for path in named or list_checkpoints(folder)[-1:]):
         return None  # a longer training has not finished
     changed = _find_changes(record, _values(recipe), str(folder))
-    _check_end(recipe, folder)
+    _check_end(recipe, folder, changed)
     if changed.keys() & {*_LENGTHEN, *_OF_CONTENT}:
         return None  # [`check_data`] and [`complete_metrics`] say whether there is something to train
     if changed:
@@ -95,8 +95,13 @@ def finished_results(recipe: Recipe) -> dict[str, Any] | None:
     return results
 
 
-def _check_end(recipe: Recipe, folder: Path) -> None:
-    """Raises a [`UserError`] if a checkpoint or a finished run has come further than the recipe goes."""
+def _check_end(recipe: Recipe, folder: Path, changed: dict[str, list]) -> None:
+    """Raises a [`UserError`] if a recipe with another length ends before the checkpoint or finished run in `folder`.
+
+    With the same length, a part of an epoch may end behind it: it is rounded up to whole steps.
+    """
+    if not changed.keys() & {"num_train_epochs", "max_steps"}:
+        return
     training, state = recipe.training, read_state(folder)
     key, reached = "max_steps", state["global_step"]
     if training.max_steps <= 0:

@@ -38,7 +38,7 @@ def resume(write_recipe, tmp_path):
         record["values"]["processes"] = processes
         checkpoint.mkdir()
         write_record(checkpoint, record, 4)
-        (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 4, "epoch": 0.36}')
         return begin_record(parse_recipe(path, list(words)), checkpoint)["resumed"]
 
     return resume
@@ -228,10 +228,22 @@ def test_a_run_folder_is_no_checkpoint_of_a_finished_run(trained):
     assert finished_results(recipe) is None  # and `find_checkpoint` refuses it
 
 
-@pytest.mark.parametrize(("words", "said"), [(["--max_steps", "3"], "stands at 4, beyond max_steps 3")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max_steps", "3"], "stands at 4, beyond max_steps 3"),
+        (["--num_train_epochs", "0.3"], "stands at 0.36, beyond num_train_epochs 0.3"),
+    ],
+)
 def test_a_target_before_the_checkpoint_is_refused(resume, words, said):
     with pytest.raises(UserError, match=said):
         resume(*words)
+
+
+def test_part_of_an_epoch_is_rounded_up_to_whole_steps(resume):
+    """0.3 of 11 steps are 4, which end at 0.36."""
+    (resumed,) = resume("--early_stopping_patience", "7", num_train_epochs=0.3)
+    assert resumed == {"step": 4, "changed": {"early_stopping_patience": [6, 7]}}
 
 
 def test_a_resumed_run_follows_what_may_change(write_image_recipe, capfd):
