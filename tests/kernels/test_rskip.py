@@ -293,6 +293,14 @@ def test_auto_leaves_to_torch_what_it_does_as_well(monkeypatch):
     assert not [node for node in program.graph.nodes if "rskip" in str(node.target)]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+@pytest.mark.parametrize("axes", rskip.BACKENDS)
+def test_a_trace_computes_the_same(axes):
+    x, branch = torch.randn(2, 3, 4, 8)
+    traced = torch.jit.trace(lambda *given: rskip_layer_norm(*given, axes=axes), (x, branch))
+    assert torch.equal(traced(branch, x), rskip_layer_norm(branch, x, axes=axes))
+
+
 @pytest.mark.parametrize(
     ("branch", "weight", "arguments", "message"),
     [
