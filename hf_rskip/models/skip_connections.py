@@ -15,7 +15,7 @@ COLING 2020 (https://arxiv.org/abs/2105.07205); of the other forms, each class n
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ class SkipConnection(nn.Module):
     The first line of the docstring of a subclass is its formula, for model cards.
     """
 
-    norms: tuple[str, ...] = tuple(NORMS)
+    norms: Collection[str] = NORMS
     """The names of `skip_norm` with which the formula is of this kind."""
     for_images = True
     """Whether a ResNet can have it."""
@@ -336,9 +336,10 @@ class B2T(XSkip):
 
     @classmethod
     def for_position(cls, size, position, **options):
-        # The norm behind the last sublayer stands around the layer.
-        is_last = position.sublayer == position.num_sublayers - 1
-        return cls(size, position.num_layers, **options | ({"norm": NoNorm} if is_last else {}))
+        skip = cls(size, position.num_layers, **options)
+        if position.sublayer == position.num_sublayers - 1:
+            skip.norm = NoNorm(size)  # the norm behind the last sublayer stands around the layer
+        return skip
 
     @classmethod
     def around_layer(cls, size, norm="layer_norm", eps=1e-5):

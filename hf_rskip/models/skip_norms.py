@@ -137,18 +137,19 @@ statistics are those of a channel in either."""
 
 
 def make_norm(
-    norm: Norm, size: int, eps: float = 1e-5, elementwise_affine: bool = True, names: Collection[str] = tuple(NORMS)
+    norm: Norm, size: int, eps: float = 1e-5, elementwise_affine: bool = True, names: Collection[str] = NORMS
 ) -> nn.Module:
     """The norm of that name in [`NORMS`], or of that class, for `size` features.
 
     Raises:
-        `ValueError`: if a name is not one of `names`.
+        `ValueError`: if it is of a name that is not one of `names`.
     """
-    if isinstance(norm, str):
-        if norm not in names:
-            raise ValueError(f"`norm` must be one of {', '.join(names)}, not {norm!r}")
-        norm = NORMS[norm]
-    return norm(size, eps=eps, elementwise_affine=elementwise_affine)
+    of_classes = {made: name for table in NORM_AXES.values() for name, made in table.items()}
+    name = norm if isinstance(norm, str) else of_classes.get(norm)
+    if name is not None and name not in names:
+        raise ValueError(f"`norm` must be one of {', '.join(names)}, not {name!r}")
+    norm_class = NORMS[norm] if isinstance(norm, str) else norm
+    return norm_class(size, eps=eps, elementwise_affine=elementwise_affine)
 
 
 def norm_of(config) -> type[nn.Module]:

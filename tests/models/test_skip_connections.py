@@ -534,9 +534,21 @@ def test_wrong_values_are_one_sentence(kind, options, message):
     [(kind, norm) for kind in SKIP_CONNECTIONS.values() for norm in (*NORMS, "group_norm") if norm not in kind.norms],
 )
 def test_norms_that_a_kind_does_not_have(kind, norm):
-    with pytest.raises(ValueError) as error:
-        kind.for_position(8, SublayerPosition("encoder", 0, 0, 2, 2), norm=norm)
-    assert str(error.value) == f"`norm` must be one of {', '.join(kind.norms)}, not {norm!r}"
+    """By name or class."""
+    for asked in {norm, NORMS.get(norm, norm)}:
+        with pytest.raises(ValueError) as error:
+            kind.for_position(8, SublayerPosition("encoder", 0, 0, 2, 2), norm=asked)
+        assert str(error.value) == f"`norm` must be one of {', '.join(kind.norms)}, not {norm!r}"
+
+
+@pytest.mark.parametrize("kind", [RSkip, XSkip])
+def test_a_norm_of_ones_own_has_a_name_when_the_table_has_it(monkeypatch, kind):
+    class Halved(NoNorm):
+        def normalize(self, hidden, weight, bias, mask=None):
+            return hidden / 2
+
+    monkeypatch.setitem(NORMS, "halved", Halved)
+    assert kind(8, 1, norm="halved")(torch.ones(8), torch.ones(8)).tolist() == [1.0] * 8
 
 
 # Feature maps: formulas of (batch, channels, height, width); skip connections see the same memory with channels last
