@@ -267,8 +267,7 @@ def image_classification_loss(
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     are_classes = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
-    if labels.is_floating_point() or not are_classes:
-        labels = labels.to(logits.dtype)
+    labels = labels.to(torch.long if are_classes and not labels.is_floating_point() else logits.dtype)
     loss = ForSequenceClassificationLoss(labels, logits, config, num_items_in_batch=num_items_in_batch)
     if num_items_in_batch is None or config.problem_type == "single_label_classification":
         return loss

@@ -329,7 +329,10 @@ def test_a_dropped_branch_leaves_the_shortcut():
 
 def test_the_loss_is_cross_entropy_in_nats():
     model, (x, labels) = build(dtype=torch.float32).eval(), images(torch.float32)
-    outputs = model(x, labels=labels)
+    outputs = model(x, labels=labels.byte())
+    assert all(
+        torch.equal(model(x, labels=labels.to(dtype)).loss, outputs.loss) for dtype in (torch.int32, torch.int64)
+    )
     terms = -outputs.logits.log_softmax(-1)[range(4), labels]
     torch.testing.assert_close(outputs.loss, terms.mean())
     for items in (8, torch.tensor(8)):
