@@ -1,11 +1,11 @@
 """Probes a model during training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers import TrainerCallback
 
+from .batches import Batch
 from .probe import probe
 from .table import ProbedModel, truncate_table, write_table
 
@@ -19,17 +19,18 @@ class ProbeCallback(TrainerCallback):
     change the training: see [`probe`].
 
     Args:
-        inputs: the batch.
+        make_inputs: makes the batch, when a training begins.
         steps: between two probes.
         label_smoothing: see [`probe`].
     """
 
-    def __init__(self, inputs: Mapping[str, torch.Tensor], steps: int, label_smoothing: float | None = None):
-        self.inputs, self.steps, self.label_smoothing = inputs, steps, label_smoothing
+    def __init__(self, make_inputs: Callable[[], Batch], steps: int, label_smoothing: float | None = None):
+        self.make_inputs, self.steps, self.label_smoothing = make_inputs, steps, label_smoothing
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
             return
+        self.inputs = self.make_inputs()
         path = self._path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
         truncate_table(path, state.global_step if state.global_step else -1)

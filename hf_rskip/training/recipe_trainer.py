@@ -75,8 +75,8 @@ class RecipeTrainer(Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(args.early_stopping_patience))
         if args.probe_steps is not None:
-            probe = ProbeCallback(self.probe_batch(), args.probe_steps, args.label_smoothing_factor or None)
-            self.add_callback(probe)
+            smoothing = args.label_smoothing_factor or None
+            self.add_callback(ProbeCallback(self.probe_batch, args.probe_steps, smoothing))
         self.moving_average = None
         if args.ema_decay is not None:
             self.moving_average = MovingAverage(self.model, args.ema_decay)

@@ -341,6 +341,10 @@ def test_what_the_trainer_cannot_use_is_refused(tmp_path):
         RSkipTrainer(**given, compute_metrics=lambda prediction: {})
     with pytest.raises(UserError, match="train_dataset has no column target_length"):
         RSkipTrainer(**given, train_dataset=trainer.train_dataset.remove_columns("target_length"))
+    given["args"].probe_steps = 2
+    with pytest.raises(UserError, match="train_dataset must be a datasets.Dataset, not a list"):
+        RSkipTrainer(**given, train_dataset=list(trainer.train_dataset))
+    RSkipTrainer(**given)  # to evaluate
 
 
 @pytest.mark.parametrize(
