@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..decoding.loading import load_config, not_loaded
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import RSkipConfig, RSkipResNetConfig
 
 _CONVERTED_FROM = {RSkipConfig.model_type: "marian", RSkipResNetConfig.model_type: "resnet"}
@@ -45,7 +45,9 @@ def load_start_model(
         model, info = model_class.from_pretrained(
             start, **asked, **labels, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ValueError as error:  # of the configuration that `asked` makes
+        raise UserError(f"{first_line(error)}.") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise not_loaded(start, error) from error
     lacking = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
     for part, note in (may_be_new or {}).items():
@@ -56,7 +58,8 @@ def load_start_model(
     if lacking:
         changed = {key: getattr(before, key) for key in asked if getattr(before, key) != asked[key]}
         values = ", ".join(f"{key} {asked[key]!r} in place of {old!r}" for key, old in changed.items())
-        raise UserError(f"{start!r} has no weights for what the recipe asks ({values}), such as {min(lacking)}.")
+        whose = f"what the recipe asks ({values})" if changed else "its own configuration"
+        raise UserError(f"{start!r} has no weights for {whose}, such as {min(lacking)}.")
     if unused := sorted(info["unexpected_keys"]):
         print(f"note: {len(unused)} weights of {start} are not used, such as {unused[0]}", flush=True)
     return model

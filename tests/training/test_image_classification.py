@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, load_dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -269,6 +269,26 @@ def test_weights_of_a_start_model_that_are_not_used_are_counted(trained_resnet, 
     recipe = parse_recipe(write_image_recipe(**TINY | {"embedding_size": 16}, model_name_or_path=start), [])
     with pytest.raises(UserError, match=r"asks \(embedding_size 16 in place of 8\), such as resnet\.embedder"):
         create_model(recipe, names)
+
+
+def test_a_start_model_whose_keys_or_weights_do_not_fit(trained_resnet, write_image_recipe, tmp_path):
+    start, names = tmp_path / "start", ["blue", "green", "red", "yellow"]
+    shutil.copytree(trained_resnet.folder, start)
+    weights = load_file(start / "model.safetensors")
+    lost = "resnet.embedder.embedder.convolution.weight"
+    save_file(
+        {name: weight for name, weight in weights.items() if name != lost},
+        start / "model.safetensors",
+        {"format": "pt"},
+    )
+    for changes, said in (
+        ({}, f"{str(start)!r} has no weights for its own configuration, such as {lost}."),
+        ({"depths": [1]}, "`depths` must be a list of 2, as `hidden_sizes`, not [1]."),
+    ):
+        recipe = parse_recipe(write_image_recipe(**TINY | changes, model_name_or_path=str(start)), [])
+        with pytest.raises(UserError) as error:
+            create_model(recipe, names)
+        assert str(error.value) == said
 
 
 def test_fine_tuning_with_other_classes_and_another_skip_connection(
