@@ -130,9 +130,8 @@ class CommonTrainingArguments(TrainingArguments):
         return self.average_checkpoints is not None and self.average_checkpoints_by == "best"
 
     def _check_combinations(self) -> None:
-        if self.eval_strategy == IntervalStrategy.NO:
-            for use in self.find_uses_of_evaluations():
-                raise UserError(f"{use} needs evaluations, but eval_strategy is no.")
+        if self.eval_strategy == IntervalStrategy.NO and (uses := self.find_uses_of_evaluations()):
+            raise UserError(f"{uses[0]} needs evaluations, but eval_strategy is no.")
         averages, has_ema = self.average_checkpoints is not None, self.ema_decay is not None
         problems = {
             "dataloader_persistent_workers needs workers: set dataloader_num_workers.": (

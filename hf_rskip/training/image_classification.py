@@ -76,8 +76,8 @@ def _do_without_validation(recipe: Recipe) -> None:
     uses += training.find_uses_of_evaluations()
     if "eval_strategy" in recipe.given and training.eval_strategy != IntervalStrategy.NO:
         uses.append("eval_strategy")
-    for use in uses:
-        raise UserError(f"{use} needs validation images: set validation_split or validation_size.")
+    if uses:
+        raise UserError(f"{uses[0]} needs validation images: set validation_split or validation_size.")
     training.eval_strategy = IntervalStrategy.NO
 
 
