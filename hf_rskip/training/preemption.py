@@ -23,8 +23,8 @@ class StopOnSignal(TrainerCallback):
     """After SIGTERM or Ctrl-C to one of the processes, all of them finish the step, evaluate if that is due, save a
     checkpoint and raise [`Preempted`].
 
-    Where only better models are saved and that evaluation finds none, the next step is made, too. It must be the last
-    callback that changes the control of the training.
+    Where only better models are saved and that evaluation finds none, the next step is made, too; after the last step
+    the run then goes on to its end. It must be the last callback that changes the control of the training.
     """
 
     def __init__(self):
