@@ -164,7 +164,8 @@ def _follow_study() -> None:
 
 
 def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
-    folder, keeps_best = Path(recipe.training.output_dir), recipe.training.load_best_model_at_end
+    training = recipe.training
+    folder, keeps_best = Path(training.output_dir), training.load_best_model_at_end and not training.average_checkpoints
     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     kept = state.best_model_checkpoint
     config = AutoConfig.from_pretrained(folder)
@@ -177,7 +178,8 @@ def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
             | {name: log[f"eval_{name}"] for name in ("loss", *METRICS[recipe.task]) if f"eval_{name}" in log}
             for log in list_evaluations(state)
         ],
-        # The step whose validation scores are the cell's: the best if it was saved and kept, else the last.
+        # The last scores at this step are those of the model that was kept, if it was evaluated: the best model if it
+        # was saved, else the last one or the mean of checkpoints, which is evaluated when the training has ended.
         "kept_step": checkpoint_step(Path(kept)) if keeps_best and kept else state.global_step,
         "steps": state.global_step,
         "parameters": parameters,

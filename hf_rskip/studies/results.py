@@ -27,10 +27,9 @@ class CellResult:
         state: `finished`, `diverged`, `failed` or `not run`.
         record: all of `result.json`; empty if there is none.
         test: score on the test split, of finished cells.
-        validation: score at the step that was kept, of finished cells that were evaluated while they trained; with
-            `average_checkpoints` that of the last model alone, while `test` is that of the average.
-        kept: all validation scores at that step, as the training logged them; empty where there are none.
-        curve: validation scores by step.
+        validation: score of the model that was kept, of finished cells that were evaluated while they trained.
+        kept: all validation scores of that model, as the training logged them; empty where there are none.
+        curve: validation scores by step; with `average_checkpoints` the last one is that of the average.
     """
 
     cell: Cell
@@ -245,9 +244,9 @@ def _read(cell: Cell, study: Study) -> CellResult:
     if state != FINISHED:
         return CellResult(cell, state, record, None, None, {}, [])
     try:
-        curve = [(entry["step"], scale * entry[metric]) for entry in record["validation"] if metric in entry]
-        kept = {entry["step"]: entry for entry in record["validation"]}.get(record["kept_step"], {})
-        test = scale * record["test"][metric]
+        by_step = {entry["step"]: entry for entry in record["validation"]}  # of an average, in place of the last model
+        curve = [(step, scale * entry[metric]) for step, entry in by_step.items() if metric in entry]
+        kept, test = by_step.get(record["kept_step"], {}), scale * record["test"][metric]
     except (KeyError, TypeError) as error:
         path = str(cell.folder / "result.json")
         raise UserError(f"{path!r} has no proper scores of {metric}: remove it, and the cell is run again.") from error

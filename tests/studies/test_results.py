@@ -10,8 +10,12 @@ import pytest
 import sacrebleu
 import yaml
 from made_up_cells import diverge, finish
+from transformers import TrainerState
 
+from hf_rskip import RSkipConfig
 from hf_rskip.errors import UserError
+from hf_rskip.recipe.parsing import parse_values
+from hf_rskip.studies.cell import _describe_run, record
 from hf_rskip.studies.differences import N_SAMPLES, Bootstrap
 from hf_rskip.studies.grid_figure import _draw_lines, _draw_maps
 from hf_rskip.studies.report import _explain, format_tables, write_report
@@ -339,3 +343,18 @@ def test_nothing_run_yet(make_study, tmp_path):
     write_report(gather_results(study), "hf-rskip study study.yaml")
     assert "0 of 6 cells: 6 not run." in (tmp_path / "output/report.md").read_text()
     assert not list((tmp_path / "output").glob("*.png"))
+
+
+def test_a_cell_of_an_average_has_its_scores(make_study):
+    """The mean of checkpoints is evaluated after the last step, whichever was the best."""
+    study = make_study(forms={"a": {"average_checkpoints": 2}}, seeds=[1])
+    (cell,) = study.cells
+    recipe = parse_values(cell.keys, [], "cell")
+    RSkipConfig(architectures=["RSkipForConditionalGeneration"]).save_pretrained(cell.run_folder)
+    scores = [{"step": step, "eval_loss": 2.0, "eval_bleu": bleu} for step, bleu in ((4, 30.0), (8, 20.0), (8, 25.0))]
+    state = TrainerState(global_step=8, log_history=scores, best_model_checkpoint=str(cell.run_folder / "checkpoint-4"))
+    state.save_to_json(str(cell.run_folder / "trainer_state.json"))
+    outcome = _describe_run(recipe, {"train_runtime": 1.0, "test_bleu": 26.0})
+    record(cell, None, {"state": "finished", "resumed": False, "device": "CPU", "versions": {}, **outcome})
+    (result,) = gather_results(study).cells
+    assert (result.validation, result.curve) == (25.0, [(4, 30.0), (8, 25.0)])
