@@ -47,10 +47,14 @@ def load_translation_dataset(
         if split == "validation" and args.validation_size is not None:
             continue
         dataset = _load_text_files(args, split) if corpus is None else select_split(corpus, args, split)
-        if (limit := args.sample_limit(split)) is not None:
-            dataset = dataset.take(limit)
+        dataset = _limit(dataset, args, split)
         loaded[split] = dataset if corpus is None else _select_translation(dataset, args, split)
     return loaded
+
+
+def _limit(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
+    limit = args.sample_limit(split)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def hold_out(dataset: Dataset, args: DataArguments) -> tuple[Dataset, Dataset]:
@@ -73,9 +77,7 @@ def hold_out(dataset: Dataset, args: DataArguments) -> tuple[Dataset, Dataset]:
         )
     is_held_out = np.zeros(len(dataset), dtype=bool)
     is_held_out[np.random.default_rng(_HOLD_OUT_SEED).choice(len(dataset), args.validation_size, replace=False)] = True
-    validation = keep_rows(dataset, is_held_out)
-    limit = args.sample_limit("validation")
-    return keep_rows(dataset, ~is_held_out), validation if limit is None else validation.take(limit)
+    return keep_rows(dataset, ~is_held_out), _limit(keep_rows(dataset, is_held_out), args, "validation")
 
 
 def _load_corpus(args: DataArguments) -> DatasetDict:

@@ -138,8 +138,9 @@ def test_pairs_held_out_for_validation(tmp_path):
     assert (len(train), len(validation), len({*train, *validation})) == (15, 5, 20)
     for side in (train, validation):
         assert side == sorted(side, key=lambda text: int(text[1:])) != [f"s{number}" for number in range(len(side))]
-    args.max_eval_samples = 4
-    assert [pair["en"] for pair in hold_out(dataset, args)[1]["translation"]] == validation[:4]
+    for limit in (4, 9):
+        args.max_eval_samples = limit
+        assert [pair["en"] for pair in hold_out(dataset, args)[1]["translation"]] == validation[:limit]
     args.validation_size = 20
     with pytest.raises(UserError, match="validation_size must be below 20, the number of training pairs after cleani"):
         hold_out(dataset, args)
