@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from ..errors import UserError, first_line
 from ..models import RSkipResNetConfig, RSkipResNetForImageClassification
 
-_ENTRIES = ("state_dict", "model", "model_state", "model_state_dict")
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # prefixes by data parallelism and torch.compile
 _ANTIALIASED = re.compile(r"resnet(?:aa|blur)\d")  # timm's; their weights look like those of the plain ones
 _COUNT = "num_batches_tracked"
@@ -38,7 +37,7 @@ _RENAMES = (  # from our names to those of torchvision
 def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The weights in a `.safetensors` file or one of `torch.save`, without running code from it.
 
-    Of a training script's checkpoint it is the state dict in it. Prefixes that `DistributedDataParallel` and
+    Of a training script's checkpoint it is the only state dict in it. Prefixes that `DistributedDataParallel` and
     `torch.compile` give to names are removed.
 
     Raises:
@@ -57,10 +56,17 @@ def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise UserError(f"it contains a {type(weights).__name__}, not a state dict")
     if _ANTIALIASED.search(str(weights.get("arch"))):
         raise UserError(f"timm's architecture {weights['arch']!r} is not a plain ResNet")
-    weights = next((weights[entry] for entry in _ENTRIES if isinstance(weights.get(entry), Mapping)), weights)
-    if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+    entries = {name: part for name, part in weights.items() if _is_state_dict(part)}
+    if len(entries) > 1:
+        raise UserError(f"it has several state dicts, {', '.join(map(str, entries))}: save the one that is meant alone")
+    weights = next(iter(entries.values()), weights)
+    if not _is_state_dict(weights):
         raise UserError(f"there is no state dict in it, only {', '.join(map(str, weights)) or 'nothing'}")
     return {_WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()}
+
+
+def _is_state_dict(part: object) -> bool:
+    return isinstance(part, Mapping) and bool(part) and all(isinstance(each, torch.Tensor) for each in part.values())
 
 
 def convert_resnet_state_dict(

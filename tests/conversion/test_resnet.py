@@ -569,6 +569,9 @@ def test_unfit_files(capsys, weights, tmp_path):
     assert "contains a list" in error("list.pth", lambda file: torch.save([torch.ones(1)], file))
     line = error("optimizer.pth", lambda file: torch.save({"optimizer": {"lr": 1}, "epoch": 3}, file))
     assert "there is no state dict in it, only optimizer, epoch" in line
+    parts = {"state_dict": weights, "state_dict_ema": weights, "optimizer": {"state": {}}}
+    line = error("averaged.pth", lambda file: torch.save(parts, file))
+    assert "it has several state dicts, state_dict, state_dict_ema: save the one that is meant alone" in line
     assert "only nothing" in error("nothing.pth", lambda file: torch.save({}, file))
     blurred = {"arch": "resnetblur50", "state_dict": weights}
     assert "'resnetblur50' is not a plain ResNet" in error("blur.pth", lambda file: torch.save(blurred, file))
