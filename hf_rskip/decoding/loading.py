@@ -152,6 +152,6 @@ def load_ensemble(names: Sequence[str]) -> tuple[PreTrainedModel | CTranslate2Mo
         if other.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{name!r} has another vocabulary than {names[0]!r}: they cannot translate together")
         for key in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-            if getattr(model.config, key) != getattr(first.config, key):
+            if getattr(model.config, key, None) != getattr(first.config, key, None):
                 raise UserError(f"{name!r} has another {key} than {names[0]!r}: they cannot translate together")
     return Ensemble([model for model, _ in loaded]), tokenizer

@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    PLBartConfig,
+    PLBartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_rskip.cli.main import main
 from hf_rskip.decoding.ensemble import Ensemble
@@ -149,6 +155,17 @@ def test_models_of_different_special_tokens_do_not_mix(trained, other, tmp_path,
     model_and_tokenizer[1].save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has another decoder_start_token_id than '.*': they cannot translate together"):
         load_ensemble([str(trained.folder), str(tmp_path)])
+
+
+def test_models_without_a_start_token(model_and_tokenizer, tmp_path):
+    """The configuration of PLBart has none."""
+    sizes = {f"{stack}_{size}": 1 for stack in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    config = PLBartConfig(vocab_size=300, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes)
+    names = [str(tmp_path / name) for name in "ab"]
+    for name in names:
+        PLBartForConditionalGeneration(config).save_pretrained(name)
+        model_and_tokenizer[1].save_pretrained(name)
+    assert len(load_ensemble(names)[0].models) == 2
 
 
 def test_a_model_that_translates_alone(trained, tmp_path, model_and_tokenizer):
