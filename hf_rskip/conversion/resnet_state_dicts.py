@@ -97,7 +97,8 @@ def convert_resnet_state_dict(
         _, shape = expected[name]
         if tuple(weight.shape) != shape:
             raise UserError(f"{name} has the shape {tuple(weight.shape)}, that of a plain ResNet {shape}")
-        if not (weight.is_floating_point() or name.endswith(_COUNT)):
+        is_float = weight.is_floating_point() and weight.dtype.itemsize > 1  # those of 8 bits are quantised
+        if not (is_float or name.endswith(_COUNT)):
             raise UserError(f"{name} is of type {weight.dtype}")
     # Before torch 0.4.1, and so in torchvision's first checkpoints, nothing counted the batches.
     missing = next((name for name in expected if name not in weights and not name.endswith(_COUNT)), None)

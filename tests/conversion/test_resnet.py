@@ -525,6 +525,7 @@ UNFIT = {
     "a-block-missing": (rename("layer2.0", "layer2.9"), "layer2.9.conv1.weight has no place"),
     "no-stage": (lambda weights: {name: w for name, w in weights.items() if "layer" not in name}, "it lacks layer1.0"),
     "quantised": (replace("layer1.0.conv1.weight", torch.ones(4, 8, 1, 1, dtype=torch.int8)), "of type torch.int8"),
+    "quantised-floats": (replace("fc.bias", torch.ones(5, dtype=torch.float8_e5m2)), "of type torch.float8_e5m2"),
     "scalar": (replace("conv1.weight", torch.tensor(1.0)), "conv1.weight has the shape (), not 4 dimensions"),
     "another-network": (lambda weights: {"features.0.weight": torch.ones(3)}, "it lacks conv1.weight"),
 }
