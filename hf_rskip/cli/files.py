@@ -14,7 +14,10 @@ from ..errors import UserError
 from ..lines import decode_lines
 
 _LINES_AT_ONCE = 10_000
-_RESULTS = ("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.md", "*.csv", "*.png", "*.py")
+_RESULTS = (
+    *("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.md", "*.csv", "*.png", "*.py", "index.html"),
+    *("optimizer.pt", "scheduler.pt", "rng_state*.pth"),
+)
 """Patterns of the names of files that training, export and push write beside [`~hf_rskip.manifest.MODEL_FILES`]."""
 
 

@@ -165,11 +165,13 @@ def test_a_failure_leaves_the_output_file_as_it_was(fail, trained, tmp_path, com
 
 
 def test_an_output_in_the_folder_of_a_model_is_written_again(tmp_path):
-    for name in ("config.json", "hypotheses.txt", "vocab.txt"):
+    files = ["config.json", "vocab.txt", "index.html", "optimizer.pt", "rng_state_0.pth"]
+    for name in (*files, "hypotheses.txt"):
         (tmp_path / name).touch()
     check_output(str(tmp_path / "hypotheses.txt"), ())
-    with pytest.raises(UserError, match="is there already, in the folder of a model"):
-        check_output(str(tmp_path / "vocab.txt"), ())
+    for name in files:
+        with pytest.raises(UserError, match="is there already, in the folder of a model"):
+            check_output(str(tmp_path / name), ())
 
 
 def test_an_output_dir_that_cannot_be_written_is_found_first(fail, write_recipe, tmp_path):
