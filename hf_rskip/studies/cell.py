@@ -36,20 +36,21 @@ from .study import METRICS, Cell, write_recipe
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TAKEN = 75
 """Exit code where another process is running the cell: EX_TEMPFAIL of sysexits.h."""
-_ALWAYS = ("device", "versions", "commit", "date")
+_ALWAYS = {"device": str, "versions": dict, "commit": str | None, "date": str}
 _KEYS = {
-    FINISHED: ("test", "validation", "kept_step", "steps", "parameters", "seconds", "resumed", *_ALWAYS),
-    DIVERGED: ("step", "message", *_ALWAYS),
-    FAILED: ("message",),
+    FINISHED: {"test": dict, "validation": list, "kept_step": int, "steps": int, "parameters": int}
+    | {"seconds": float | int, "resumed": bool, **_ALWAYS},
+    DIVERGED: {"step": int, "message": str, **_ALWAYS},
+    FAILED: {"message": str},
 }
-"""Required keys of `result.json` in each state."""
+"""Required keys of `result.json` in each state, with their types."""
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
     """Reads `result.json` of a cell, `None` if it does not exist; a failure stays there until the cell runs again.
 
     Raises:
-        [`UserError`]: if the file is not JSON, or lacks a key.
+        [`UserError`]: if the file is not JSON, lacks a key, or has a value of another type.
     """
     path = cell.folder / "result.json"
     try:
@@ -67,11 +68,12 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
 def parse_result(text: str) -> dict[str, Any]:
     """Parses the content of a `result.json`; raises a `ValueError` unless it is the result of a cell."""
     result = json.loads(text)
-    if not isinstance(result, dict) or result.get("state") not in _KEYS:
+    kinds = _KEYS.get(str(result.get("state"))) if isinstance(result, dict) else None
+    if kinds is None:
         raise ValueError("it has no proper state")
-    for key in _KEYS[result["state"]]:
-        if key not in result:
-            raise ValueError(f"it has no {key}")
+    for key, kind in kinds.items():
+        if not isinstance(result.get(key, ...), kind):
+            raise ValueError(f"it has no proper {key}")
     return result
 
 

@@ -301,7 +301,7 @@ def test_a_grid_on_which_everything_diverged(make_study, tmp_path):
     assert (tmp_path / "output/grid.png").exists() and not (tmp_path / "output/scores.png").exists()
 
 
-@pytest.mark.parametrize("text", ["", '{"state": "fini', "[]", '{"state": "odd"}'])
+@pytest.mark.parametrize("text", ["", '{"state": "fini', "[]", '{"state": "odd"}', '{"state": []}'])
 def test_a_result_that_is_none(make_study, text):
     study = make_study(forms={"a": {}}, seeds=[1])
     finish(study.cells[0], 20.0, [1.0])
@@ -311,12 +311,17 @@ def test_a_result_that_is_none(make_study, text):
 
 
 @pytest.mark.parametrize("name", ["test", "kept_step", "versions"])
-def test_a_result_that_lacks_something(make_study, name):
+@pytest.mark.parametrize(
+    "change", [lambda result, name: result.pop(name), lambda result, name: result.update({name: "x"})]
+)
+def test_a_result_that_lacks_something(make_study, name, change):
     study = make_study(forms={"a": {}}, seeds=[1])
     finish(study.cells[0], 20.0, [1.0])
     path = study.cells[0].folder / "result.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
-    with pytest.raises(UserError, match=f"result.json' is not the result of a cell .it has no {name}.:"):
+    result = json.loads(path.read_text())
+    change(result, name)
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=f"result.json' is not the result of a cell .it has no proper {name}.:"):
         gather_results(study)
 
 
