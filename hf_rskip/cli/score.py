@@ -38,7 +38,9 @@ def _score_lines(args: argparse.Namespace) -> list[str]:
     from ..decoding.score import score
     from .corpus import find_languages, load_test_set
 
-    languages = find_languages(args, {args.model: load_config(args.model, AutoModelForSeq2SeqLM)})
+    config = load_config(args.model, AutoModelForSeq2SeqLM)
+    is_silent = getattr(config, "source_lang", None) is None  # as that of a MarianMT checkpoint; files do without
+    languages = find_languages(args, {} if args.test_files and is_silent else {args.model: config})
     sources, targets = load_test_set(args, *languages, args.max_samples)
     model, tokenizer = load_ensemble([args.model, *args.ensemble])
     log_probs = score(model, tokenizer, sources, targets, args.max_batch_tokens)

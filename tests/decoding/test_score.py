@@ -157,15 +157,19 @@ def test_models_of_different_special_tokens_do_not_mix(trained, other, tmp_path,
         load_ensemble([str(trained.folder), str(tmp_path)])
 
 
-def test_models_without_a_start_token(model_and_tokenizer, tmp_path):
-    """The configuration of PLBart has none."""
+def test_models_whose_configuration_says_less(model_and_tokenizer, tmp_path):
+    """The configuration of PLBart has none, and no languages, which files do not need."""
     sizes = {f"{stack}_{size}": 1 for stack in ("encoder", "decoder") for size in ("layers", "attention_heads")}
-    config = PLBartConfig(vocab_size=300, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes)
+    config = PLBartConfig(
+        vocab_size=len(model_and_tokenizer[1]), d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes
+    )
     names = [str(tmp_path / name) for name in "ab"]
     for name in names:
         PLBartForConditionalGeneration(config).save_pretrained(name)
         model_and_tokenizer[1].save_pretrained(name)
     assert len(load_ensemble(names)[0].models) == 2
+    (tmp_path / "text").write_text("the cat\n")
+    assert main(["score", names[0], "--test_files", str(tmp_path / "text"), str(tmp_path / "text")]) == 0
 
 
 def test_a_model_that_translates_alone(trained, tmp_path, model_and_tokenizer):
