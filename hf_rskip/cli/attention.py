@@ -1,6 +1,7 @@
 """`hf-rskip attention`."""
 
 import argparse
+import sys
 
 from .options import add_model_argument
 
@@ -24,3 +25,4 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         (translation,) = translate(model, tokenizer, [args.sentence])
     plot_attention(model, tokenizer, args.sentence, translation, args.output_file)
     print(translation)
+    print(f"picture: {args.output_file}", file=sys.stderr)

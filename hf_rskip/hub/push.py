@@ -170,7 +170,8 @@ def upload(
         raise
     except Exception as error:  # of the client, or of its HTTP library, which differs between its versions
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = first_line(error.__cause__ or error) + "; log in with `hf auth login`" * (status == 401)
+        said = " ".join((getattr(error, "server_message", None) or "").split()).rstrip(".")
+        reason = (said or first_line(error.__cause__ or error)) + "; log in with `hf auth login`" * (status == 401)
         raise UserError(
             f"The push to {repo_id} failed ({reason}); sent: {', '.join(sent) or 'nothing'}; not sent: "
             f"{', '.join([*unsent, 'the other files'])}; no commit was confirmed, and the same push can be repeated"
