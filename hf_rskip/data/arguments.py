@@ -53,7 +53,9 @@ class DatasetArguments:
                     problem = f"{one}_{kind} and {other}_{kind} are both {value!r}"
                     if one == "train":
                         raise UserError(f"{problem}: what was trained on cannot tell how good a model is.")
-                    logger.warning(f"{problem}: a checkpoint that is chosen by validation scores is tuned on the test.")
+                    logger.warning_once(
+                        f"{problem}: a checkpoint that is chosen by validation scores is tuned on the test."
+                    )
 
     def sample_limit(self, split: str) -> int | None:
         """Returns the largest number of examples of a split; `None` for all."""

@@ -279,7 +279,8 @@ def varying_keys(settings: list[Setting]) -> list[str]:
 
 
 def check_cells(cells: list[Cell]) -> None:
-    """Raises a [`UserError`] if a cell names a residual kind, a folder or a file that does not exist, or no model."""
+    """Raises a [`UserError`] if a cell names a residual kind, a folder or a file that does not exist, no model, or its
+    training data for validation or test."""
     for cell in {(cell.form, str(cell.setting)): cell for cell in cells}.values():
         for key, what in _NAMED.items():
             if cell.keys.get(key) is not None:
@@ -289,7 +290,9 @@ def check_cells(cells: list[Cell]) -> None:
                 if not Path(path).is_file():
                     raise UserError(f"{key} names a file that does not exist: {path}.")
         try:
-            check_configuration(parse_values(cell.keys, [], str(cell)))
+            recipe = parse_values(cell.keys, [], str(cell))
+            recipe.data.check_splits(("train", "validation", "test"))
+            check_configuration(recipe)
         except UserError as error:
             raise UserError(f"{name_point(cell.form, cell.setting)}: {error}") from error
 

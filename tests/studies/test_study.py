@@ -150,6 +150,7 @@ def test_residual_kinds_and_data_that_are_not_there(write_study):
         ({"tokenizer_name": "./none"}, "There is no tokenizer './none'"),
         ({"dataset_name": None, "train_files": ["no.en", "no.de"]}, "train_files names a file that does not exist: no"),
         ({"d_model": 17}, "a: `d_model` must be a multiple of"),
+        ({"dataset_name": "d", "test_split": "train"}, "a: train_split and test_split are both 'train'"),
     ):
         cells = read_study(write_study(forms={"a": form}), []).cells
         with pytest.raises(UserError, match=message):
