@@ -246,7 +246,9 @@ def _describe(results: Results, command: str, modules: Sequence[str], pictures: 
 
 
 def _explain(results: Results) -> str:
-    study = results.study
+    study, trains = results.study, "finishes"
+    if study.trains_at is not None:
+        trains += f" with a validation {UNITS[study.metric]} of at least {study.trains_at:g}"
     one, units = ("images", "test images") if study.metric == "accuracy" else ("sentences", "test sentences")
     lines = [
         "Scores are means over the finished seeds, with the standard deviation of a sample. Differences are to "
@@ -267,14 +269,12 @@ def _explain(results: Results) -> str:
         )
     if study.margin is not None:
         lines.append(
-            f"- `answer`: `equivalent` if the 90% interval over both lies within ±{study.margin:g}, which the study "
-            "names as its margin (two one-sided tests at 5%, not corrected); otherwise `different` if `p Holm` is "
-            "below .05; otherwise `undecided`, which says neither."
+            f"- `answer`: `equivalent` if every cell of the two forms {trains} and the 90% interval over both "
+            f"lies within ±{study.margin:g}, which the study names as its margin (two one-sided tests at 5%, not "
+            "corrected); otherwise `different` if `p Holm` is below .05; otherwise `undecided`, which says neither."
         )
     lines.append("\nSeconds are of training with its evaluations, without cells that were interrupted.")
-    trains = "finishes"
     if study.trains_at is not None:
-        trains += f" with a validation {UNITS[study.metric]} of at least {study.trains_at:g}"
         lines[-1] += f" A cell trains if it {trains}."
     if len(study.settings) > 1:
         ties = "chrF, then by loss" if study.metric == "bleu" else "loss"

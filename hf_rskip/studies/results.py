@@ -136,8 +136,8 @@ class Contrast:
         form, rival: their names.
         difference: form minus rival; `None` where either has no score.
         p_holm: that over seeds and sentences, by Holm's correction for all contrasts of the study.
-        answer: `equivalent` if the 90% interval over seeds and sentences lies within the study's margin, otherwise
-            `different` if `p_holm` is below .05, otherwise `undecided`; `None` where either cannot be computed.
+        answer: `equivalent` if both train and the 90% interval over seeds and sentences lies within the study's margin,
+            otherwise `different` if `p_holm` is below .05, otherwise `undecided`; `None` where they cannot be computed.
     """
 
     form: str
@@ -195,10 +195,10 @@ def gather_results(study: Study) -> Results:
         best.append(Best(form, _find(groups, form, setting), compared[form], difference, trained, tried))
     differences = [compare(form, rival) for form, rival in study.contrasts]
     corrected = correct_holm([part and part.p_both for part in differences])
-    contrasts = [
-        Contrast(*pair, difference, p_holm, _answer(difference, p_holm, study.margin))
-        for pair, difference, p_holm in zip(study.contrasts, differences, corrected, strict=True)
-    ]
+    contrasts = []
+    for pair, difference, p_holm in zip(study.contrasts, differences, corrected, strict=True):
+        train = all(compared[form] and compared[form].trains(study.trains_at) for form in pair)
+        contrasts.append(Contrast(*pair, difference, p_holm, _answer(difference, p_holm, study.margin, train)))
     return Results(study, results, groups, best, contrasts)
 
 
@@ -229,11 +229,11 @@ def _make_groups(study: Study, results: Sequence[CellResult], seeds: Sequence[in
     return groups
 
 
-def _answer(difference: FormDifference | None, p_holm: float | None, margin: float | None) -> str | None:
+def _answer(difference: FormDifference | None, p_holm: float | None, margin: float | None, train: bool) -> str | None:
     if margin is None or p_holm is None:
         return None
     low, high = difference.interval_90
-    if -margin < low and high < margin:
+    if train and -margin < low and high < margin:
         return "equivalent"
     return "different" if p_holm < 0.05 else "undecided"
 

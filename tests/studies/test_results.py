@@ -151,6 +151,17 @@ def test_the_best_setting_is_chosen_by_validation(make_study):
     assert re.search(r"^\| a +\| +b \| +-5.00 \|", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("trains_at, answer", [(None, "equivalent"), (0.5, "undecided")])
+def test_forms_that_do_not_train_are_not_equivalent(make_study, trains_at, answer):
+    forms = {"a": {}, "b": {"dropout": 0.2}}
+    study = make_study(forms=forms, seeds=[1, 2], contrasts=[["a", "b"]], margin=0.5, trains_at=trains_at)
+    for cell in study.cells:
+        score = 0.1 + 0.01 * cell.number
+        finish(cell, score, [score], ["x", "a b c d"], ["a b c d", "a b c d"])
+    results = gather_results(study)
+    assert results.contrasts[0].answer == answer
+
+
 def test_cells_that_train_are_counted_without_a_grid(make_study):
     study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, trains_at=12)
     for cell, best in zip(study.cells, [11.9, 12.0, 13.0, 20.0, 20.0, None], strict=True):

@@ -201,8 +201,11 @@ def test_numbers_are_sorted_and_words_are_not():
 )
 def test_answers(interval_90, p_holm, answer):
     difference = FormDifference(0.0, (0, 0), 1.0, None, None, interval_90, p_holm)
-    assert _answer(difference, p_holm, 0.5) == answer
-    assert _answer(difference, p_holm, None) is _answer(None, None, 0.5) is None
+    assert _answer(difference, p_holm, 0.5, train=True) == answer
+    assert _answer(difference, p_holm, None, train=True) is _answer(None, None, 0.5, train=True) is None
+    assert _answer(difference, p_holm, 0.5, train=False) == answer.replace(
+        "equivalent", "different" if p_holm < 0.05 else "undecided"
+    )
 
 
 @pytest.mark.slow
