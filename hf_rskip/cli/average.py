@@ -7,8 +7,8 @@ from .options import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="*", help="folders of models of one configuration")
+    parser.add_argument("output", metavar="OUTPUT", help="new or empty folder")
     parser.add_argument("--run", metavar="FOLDER", help="output_dir of a training, in place of its checkpoints")
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--last", type=count, metavar="N", help="its last so many checkpoints")

@@ -45,7 +45,7 @@ def run(write_recipe):
 
 def test_the_command(run, tmp_path, capfd):
     output, parts = tmp_path / "mean", numbered(run, 8, 16, 20)
-    assert main(["average", str(output), *map(str, parts)]) == 0, capfd.readouterr().err
+    assert main(["average", *map(str, [*parts, output])]) == 0, capfd.readouterr().err
     assert_mean(output, parts)
     names = {path.name for path in output.iterdir()}
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -55,12 +55,12 @@ def test_the_command(run, tmp_path, capfd):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     inputs = AutoTokenizer.from_pretrained(output)("the cat sees a mouse .", return_tensors="pt")
     assert model.generate(**inputs).shape[1] > 3
-    assert main(["average", str(output), *map(str, parts)]) == 2
+    assert main(["average", *map(str, [*parts, output])]) == 2
     assert "already exists" in capfd.readouterr().err
 
 
 def test_the_last_and_the_best_of_a_run(run, tmp_path, capfd):
-    assert main(["average", str(tmp_path / "last"), "--run", str(run), "--last", "3"]) == 0, capfd.readouterr().err
+    assert main(["average", "--run", str(run), "--last", "3", str(tmp_path / "last")]) == 0, capfd.readouterr().err
     assert_mean(tmp_path / "last", list_checkpoints(run)[-3:])
     assert main(["average", str(tmp_path / "best"), "--run", str(run), "--best", "3"]) == 0, capfd.readouterr().err
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
@@ -94,7 +94,7 @@ def test_half_precision_is_accumulated_in_double(run, tmp_path):
         save_file(
             {name: value.astype(np.float16) for name, value in weights.items()}, folders[-1] / "model.safetensors"
         )
-    assert main(["average", str(tmp_path / "mean"), *map(str, folders)]) == 0
+    assert main(["average", *map(str, folders), str(tmp_path / "mean")]) == 0
     weights, *parts = (load_file(folder / "model.safetensors") for folder in (tmp_path / "mean", *folders))
     for name, value in weights.items():
         expected = np.mean([part[name].astype(np.float64) for part in parts], axis=0).astype(np.float16)
@@ -117,7 +117,7 @@ def test_what_cannot_be_averaged(change, message, run, tmp_path, capfd):
     first, second = numbered(run, 8, 16)
     shutil.copytree(second, tmp_path / "second", ignore=shutil.ignore_patterns("manifest.json"))
     change(tmp_path / "second")
-    assert main(["average", str(tmp_path / "mean"), str(first), str(tmp_path / "second")]) == 2
+    assert main(["average", str(first), str(tmp_path / "second"), str(tmp_path / "mean")]) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "mean").exists()
 
@@ -142,13 +142,13 @@ def spoil_a_tensor(path):
     ("words", "message"),
     [
         ([], "There is nothing to average"),
-        (["a", "--last", "2"], "choose from the run that `--run` names"),
+        (["--last", "2", "a"], "choose from the run that `--run` names"),
         (["--run", "a"], "takes `--last N` or `--best N`"),
         (["--run", "no_such", "--best", "2"], "'no_such' has no checkpoints with evaluations"),
     ],
 )
 def test_what_cannot_be_asked(words, message, tmp_path, capfd):
-    assert main(["average", str(tmp_path / "mean"), *words]) == 2
+    assert main(["average", *words, str(tmp_path / "mean")]) == 2
     assert message in capfd.readouterr().err
 
 
