@@ -62,6 +62,7 @@ def _draw_lengths(axes, comparison: Comparison) -> None:
         scores = [system.sentence_chrf[group] for group in members]
         means = [score.mean() for score in scores]
         errors = [1.96 * score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else np.nan for score in scores]
+        errors = np.minimum([errors, errors], [means, np.subtract(100, means)])  # scores go from 0 to 100
         shift = (index - (len(comparison.systems) - 1) / 2) * step
         label = _shorten(system.name) + (" (baseline)" if index == 0 else "")
         axes.errorbar(centers + shift, means, errors, **style(index), markersize=5, capsize=3, label=label)
