@@ -29,7 +29,7 @@ class Graph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            # On a CPU that operator takes four times as long as the addition and the norm that it replaces.
+            # On a CPU that operator takes longer than the addition and the norm that it replaces.
             self.session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
             )
