@@ -1,5 +1,6 @@
 """The keys of a dataset that all tasks share."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -48,8 +49,8 @@ class DatasetArguments:
         """Raises a [`UserError`] if another of `splits` is the training split; warns if validation and test are one."""
         for one, other in combinations(splits, 2):
             for kind in ("split", "files"):
-                value = getattr(self, f"{one}_{kind}", None)
-                if value is not None and value == getattr(self, f"{other}_{kind}", None):
+                value, rival = (getattr(self, f"{split}_{kind}", None) for split in (one, other))
+                if value is not None and _resolve(value) == _resolve(rival):
                     problem = f"{one}_{kind} and {other}_{kind} are both {value!r}"
                     if one == "train":
                         raise UserError(f"{problem}: what was trained on cannot tell how good a model is.")
@@ -66,3 +67,8 @@ class DatasetArguments:
         held_out = split == "validation" and self.validation_split is None
         name = self.train_split if held_out else getattr(self, f"{split}_split")
         return f"Dataset {self.dataset_name!r}, split {name!r},"
+
+
+def _resolve(value: list[str] | str | None) -> list[str] | str | None:
+    """The real paths of files; the name of a split as it is."""
+    return list(map(os.path.realpath, value)) if isinstance(value, list) else value

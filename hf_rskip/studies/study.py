@@ -32,6 +32,8 @@ METRICS = {"translation": ("bleu", "chrf"), "image-classification": ("accuracy",
 """Metrics by which studies of each task compare, the default first."""
 _OF_THE_STUDY = ("seed", "output_dir", "resume_from_checkpoint", "task")
 """Keys of a recipe that forms and grids cannot set."""
+_OF_THE_TEST = ("target_lang", "test_split", "max_predict_samples")
+"""Keys of a recipe that choose the test set, which is one for all cells."""
 _NAMED = {"dataset_name": "dataset", "model_name_or_path": "model", "tokenizer_name": "tokenizer"}
 """Keys of a recipe that name a folder or Hub id, and of what."""
 
@@ -193,20 +195,23 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     folder = Path(output_dir or file.output_dir)
     cells, recipes = _make_cells(path, folder, forms, itertools.product(forms, settings, tune["seeds"]))
-    tokenizers = {
+    tokenizers = [
         choose_tokenizer(recipe.training.bleu_tokenize, recipe.data.target_lang)
         for recipe in recipes
         if recipe.task == "translation"
-    }
-    if len(tokenizers) > 1:
-        raise UserError(f"bleu_tokenize must be one for all cells of {path}, not {', '.join(sorted(tokenizers))}.")
+    ]
+    of_the_test = {key: [recipe.values.get(key) for recipe in recipes] for key in _OF_THE_TEST}
+    for key, values in ({"bleu_tokenize": tokenizers} | of_the_test).items():
+        if len(set(values)) > 1:
+            different = ", ".join(map(str, dict.fromkeys(values)))
+            raise UserError(f"{key} must be one for all cells of {path}, which are compared by it, not {different}.")
     if any(recipe.training.push_to_hub for recipe in recipes):
         raise UserError(f"push_to_hub is not for the cells of {path}: `hf-rskip push` sends one of their models.")
     study = Study(
         path=path,
         output_dir=folder,
         metric=_choose_metric(file.metric, recipes[0]),
-        bleu_tokenize=next(iter(tokenizers), None),
+        bleu_tokenize=tokenizers[0] if tokenizers else None,
         baseline=file.baseline or next(iter(forms)),
         contrasts=[tuple(pair) for pair in file.contrasts],
         margin=file.margin,
@@ -340,7 +345,8 @@ def _check_file(values: dict, where: str) -> _StudyFile:
 
     def check_grid(grid: Any, name: str) -> None:
         lists = isinstance(grid, dict) and all(isinstance(points, list) and points for points in grid.values())
-        check(lists, name, "a mapping from keys of the recipe to lists of values", grid)
+        lists = lists and all(points.count(point) == 1 for points in grid.values() for point in points)
+        check(lists, name, "a mapping from keys of the recipe to lists of different values", grid)
 
     for key in ("recipe", "output_dir", "baseline", "metric"):
         check(isinstance(getattr(file, key), str | None), key, "a word", getattr(file, key))

@@ -93,6 +93,12 @@ WRONG = {
     "key in the grid": ({"grid": {"dropuot": [0.1]}}, [], "in the grid of "),
     "list in a form": ({"forms": {"a": {"dropout": [0.1]}}}, [], "takes one value, not a list, in the form 'a' of"),
     "tokenizers": ({"forms": {"a": {}, "b": {"bleu_tokenize": "char"}}}, [], "bleu_tokenize must be one for all cells"),
+    "test sets": (
+        {"grid": {"max_predict_samples": [5, 7]}},
+        [],
+        "max_predict_samples must be one for all cells of",
+    ),
+    "a value twice": ({"grid": {"dropout": [0, 0.0]}}, [], "to lists of different values, not {'dropout': [0, 0.0]}"),
     "names": ({"forms": {"a b": {}, "a/b": {}}}, [], "would share a folder"),
     "tune": ({"tune": {"grid": {"learning_rate": [1e-3]}}}, [], "tune must be a mapping of grid and seeds, not"),
     "grid of tune": ({"tune": {"grid": {"learning_rate": 1}, "seeds": [1]}}, [], "the grid of tune must be a mapping"),

@@ -283,6 +283,7 @@ FILES = {"dataset_name": None, "train_files": ["a", "b"], "validation_files": ["
         ({"test_split": "train"}, "train_split and test_split are both 'train'"),
         ({"validation_split": "train"}, "train_split and validation_split are both 'train'"),
         (FILES, "train_files and test_files are both ['a', 'b']"),
+        (FILES | {"test_files": ["./a", f"{os.getcwd()}/b"]}, "train_files and test_files are both ['a', 'b']"),
     ],
 )
 def test_splits_that_are_the_training_split(values, both):
