@@ -4,6 +4,7 @@ From it `hf-rskip study` makes the report again on another machine, and goes on 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,10 +13,15 @@ import yaml
 from pyarrow import parquet
 
 from ..atomic import replace_text, write_then_rename
+from ..data.images.loading import load_image_dataset
 from ..data.names import is_path
+from ..data.text.corpora import load_translation_dataset
 from ..errors import UserError
+from ..evaluation.bleu import scored_form
+from ..evaluation.evaluate import split_languages
 from ..evaluation.predictions import PREDICTIONS_NAME
 from ..probing.callback import TABLE_NAME
+from ..recipe.parsing import parse_values
 from .cell import is_done, parse_result, read_result, write_result
 from .study import Cell, Study, compare_recipes, name_point, write_recipe
 
@@ -46,15 +52,17 @@ def restore_cells(study: Study) -> None:
     """Restores the cells without a result from the evidence in the study's folder or beside its file, and says so.
 
     Raises:
-        [`UserError`]: if the evidence cannot be read, or a cell was run with another recipe.
+        [`UserError`]: if the evidence cannot be read, or a cell was run with another recipe or, where the data are on
+            this machine, tested on others.
     """
+    test_sets: dict[str, list | None] = {}
     for path in (study.output_dir / EVIDENCE_NAME, study.path.with_name(EVIDENCE_NAME)):
         missing = {_identify(cell): cell for cell in study.cells if not is_done(cell)}
         restored = 0
         for row in _read_rows(path) if missing else ():
             cell = missing.get((row["form"], row["setting"], row["seed"]))
             if cell is not None:
-                _unpack(row, cell, path)
+                _unpack(row, cell, path, test_sets)
                 restored += 1
         if restored:
             cells = "1 cell is" if restored == 1 else f"{restored} cells are"
@@ -95,15 +103,20 @@ def _read_rows(path: Path) -> list[dict]:
         raise UserError(f"{str(path)!r} is not the evidence of a study: {' '.join(str(error).split())}.") from error
 
 
-def _unpack(row: dict, cell: Cell, path: Path) -> None:
+def _unpack(row: dict, cell: Cell, path: Path, test_sets: dict[str, list | None]) -> None:
     try:
         keys, result = dict(yaml.safe_load(row["recipe"])), parse_result(row["result"])
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        tested = json.loads(row[PREDICTIONS_NAME])["references"] if row[PREDICTIONS_NAME] else None
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{str(path)!r} is damaged: the row of {cell} cannot be read ({error}).") from error
-    if difference := compare_recipes({**_find_places(cell.keys), **keys}, cell):
+    difference = compare_recipes({**_find_places(cell.keys), **keys}, cell)
+    if difference is None and tested and _normalize(_load_references(cell, test_sets) or tested) != _normalize(tested):
+        difference = "test data that are not those of this study"
+    if difference:
+        elsewhere = ", or choose another output_dir" if path.parent == cell.folder.parents[1] else ""
         raise UserError(
             f"{str(path)!r}: the cell {name_point(cell.form, cell.setting)} was run with {difference}: remove the "
-            "file, or choose another output_dir."
+            f"file{elsewhere}."
         )
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_recipe(cell)
@@ -111,3 +124,27 @@ def _unpack(row: dict, cell: Cell, path: Path) -> None:
         if row[name] is not None:
             replace_text(cell.folder / name, row[name])
     write_result(cell, **result)
+
+
+def _load_references(cell: Cell, test_sets: dict[str, list | None]) -> list | None:
+    """The references of a cell's test split, `None` where its data are not on this machine.
+
+    `test_sets` keeps them by the keys of the data, which most cells of a study share.
+    """
+    recipe = parse_values(cell.keys, [], str(cell))
+    data = recipe.data
+    places = getattr(data, "test_files", None) or [data.dataset_name]
+    if str(data) not in test_sets:
+        if getattr(data, "streaming", False) or any(place != "cldr" and not os.path.exists(place) for place in places):
+            test_sets[str(data)] = None
+        elif recipe.task == "translation":
+            test_set = load_translation_dataset(data, ("test",))["test"]
+            test_sets[str(data)] = split_languages(test_set, data.source_lang, data.target_lang)[1]
+        else:
+            test_sets[str(data)] = load_image_dataset(data, ("train", "test")).splits["test"]["label"][:]
+    return test_sets[str(data)]
+
+
+def _normalize(references: list) -> list:
+    """References in the form in which they are scored, without case; classes as they are."""
+    return scored_form(references, lowercase=True)[0] if isinstance(references[0], str) else references

@@ -5,6 +5,7 @@ import shutil
 import pyarrow
 import pytest
 import yaml
+from datasets import load_dataset
 from made_up_cells import diverge, finish, leave_probes
 from pyarrow import parquet
 
@@ -15,13 +16,16 @@ from hf_rskip.studies.report import write_report
 from hf_rskip.studies.results import gather_results
 from hf_rskip.studies.study import read_study
 
+ELSEWHERE = {"dataset_name": "./not-on-this-machine"}
+"""Made-up cells were tested on no data that are here."""
 REFERENCES = ["the dog runs in the park .", "a cat sits here now .", "two men talk on a bench ."]
 
 
 @pytest.fixture
 def moved(make_study, tmp_path):
     """A finished study, and its file and evidence alone in another folder, with another `output_dir`."""
-    study = make_study(forms={"one": {}, "two": {"dropout": 0.2}, "three": {"learning_rate": 0.5}}, seeds=[1, 2])
+    forms = {"one": {}, "two": {"dropout": 0.2}, "three": {"learning_rate": 0.5}}
+    study = make_study(forms=forms, seeds=[1, 2], overrides=ELSEWHERE)
     for number, cell in enumerate(study.cells[:5]):
         if cell.form == "three":
             diverge(cell, 7)
@@ -85,14 +89,36 @@ def test_evidence_of_another_recipe_is_refused(moved):
         restore_cells(read_study(path, []))
 
 
+def test_evidence_of_other_data_is_refused(make_study):
+    """In place of scores of other data in a report that names the data of now."""
+    study = make_study(forms={"one": {}}, seeds=[1], overrides={"max_predict_samples": 3})
+    corpus = load_dataset(study.cells[0].keys["dataset_name"])["test"]
+    references = [pair["de"] for pair in corpus["translation"][:3]]
+    for tested in (references, [*references[:2], "Other data."]):
+        finish(study.cells[0], 20.0, [1.0], references, tested)
+        write_evidence(study)
+        shutil.rmtree(study.cells[0].folder)
+        if tested is references:
+            restore_cells(study)
+            assert gather_results(study).groups[0].test_mean == 20.0
+            shutil.rmtree(study.cells[0].folder)
+    expected = (
+        "the cell one was run with test data that are not those of this study: remove the file, or choose another"
+    )
+    with pytest.raises(UserError, match=expected):
+        restore_cells(study)
+    assert not study.cells[0].folder.exists()
+    restore_cells(make_study(forms={"one": {}}, seeds=[1], overrides={"max_predict_samples": 3, **ELSEWHERE}))
+
+
 def test_evidence_of_the_same_recipe_in_other_words_is_taken(make_study):
     """A key of the command line, a word there, that now stands in the file."""
-    study = make_study(forms={"one": {}}, seeds=[1])
+    study = make_study(forms={"one": {}}, seeds=[1], overrides=ELSEWHERE)
     study = read_study(study.path, ["--max_steps", "100"])
     finish(study.cells[0], 20.0, [1.0])
     write_evidence(study)
     shutil.rmtree(study.cells[0].folder)
-    restored = make_study(forms={"one": {}}, seeds=[1], overrides={"max_steps": 100})
+    restored = make_study(forms={"one": {}}, seeds=[1], overrides={"max_steps": 100, **ELSEWHERE})
     restore_cells(restored)
     assert gather_results(restored).groups[0].test_mean == 20.0
 
@@ -100,14 +126,14 @@ def test_evidence_of_the_same_recipe_in_other_words_is_taken(make_study):
 @pytest.mark.parametrize("here, there", [("./mine", "./other"), ("user/model", "user/model")])
 def test_a_study_that_starts_from_a_model_goes_on_elsewhere(make_study, here, there):
     """The path of the model is another there; an id on the Hub is the same."""
-    study = make_study(forms={"one": {"model_name_or_path": here}}, seeds=[1])
+    study = make_study(forms={"one": {"model_name_or_path": here}}, seeds=[1], overrides=ELSEWHERE)
     finish(study.cells[0], 20.0, [1.0])
     write_evidence(study)
     (row,) = parquet.read_table(study.output_dir / EVIDENCE_NAME).to_pylist()
     assert (here in row["recipe"]) == (here == there)
     shutil.rmtree(study.cells[0].folder)
-    restore_cells(make_study(forms={"one": {"model_name_or_path": there}}, seeds=[1]))
+    restore_cells(make_study(forms={"one": {"model_name_or_path": there}}, seeds=[1], overrides=ELSEWHERE))
     assert study.cells[0].folder.exists()
     shutil.rmtree(study.cells[0].folder)
     with pytest.raises(UserError, match="was run with model_name_or_path"):
-        restore_cells(make_study(forms={"one": {"model_name_or_path": "user/another"}}, seeds=[1]))
+        restore_cells(make_study(forms={"one": {"model_name_or_path": "user/another"}}, seeds=[1], overrides=ELSEWHERE))
