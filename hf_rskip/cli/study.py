@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         failed = run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
         before, study = len(study.cells), study if args.cell else advance(beginning)
         cells, grows = study.cells, len(study.cells) > before
-        check_recorded_recipes(cells[before:])
+        check_recorded_recipes(cells)  # some may be those of another process, too
     if args.cell is None:
         results = gather_results(study)
         write_report(results, shlex.join([*words, *rest]), args.import_module)

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from hf_rskip.cli.main import main
+from hf_rskip.studies.study import read_study
+from hf_rskip.studies.study import write_recipe as write_cell_recipe
 
 OWN_KIND = '''
 import torch
@@ -247,6 +251,15 @@ def test_a_cell_is_run_by_one_process(start_cli, warm_python, write_recipe, tmp_
     assert answer("--cell", "3") == (2, "", "hf-rskip: error: --cell 3: the study has 2 cells.\n")
     code, out, _ = answer("--report")
     assert code == 0 and "1 of 2 cells: 1 finished, 1 not run." in out
+    theirs = read_study(path, ["--dropout", "0.5"]).cells[1]
+    theirs.folder.mkdir()
+    with FileLock(theirs.folder / "lock"):
+        ours = start_cli("study", path, "--cell", "2", python=[warm_python])
+        assert ours.stdout.readline().startswith(b"1 of 2 cells: 0 done before")
+        write_cell_recipe(theirs)
+        shutil.copy(cell / "result.json", theirs.folder)
+    _, err = ours.communicate(timeout=600)
+    assert ours.returncode == 2 and b"was run with dropout 0.5, not 0.1: remove it, or choose" in err
 
 
 @pytest.mark.slow
