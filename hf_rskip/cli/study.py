@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     from ..studies.evidence import write_evidence
     from ..studies.report import format_tables, write_report
     from ..studies.results import gather_results
-    from ..studies.running import check_recorded_recipes, describe_state, run_cells
+    from ..studies.running import check_recorded_data, check_recorded_recipes, describe_state, run_cells
     from ..studies.study import check_cells, read_study
     from ..studies.tuning import advance
 
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         cells, grows = study.cells, len(study.cells) > before
         check_recorded_recipes(cells)  # some may be those of another process, too
     if args.cell is None:
+        check_recorded_data(study.cells)
         results = gather_results(study)
         write_report(results, shlex.join([*words, *rest]), args.import_module)
         write_evidence(study)

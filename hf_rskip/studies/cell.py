@@ -30,6 +30,7 @@ from ..probing.callback import TABLE_NAME
 from ..recipe.parsing import Recipe, parse_recipe
 from ..training.best_model import list_evaluations
 from ..training.checkpoints import checkpoint_step, list_checkpoints
+from ..training.resuming import read_record
 from ..training.train import train
 from .study import METRICS, Cell, write_recipe
 
@@ -186,4 +187,5 @@ def _describe_run(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
         "steps": state.global_step,
         "parameters": parameters,
         "seconds": round(metrics["train_runtime"], 1),
+        "data": read_record(folder)["data"],
     }

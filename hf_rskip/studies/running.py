@@ -10,6 +10,7 @@ from multiprocessing import connection
 
 from ..environment import find_commit
 from ..errors import Preempted, UserError
+from ..recipe.parsing import parse_values
 from ..training.checkpoints import list_checkpoints
 from .cell import DIVERGED, FAILED, FINISHED, TAKEN, is_done, read_result, record, run_cell
 from .study import Cell, find_difference
@@ -26,6 +27,21 @@ def check_recorded_recipes(cells: Sequence[Cell]) -> None:
         begun = is_done(cell) or any(cell.run_folder.glob("checkpoint-*"))
         if begun and (difference := find_difference(cell)):
             raise UserError(f"{str(cell.folder)!r} was run with {difference}: remove it, or choose another output_dir.")
+
+
+def check_recorded_data(cells: Sequence[Cell]) -> None:
+    """Raises a [`UserError`] if the data of the same recipe keys changed between the trainings of two cells."""
+    first: dict[str, tuple[Cell, dict]] = {}
+    for cell in cells:
+        if checksums := (read_result(cell) or {}).get("data"):
+            data = str(parse_values(cell.keys, [], str(cell)).data)
+            other, before = first.setdefault(data, (cell, checksums))
+            for split in checksums:
+                if checksums[split] != before.get(split):
+                    raise UserError(
+                        f"The {split} data changed between the trainings of {str(other.folder)!r} and "
+                        f"{str(cell.folder)!r}, which cannot be compared: remove what was trained on the old data."
+                    )
 
 
 def run_cells(cells: Sequence[Cell], total: int, jobs: int, modules: Sequence[str], keep_models: bool) -> list[Cell]:

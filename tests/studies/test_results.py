@@ -22,6 +22,7 @@ from hf_rskip.studies.report import _explain, format_tables, write_report
 from hf_rskip.studies.results import gather_results
 from hf_rskip.studies.running import describe_state
 from hf_rskip.studies.study import read_study, varying_keys
+from hf_rskip.training.resuming import begin_record, write_record
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
@@ -370,7 +371,9 @@ def test_a_cell_of_an_average_has_its_scores(make_study):
     scores = [{"step": step, "eval_loss": 2.0, "eval_bleu": bleu} for step, bleu in ((4, 30.0), (8, 20.0), (8, 25.0))]
     state = TrainerState(global_step=8, log_history=scores, best_model_checkpoint=str(cell.run_folder / "checkpoint-4"))
     state.save_to_json(str(cell.run_folder / "trainer_state.json"))
+    write_record(cell.run_folder, {**begin_record(recipe, None), "data": {"train": 5}}, 8)
     outcome = _describe_run(recipe, {"train_runtime": 1.0, "test_bleu": 26.0})
+    assert outcome["data"] == {"train": 5}
     record(cell, None, {"state": "finished", "resumed": False, "device": "CPU", "versions": {}, **outcome})
     (result,) = gather_results(study).cells
     assert (result.validation, result.curve) == (25.0, [(4, 30.0), (8, 25.0)])

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from filelock import FileLock
+from made_up_cells import finish
 
 from hf_rskip.cli.main import main
+from hf_rskip.studies.cell import read_result, write_result
 from hf_rskip.studies.study import read_study
 from hf_rskip.studies.study import write_recipe as write_cell_recipe
 
@@ -101,6 +103,7 @@ def test_every_cell_leaves_a_result(small_study):
     assert record["parameters"] > results["post-LN-seed-1"]["parameters"]  # norms of each step
     assert [entry["step"] for entry in record["validation"]] == [14, 28] and record["kept_step"] in (14, 28)
     assert results["diverging-seed-1"]["step"] == 2
+    assert record["data"].keys() == {"train", "validation"} and record["data"] == results["halved-seed-2"]["data"]
     # Nothing large is left.
     assert not list((folder / "output").rglob("*.safetensors"))
     assert (folder / "output/cells/halved-seed-1/test_predictions.json").exists()
@@ -224,6 +227,18 @@ def test_a_terminated_study_stops_its_cells(start_cli, warm_python, write_recipe
     assert process.returncode == 143 and err.decode().startswith("hf-rskip: stopped by SIGTERM")
     assert "stopped by SIGTERM after step" in (cell / "log.txt").read_text()
     assert not read_results(tmp_path / "output")
+
+
+def test_training_data_that_changed_between_two_cells(make_study, run_study):
+    """An added form would be compared with those before it on other data; a form may have data of its own."""
+    study = make_study(forms={"a": {}, "b": {}, "own": {"max_train_samples": 5}}, seeds=[1])
+    for cell, train in zip(study.cells, (1, 2, 3), strict=True):
+        finish(cell, 20.0, [1.0])
+        write_result(cell, **read_result(cell), data={"train": train, "validation": 7})
+    answer = run_study(study.path, "--report")
+    assert answer.code == 2 and re.search("The train data changed between .*a-seed-1' and .*b-seed-1', wh", answer.err)
+    write_result(study.cells[1], **read_result(study.cells[1]) | {"data": {"train": 1, "validation": 7}})
+    assert run_study(study.path, "--report").code == 0
 
 
 @pytest.mark.slow
