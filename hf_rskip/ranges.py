@@ -11,7 +11,7 @@ _RANGES = {
     "at least 0": (
         lambda value: value >= 0,
         "dataloader_num_workers learning_rate label_smoothing_factor weight_decay warmup_steps adam_epsilon "
-        "max_grad_norm logging_steps no_repeat_ngram_size crop_padding length_penalty gnmt_length_penalty max_len_a "
+        "max_grad_norm logging_steps eval_delay no_repeat_ngram_size crop_padding length_penalty gnmt_length_penalty max_len_a "
         "max_len_b",
     ),
     "at least 1": (lambda value: value >= 1, "max_length_ratio"),
@@ -25,7 +25,8 @@ _RANGES = {
     ),
     "a number from 0 to below 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 ema_decay momentum"),
     "a number from 0.1 to 1": (lambda value: 0.1 <= value <= 1, "crop_pct"),
-    "a number above 0": (lambda value: value > 0, "num_train_epochs lr_gamma"),
+    "a number above 0": (lambda value: value > 0, "num_train_epochs eval_steps save_steps lr_gamma"),
+    "at least 1, or -1": (lambda value: value >= 1 or value == -1, "max_steps"),
     "below 1": (lambda value: value < 1, "label_smoothing_factor"),
     "above 1": (lambda value: value > 1, "loss_spike_factor"),
     f"from 0 to {_LARGEST_SEED}": (lambda value: 0 <= value <= _LARGEST_SEED, "seed data_seed"),
