@@ -11,8 +11,8 @@ _RANGES = {
     "at least 0": (
         lambda value: value >= 0,
         "dataloader_num_workers learning_rate label_smoothing_factor weight_decay warmup_steps adam_epsilon "
-        "max_grad_norm logging_steps eval_delay no_repeat_ngram_size crop_padding length_penalty gnmt_length_penalty max_len_a "
-        "max_len_b",
+        "max_grad_norm logging_steps eval_delay no_repeat_ngram_size crop_padding length_penalty gnmt_length_penalty "
+        "max_len_a max_len_b",
     ),
     "at least 1": (lambda value: value >= 1, "max_length_ratio"),
     "a whole number of at least 1": (

@@ -103,6 +103,9 @@ def search(
     Yields:
         The indices of the sentences of a batch, their tokens, and what `generate` gives: the start token and the tokens
         of the translations, padded, `num_return_sequences` rows a sentence.
+
+    Raises:
+        [`UserError`]: if a `length_penalty` is given, and there are no beams.
     """
     if not sentences:
         return
@@ -118,6 +121,8 @@ def search(
         logger.warning_once(f"max_new_tokens {longest} is lowered to {limit}, the positions of the model")
         generate_kwargs = {**generate_kwargs, "max_new_tokens": limit}
     beams, cached = options.get("num_beams", 1), options.get("use_cache", True)
+    if beams == 1 and generate_kwargs.get("length_penalty") is not None:
+        raise UserError("length_penalty has no effect with num_beams 1, which is greedy search")
     if beams > 1 and cached and not (options.get("do_sample") or options.get("cache_implementation")):
         generate_kwargs = {"custom_generate": beam_search, **generate_kwargs}
     lengths = {index: len(sources[index]) for index, sentence in enumerate(sentences) if sentence.strip()}

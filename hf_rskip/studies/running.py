@@ -13,6 +13,7 @@ from ..errors import Preempted, UserError
 from ..recipe.parsing import parse_values
 from ..training.checkpoints import list_checkpoints
 from .cell import DIVERGED, FAILED, FINISHED, TAKEN, is_done, read_result, record, run_cell
+from .evidence import EVIDENCE_NAME
 from .study import Cell, find_difference
 
 _PATIENCE = 30
@@ -40,7 +41,8 @@ def check_recorded_data(cells: Sequence[Cell]) -> None:
                 if checksums[split] != before.get(split):
                     raise UserError(
                         f"The {split} data changed between the trainings of {str(other.folder)!r} and "
-                        f"{str(cell.folder)!r}, which cannot be compared: remove what was trained on the old data."
+                        f"{str(cell.folder)!r}, which cannot be compared: remove the folders of the old ones, and "
+                        f"{EVIDENCE_NAME}."
                     )
 
 
