@@ -19,6 +19,8 @@ from ..checks import did_you_mean
 from ..data.names import check_name
 from ..errors import UserError
 from ..evaluation.bleu import choose_tokenizer
+from ..models import SKIP_CONNECTIONS
+from ..recipe.describe import find_idle_keys
 from ..recipe.parsing import (
     Recipe,
     check_configuration,
@@ -191,10 +193,16 @@ def read_study(path: str | Path, overrides: list[str], output_dir: str | None = 
         check_values(keys, place, common.get("task"))
     if any(file.metric in known for known in METRICS.values()):
         common.setdefault("metric_for_best_model", file.metric)
-    forms = {name: {**common, **keys} for name, keys in forms.items()}
+    own, forms = forms, {name: {**common, **keys} for name, keys in forms.items()}
     settings = [tuple(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     folder = Path(output_dir or file.output_dir)
     cells, recipes = _make_cells(path, folder, forms, itertools.product(forms, settings, tune["seeds"]))
+    idle = list(map(_find_idle, recipes))
+    for where, keys, form in [("the grid", grid, None), *((f"the form {name!r}", own[name], name) for name in own)]:
+        found = [part for cell, part in zip(cells, idle, strict=True) if form in (None, cell.form)]
+        for key in keys:
+            if all(key in part for part in found):
+                raise UserError(f"{key} in {where} of {path} has no effect {found[0][key]}.")
     tokenizers = [
         choose_tokenizer(recipe.training.bleu_tokenize, recipe.data.target_lang)
         for recipe in recipes
@@ -410,6 +418,17 @@ def _check_disjoint(forms: dict[str, dict], grid: dict, overrides: dict, where: 
     for (one, keys), (other, others) in itertools.combinations(places.items(), 2):
         if keys & others:
             raise UserError(f"{min(keys & others)} is set by {one} of {where} and by {other}.")
+
+
+def _find_idle(recipe: Recipe) -> dict[str, str]:
+    """The keys without an effect, each with the reason; none where the model is not known before it is loaded."""
+    model = recipe.model
+    if recipe.training.model_name_or_path or model.skip_type not in {*SKIP_CONNECTIONS, None}:
+        return {}
+    try:
+        return dict(find_idle_keys(recipe, model if recipe.task == "translation" else model.make_config(recipe.given)))
+    except ValueError:  # [`check_cells`] names it
+        return {}
 
 
 def _check_unique_folders(cells: list[Cell]) -> None:

@@ -98,6 +98,12 @@ WRONG = {
         [],
         "max_predict_samples must be one for all cells of",
     ),
+    "nothing of a form": (
+        {"forms": {"K=1": {}, "s=2": {"skip_scale": 2}}},
+        [],
+        "skip_scale in the form 's=2' of",
+    ),
+    "nothing of a grid": ({"grid": {"skip_scale": [1, 2]}}, [], "has no effect with skip_type rskip."),
     "a value twice": ({"grid": {"dropout": [0, 0.0]}}, [], "to lists of different values, not {'dropout': [0, 0.0]}"),
     "names": ({"forms": {"a b": {}, "a/b": {}}}, [], "would share a folder"),
     "tune": ({"tune": {"grid": {"learning_rate": [1e-3]}}}, [], "tune must be a mapping of grid and seeds, not"),
