@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, set_seed
+from transformers.trainer_callback import TrainerState
 
 from hf_rskip.data.text.tokenizer import train_tokenizer
 from hf_rskip.errors import UserError
@@ -22,6 +24,7 @@ from hf_rskip.models import RSkipConfig, RSkipForConditionalGeneration
 from hf_rskip.probing.table import read_table
 from hf_rskip.recipe.translation import RSkipTrainingArguments
 from hf_rskip.training.averaging import choose_checkpoints
+from hf_rskip.training.best_model import BestModelCallback
 from hf_rskip.training.trainer import RSkipTrainer
 
 EOS, VOCABULARY = 2, 260
@@ -320,6 +323,14 @@ def test_ties_are_broken_by_chrf_and_then_by_loss(tmp_path, key, interrupted, ca
     assert best == [[tmp_path / f"checkpoint-{step}" for step in steps] for steps in ([3], [3, 4, 5])]
     warned = "bleu was 0 at all 5 evaluations, so the best model was chosen by chrf and loss" in caplog.text
     assert warned == (key == "bleu")
+
+
+def test_the_metric_that_never_moved_is_none_of_those_that_chose(caplog):
+    log = {"eval_loss": 2.0, "eval_accuracy": 0.5}
+    state = TrainerState(log_history=[{"step": 1, **log}, {"step": 2, **log}])
+    args = SimpleNamespace(metric_for_best_model="accuracy", load_best_model_at_end=False)
+    BestModelCallback().on_train_end(args, state, None)
+    assert "accuracy was 0.5 at all 2 evaluations, so the best model was chosen by loss: set" in caplog.text
 
 
 def test_a_resumed_run_can_be_given_more_epochs(tmp_path):
