@@ -30,6 +30,8 @@ def write_report(results: Results, command: str, modules: Sequence[str] = ()) ->
     """
     folder = results.study.output_dir
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("contrasts.csv", "scores.png", "curves.png", "grid.png", "courses.png"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier report, if this one has none
     _write_cells(results, modules, folder / "results.csv")
     _write_groups(results, folder / "summary.csv")
     if results.contrasts:

@@ -308,9 +308,12 @@ def test_a_grid_on_which_everything_diverged(make_study, tmp_path):
     study = make_study(forms={"a": {}, "b": {"dropout": 0.2}}, grid={"learning_rate": [1, 2]}, seeds=[1])
     for cell in study.cells:
         diverge(cell, 3)
+    stale = [tmp_path / "output" / name for name in ("scores.png", "contrasts.csv")]  # of an earlier report
+    for path in stale:
+        path.touch()
     write_report(gather_results(study), "hf-rskip study study.yaml")
     assert "4 of 4 cells: 4 diverged." in (tmp_path / "output/report.md").read_text()
-    assert (tmp_path / "output/grid.png").exists() and not (tmp_path / "output/scores.png").exists()
+    assert (tmp_path / "output/grid.png").exists() and not any(path.exists() for path in stale)
 
 
 @pytest.mark.parametrize("text", ["", '{"state": "fini', "[]", '{"state": "odd"}', '{"state": []}'])
