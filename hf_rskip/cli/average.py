@@ -26,8 +26,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     elif args.checkpoints or not (args.last or args.best):
         raise UserError("`--run` takes `--last N` or `--best N`, and no further checkpoints")
     else:
-        folders = choose_checkpoints(args.run, args.last or args.best, "last" if args.last else "best")
-        if not folders:
-            raise UserError(f"{args.run!r} has no checkpoints{' with evaluations' if args.best else ''}")
+        asked = args.last or args.best
+        folders = choose_checkpoints(args.run, asked, "last" if args.last else "best")
+        if len(folders) < asked:
+            evaluated = " with evaluations" if args.best else ""
+            raise UserError(f"{args.run!r} has {len(folders)} checkpoints{evaluated}, fewer than {asked}")
     average_models(args.output, folders)
     print(f"{args.output}: the mean of {', '.join(map(str, folders))}")

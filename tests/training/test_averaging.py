@@ -144,7 +144,7 @@ def spoil_a_tensor(path):
         ([], "There is nothing to average"),
         (["--last", "2", "a"], "choose from the run that `--run` names"),
         (["--run", "a"], "takes `--last N` or `--best N`"),
-        (["--run", "no_such", "--best", "2"], "'no_such' has no checkpoints with evaluations"),
+        (["--run", "no_such", "--best", "2"], "'no_such' has 0 checkpoints with evaluations, fewer than 2"),
     ],
 )
 def test_what_cannot_be_asked(words, message, tmp_path, capfd):
