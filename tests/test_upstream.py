@@ -48,14 +48,14 @@ PRIVATE = [
     ("torch:Tensor", "_base", None, "the probe finds no gradient of the feature maps behind a view"),
     ("torch:Tensor", "_is_view", None, "the probe finds no gradient of the feature maps behind a view"),
     ("torch.autograd:forward_ad", "_current_level", None, "kernels are called in forward-mode differentiation"),
-    ("torch._C:_functorch", "peek_interpreter_stack", (), "kernels are called under `torch.func`"),
+    ("torch:_C", "_are_functorch_transforms_active", (), "kernels are called under `torch.func`"),
     ("torch.nn:Linear", "_backward_hooks", None, "kernels take the place of a norm that hooks watch"),
     ("torch.nn:Linear", "_backward_pre_hooks", None, "kernels take the place of a norm that hooks watch"),
     ("torch.nn:Linear", "_forward_hooks", None, "kernels take the place of a norm that hooks watch"),
     ("torch.nn:Linear", "_forward_pre_hooks", None, "kernels take the place of a norm that hooks watch"),
     ("torch.nn.modules:module", "_has_any_global_hook", (), "kernels take the place of a norm that hooks watch"),
 ]
-NOT_OURS = {"_C", "_functorch"}
+NOT_OURS = {"_C"}
 """Modules on the way to a listed name."""
 
 

@@ -12,32 +12,39 @@ import torch
 from .operators import gradients_with_graph
 
 
-class ClosedFormOverMaps(torch.autograd.Function):
+def closed_form_over_maps(x, branch, weight, bias, centred, eps, dtype):
     """The K steps over `(samples, ..., channels)` in tensor operations, on any device and in any precision.
 
     Gains and biases are `(K, channels)`. y has precision `dtype`; y and the gradients lie in memory as x does.
     """
+    dim = 1 if x.is_contiguous() else 2
+    y = _ClosedForm.apply(x, branch, weight, bias, centred, eps, dtype, dim)
+    # A view made in `apply` could not be modified in place.
+    return _unflat(y, x.shape, dim)
+
+
+class _ClosedForm(torch.autograd.Function):
+    """The steps, with y as [`_flat`] makes it."""
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, centred, eps, dtype):
-        ctx.centred, ctx.eps = centred, eps
-        dim = 1 if x.is_contiguous() else 2
+    def forward(ctx, x, branch, weight, bias, centred, eps, dtype, dim):
+        ctx.centred, ctx.eps, ctx.dim = centred, eps, dim
         moments, of_x, of_u = _centred_pair(x, branch, dim)
         variances = ((p * q).mean(dim) for p, q in ((of_x, of_x), (of_u, of_u), (of_x, of_u)))
         moments = torch.stack([*moments, *variances])
         ctx.save_for_backward(x, branch, weight, bias, moments)
         state, _ = _chain(moments, weight, bias, centred, eps)
-        return _unflat(_combined(state.to(of_x.dtype), (of_x, of_u), dim).to(dtype), x.shape, dim)
+        return _combined(state.to(of_x.dtype), (of_x, of_u), dim).to(dtype)
 
     @staticmethod
     def backward(ctx, gradient):
         *inputs, moments = ctx.saved_tensors  # read once: a checkpoint gives them no second time
-        x, branch, weight, bias = inputs
+        (x, branch, weight, bias), dim = inputs, ctx.dim
         if torch.is_grad_enabled():
-            return *gradients_with_graph(inputs, gradient, ctx.centred, ctx.eps, "sample"), None, None, None
-        dim = 1 if x.is_contiguous() else 2
+            gradient = _unflat(gradient, x.shape, dim)
+            return *gradients_with_graph(inputs, gradient, ctx.centred, ctx.eps, "sample"), *[None] * 4
         _, of_x, of_u = _centred_pair(x, branch, dim, moments[:2])
-        up = _flat(gradient, dim).to(of_x.dtype)
+        up = gradient.contiguous().to(of_x.dtype)
         positions = up.shape[dim]
         sums = torch.stack([(up * of_x).sum(dim), (up * of_u).sum(dim), up.sum(dim)]).double()
         (a, c, _), steps = _chain(moments, weight, bias, ctx.centred, ctx.eps)
@@ -52,7 +59,7 @@ class ClosedFormOverMaps(torch.autograd.Function):
         grad_u = combined(c, by_xu, 2 * by_uu, by_u)
         grad_x = combined(a, 2 * by_xx, by_xu, by_x).add_(grad_u)
         maps = (_unflat(found.to(given.dtype), x.shape, dim) for found, given in ((grad_x, x), (grad_u, branch)))
-        return *maps, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None
+        return *maps, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *[None] * 4
 
 
 def _flat(maps, dim):

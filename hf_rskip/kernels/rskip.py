@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from ..models.skip_connections import AFFINES
 from .cpu import load
-from .maps import ClosedFormOverMaps
+from .maps import closed_form_over_maps
 from .operators import forward
 from .reference import reference
 
@@ -150,7 +150,7 @@ def run(
         for rows, neutral in ((gains, 1.0), (biases, 0.0))
     )
     if backend == "closed_form":
-        return ClosedFormOverMaps.apply(x, branch, weight, bias, centred, eps, dtype)
+        return closed_form_over_maps(x, branch, weight, bias, centred, eps, dtype)
     _check_cpp(x, branch)
     rows = (tensor.reshape(-1, size).contiguous() for tensor in (x, branch))
     y, _ = forward(*rows, weight, bias, centred, eps, dtype)
@@ -195,9 +195,7 @@ def choose_backend(x: torch.Tensor, branch: torch.Tensor, recursions: int, axes:
 
 def _is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work, for which operators have no rule."""
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 @torch.compiler.assume_constant_result

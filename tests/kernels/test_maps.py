@@ -118,6 +118,17 @@ def test_gradients_that_are_not_required():
     assert_gradients_are_the_same_alone(*random_maps(planes, (3, 5, 4, 6), 2), **CLOSED_FORM)
 
 
+@LAYOUTS
+def test_y_can_be_modified_in_place(layout):
+    """As by `nn.ReLU(inplace=True)`."""
+    leaves, upstream = random_maps(layout, (3, 5, 4, 6), 2)
+    found, expected = (
+        results(lambda *leaves, act=act: act(rskip_layer_norm(*leaves, **CLOSED_FORM)), leaves, upstream)
+        for act in (torch.relu_, torch.relu)
+    )
+    assert all(map(torch.equal, found, expected))
+
+
 def test_compile_and_checkpoint_see_through_it():
     leaves, upstream = random_maps(planes, (3, 5, 4, 6), 3)
     assert_compile_and_checkpoint_see_through("closed_form", leaves, upstream, "per_step", "sample")

@@ -227,6 +227,26 @@ def test_forward_mode_and_transforms_of_torch():
         torch.func.jvp(lambda x: rskip_layer_norm(x, branch, backend="cpp"), (x,), (tangent,))
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda function, x, other: torch.func.jvp(function, (x,), (other,))[1],  # was zeros
+        lambda function, x, other: torch.func.vjp(function, x)[1](other)[0],
+    ],
+    ids=["jvp", "vjp"],
+)
+def test_compiled_transforms_of_torch(transform):
+    x, branch, other = torch.randn(3, 16384, 64, generator=torch.Generator().manual_seed(0))
+
+    def transformed(x, branch, other):
+        return transform(lambda x: rskip_rms_norm(x, branch, recursions=4), x, other)
+
+    torch._dynamo.reset()
+    found = torch.compile(transformed, backend="aot_eager", fullgraph=True)(x, branch, other)
+    expected = transformed(x.double(), branch.double(), other.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 # In RSkip
 
 
