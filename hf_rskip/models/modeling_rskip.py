@@ -261,7 +261,7 @@ class RSkipStack(RSkipPreTrainedModel):
         positions below 0 count as 0.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of input_ids and inputs_embeds must be given")
+            raise ValueError(f"{type(self).__name__}.forward() needs exactly one of input_ids and inputs_embeds")
         inputs_embeds = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * self.embed_scale
         length = inputs_embeds.shape[1]
         # A static cache counts in a tensor; reading it would synchronise the device.
@@ -337,8 +337,8 @@ class RSkipDecoder(RSkipStack):
         token_mask = input_ids != self.config.pad_token_id
         for end in eos if isinstance(eos, list) else [eos]:
             token_mask &= input_ids != end
-        # The start token is real even if it is one of these.
-        return torch.cat([torch.ones_like(token_mask[:, :1]), token_mask[:, 1:]], dim=1)
+        token_mask[:, :1] = True  # the start token is real even if it is one of these
+        return token_mask
 
     @merge_with_config_defaults
     @capture_outputs
@@ -423,7 +423,7 @@ class RSkipModel(RSkipPreTrainedModel):
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
+        elif isinstance(encoder_outputs, (tuple, list)):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
@@ -442,8 +442,8 @@ class RSkipModel(RSkipPreTrainedModel):
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
         )
 
 

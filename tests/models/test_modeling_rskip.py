@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, Seq2SeqModelOutput
 
 from hf_rskip import SKIP_CONNECTIONS, RSkip, RSkipForConditionalGeneration, RSkipModel
 
@@ -269,15 +270,18 @@ def test_embeddings_in_place_of_tokens(build, batch):
         decoder_inputs_embeds=embed_tokens(inputs["decoder_input_ids"]),
     ).logits
     assert_close(logits, expected)
-    with pytest.raises(ValueError, match="Exactly one of input_ids and inputs_embeds must be given"):
+    with pytest.raises(ValueError, match="^RSkipEncoder.forward.. needs exactly one of input_ids and inputs_embeds$"):
         model(**inputs, inputs_embeds=embed_tokens(inputs["input_ids"]))
+    with pytest.raises(ValueError, match="^RSkipDecoder.forward.. needs exactly one of input_ids and inputs_embeds$"):
+        model(inputs["input_ids"])
 
 
-@pytest.mark.parametrize("as_tuple", [False, True])
-def test_encoder_outputs_in_place_of_the_source(build, batch, as_tuple):
+@pytest.mark.parametrize("kind", [tuple, BaseModelOutput, BaseModelOutputWithPast, Seq2SeqModelOutput])
+def test_encoder_outputs_in_place_of_the_source(build, batch, kind):
     model, inputs = build(), without_labels(batch)
     expected = model(**inputs).logits
-    encoder_outputs = model.get_encoder()(inputs.pop("input_ids"), inputs["attention_mask"], return_dict=not as_tuple)
+    states = model.get_encoder()(inputs.pop("input_ids"), inputs["attention_mask"]).last_hidden_state
+    encoder_outputs = (states,) if kind is tuple else kind(last_hidden_state=states)
     assert_close(model(**inputs, encoder_outputs=encoder_outputs).logits, expected)
 
 
@@ -338,6 +342,16 @@ def test_compiles_without_a_graph_break(build, batch, kind):
     loss.backward()
     actual = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_close((loss, actual), expected)
+
+
+def test_exported_with_dynamic_shapes(build, batch):
+    model, inputs = build(encoder_layers=1, decoder_layers=1), without_labels(batch)
+    dynamic = dict.fromkeys(inputs, (torch.export.Dim.DYNAMIC,) * 2)
+    options = {"dynamic_shapes": {**dynamic, "use_cache": None}}
+    program = torch.export.export(model, (), {**inputs, "use_cache": False}, **options).module()
+    for rows, length in ((3, 6), (2, 3), (2, 2)):
+        part = {name: tensor[:rows, :length] for name, tensor in inputs.items()}
+        assert_close(program(**part, use_cache=False).logits, model(**part).logits)
 
 
 # Vocabularies
