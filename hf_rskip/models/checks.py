@@ -8,7 +8,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.versions import require_version
 
 require_version("transformers>=5.24.0.dev0")  # which calls a cache of keys and values `cache`
-ENCODER_KEYWORDS = ("logits_to_keep", "return_dict")
+ENCODER_KEYWORDS = ("labels", "logits_to_keep", "return_dict")
 """Keywords that `generate` passes to an encoder."""
 _KNOWN_KEYWORDS = TransformersKwargs.__optional_keys__ | FlashAttentionKwargs.__optional_keys__
 # For packed sequences, state-space models and mixtures of experts, which no model here has.

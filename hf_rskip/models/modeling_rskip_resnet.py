@@ -303,7 +303,7 @@ class RSkipResNetForImageClassification(RSkipResNetPreTrainedModel):
             batch, or with `num_items_in_batch` the sum divided by it.
         """
         check_keywords(self, kwargs, without_effect=["output_attentions"])
-        outputs = self.resnet(pixel_values, **kwargs)
+        outputs = self.resnet(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)

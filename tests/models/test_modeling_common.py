@@ -259,6 +259,12 @@ def test_a_continuation_from_the_cache(build, batch):
     )
 
 
+def test_generation_takes_the_labels_of_a_batch(build, batch):
+    """As the Trainer of Transformers gives them with `predict_with_generate`."""
+    model = build()
+    assert torch.equal(model.generate(**batch, **OPTIONS), generate(model, batch))
+
+
 @pytest.mark.parametrize("given", ["encoder_outputs", "inputs_embeds"])
 def test_generation_without_source_tokens(build, batch, given):
     model, source = build(), source_of(batch)

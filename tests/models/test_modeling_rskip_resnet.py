@@ -418,6 +418,8 @@ def test_outputs():
     assert second is None
     model.config.output_hidden_states = True
     assert len(model(x).hidden_states) == 3
+    model.config.return_dict = False
+    assert torch.equal(model(x)[0], outputs.logits)
 
 
 def test_backbone():
