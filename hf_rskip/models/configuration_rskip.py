@@ -95,8 +95,8 @@ class RSkipConfig(SkipConfig):
     def _are_tokens(self, value) -> bool:
         return all(token is None or self._is_token(token) for token in (value if isinstance(value, list) else [value]))
 
-    def _check_values(self) -> None:
-        super()._check_values()
+    def check_values(self) -> None:
+        super().check_values()
         self._check("vocab_size decoder_vocab_size d_model max_position_embeddings", COUNT)
         self._check("encoder_attention_heads encoder_ffn_dim", COUNT)
         self._check("decoder_attention_heads decoder_ffn_dim", COUNT)

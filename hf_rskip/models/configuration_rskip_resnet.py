@@ -131,8 +131,8 @@ class RSkipResNetConfig(BackboneConfigMixin, SkipConfig):
             fields = {"skip_type": "xskip", "skip_norm": "none"} | fields
         return cls(**fields)
 
-    def _check_values(self) -> None:
-        super()._check_values()
+    def check_values(self) -> None:
+        super().check_values()
         self._check("skip_norm_axes", one_of(NORM_AXES))
         self._check("skip_type", one_of([name for name, kind in SKIP_CONNECTIONS.items() if kind.for_images]))
         self._check("num_channels embedding_size", COUNT)

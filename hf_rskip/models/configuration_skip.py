@@ -75,7 +75,7 @@ class SkipConfig(PreTrainedConfig):
         for name in kwargs:
             if name.startswith("skip_"):
                 raise ValueError(f"`{name}` is not a field: those that begin with skip_ are {', '.join(known)}")
-        self._check_values()
+        self.check_values()
         labels = None if self.id2label is None else len(self.id2label)
         for field, number in (("num_labels", kwargs.get("num_labels")), ("id2label", labels)):
             if number not in (None, 0) and not is_count(number, MOST_LABELS):
@@ -100,7 +100,7 @@ class SkipConfig(PreTrainedConfig):
             if not is_allowed(value):
                 raise ValueError(f"`{field}` must be {what}, not {value!r}")
 
-    def _check_values(self) -> None:
+    def check_values(self) -> None:
         """Checks the fields, before anything is computed from them."""
         self._check("skip_recursions", count(MOST_RECURSIONS))
         self._check("skip_scale", FINITE)

@@ -191,6 +191,10 @@ class RSkipPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: RSkipConfig):
+        config.check_values()  # again, as fields may have been set since it was made
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Xavier-uniform projections, zero biases, embeddings of variance 1 / d_model, then each skip connection's."""

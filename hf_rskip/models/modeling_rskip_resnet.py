@@ -195,6 +195,10 @@ class RSkipResNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RSkipResNetLayer"]
     _can_compile_fullgraph = True
 
+    def __init__(self, config: RSkipResNetConfig):
+        config.check_values()  # again, as fields may have been set since it was made
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal convolutions with the variance of He et al. (2015), fan-out; then each skip connection's."""

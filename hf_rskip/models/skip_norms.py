@@ -82,11 +82,10 @@ class BatchNorm(_Norm, nn.BatchNorm1d):
 
     def normalize(self, hidden, weight, bias, mask=None):
         if not self.training or (mask is None and hidden.numel() > self.num_features):
-            if self.training:
-                self.num_batches_tracked.add_(1)
+            momentum = self._count_batch() if self.training else 0.0
             statistics = self.running_mean, self.running_var
             maps = torch.atleast_2d(hidden).movedim(-1, 1)
-            maps = F.batch_norm(maps, *statistics, weight, bias, self.training, self.momentum, self.eps)
+            maps = F.batch_norm(maps, *statistics, weight, bias, self.training, momentum, self.eps)
             return maps.movedim(1, -1).view(hidden.shape)
         mean, variance = self._batch_statistics(hidden, mask)
         normalized = ((hidden - mean) * torch.rsqrt(variance + self.eps)).to(hidden.dtype)
@@ -104,11 +103,15 @@ class BatchNorm(_Norm, nn.BatchNorm1d):
         with torch.no_grad():
             # As in torch: the running variance is the unbiased one, the variance that normalises is not.
             unbiased = variance * (count / (count - 1).clamp(min=1))
-            momentum = (self.momentum * (kept > 0)).to(self.running_mean.dtype)
+            momentum = (self._count_batch() * (kept > 0)).to(self.running_mean.dtype)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-            self.num_batches_tracked.add_(1)
         return mean, variance
+
+    def _count_batch(self) -> float:
+        """The weight of this batch in the running statistics; momentum `None` is the mean of all, as in torch."""
+        self.num_batches_tracked.add_(1)
+        return 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
 
 
 class NoNorm(_Norm, nn.Module):

@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from hf_rskip import NORMS, SKIP_CONNECTIONS, RSkipConfig
+from hf_rskip import NORMS, SKIP_CONNECTIONS, RSkipConfig, RSkipForConditionalGeneration, RSkipModel
 
 
 def test_defaults():
@@ -146,6 +146,22 @@ def test_a_wrong_value_beside_a_checkpoint_is_an_error_too(values, message, tmp_
     assert AutoConfig.from_pretrained(tmp_path, vocab_size=60).decoder_vocab_size == 60
     changed, others = AutoConfig.from_pretrained(tmp_path, skip_recursions=3, unknown=1, return_unused_kwargs=True)
     assert (changed.skip_recursions, others) == (3, {"unknown": 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 40, "`decoder_vocab_size` must be `vocab_size`, 40, with `share_encoder_decoder_embeddings`"),
+        ("skip_type", "rskp", "`skip_type` must be one of rskip"),
+        ("skip_recursions", 2.5, "`skip_recursions` must be an integer"),
+    ],
+)
+def test_a_value_that_is_set_later_is_checked_where_a_model_is_built(field, value, message):
+    config = RSkipConfig(vocab_size=30)
+    setattr(config, field, value)
+    for build in (RSkipForConditionalGeneration, RSkipModel, AutoModelForSeq2SeqLM.from_config):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            build(config)
 
 
 def test_an_unknown_field_of_skip_connections(tmp_path):

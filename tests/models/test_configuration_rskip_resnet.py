@@ -144,9 +144,12 @@ FLAGS = ("preactivation", "downsample_in_first_stage", "downsample_in_bottleneck
     ],
 )
 def test_a_wrong_value_names_the_field_and_what_is_allowed(field, value, allowed):
-    with pytest.raises(ValueError) as error:
-        RSkipResNetConfig(**{field: value})
-    assert str(error.value) == f"`{field}` must be {allowed}, not {value!r}"
+    config = RSkipResNetConfig()
+    setattr(config, field, value)
+    for build in (lambda: RSkipResNetConfig(**{field: value}), lambda: RSkipResNetForImageClassification(config)):
+        with pytest.raises(ValueError) as error:
+            build()
+        assert str(error.value) == f"`{field}` must be {allowed}, not {value!r}"
 
 
 def test_a_problem_type_that_there_is_not():

@@ -307,11 +307,13 @@ def test_two_recursions_rotate_by_less_than_a_right_angle():
 # Batch normalisation against torch
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])  # `None` is set by `torch.optim.swa_utils.update_bn`
 @pytest.mark.parametrize("padding", [None, 1e3, math.inf])
-def test_batch_norm_is_that_of_torch_on_the_kept_tokens(padding):
+def test_batch_norm_is_that_of_torch_on_the_kept_tokens(padding, momentum):
     torch.manual_seed(0)
-    norm, peer = randomized(NORMS["batch_norm"](SIZE)), nn.BatchNorm1d(SIZE).double()
+    norm, peer = randomized(NORMS["batch_norm"](SIZE)), nn.BatchNorm1d(SIZE, momentum=momentum).double()
     peer.load_state_dict(norm.state_dict())
+    norm.momentum = momentum
     for _ in range(3):
         hidden = 2 + 3 * torch.randn(4, 7, SIZE, dtype=torch.float64)
         mask = None if padding is None else torch.rand(4, 7) < 0.6
