@@ -344,16 +344,6 @@ def test_compiles_without_a_graph_break(build, batch, kind):
     assert_close((loss, actual), expected)
 
 
-def test_exported_with_dynamic_shapes(build, batch):
-    model, inputs = build(encoder_layers=1, decoder_layers=1), without_labels(batch)
-    dynamic = dict.fromkeys(inputs, (torch.export.Dim.DYNAMIC,) * 2)
-    options = {"dynamic_shapes": {**dynamic, "use_cache": None}}
-    program = torch.export.export(model, (), {**inputs, "use_cache": False}, **options).module()
-    for rows, length in ((3, 6), (2, 3), (2, 2)):
-        part = {name: tensor[:rows, :length] for name, tensor in inputs.items()}
-        assert_close(program(**part, use_cache=False).logits, model(**part).logits)
-
-
 # Vocabularies
 
 
