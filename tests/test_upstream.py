@@ -36,6 +36,7 @@ PRIVATE = [
         "`resize_token_embeddings` of a model with separate embeddings",
     ),
     ("transformers:PreTrainedConfig", "_attn_implementation", None, "which attention function a layer calls"),
+    ("transformers:GenerationConfig", "_from_model_config", None, "`max_len_a` and others are lost in a checkpoint"),
     ("transformers:Trainer", "_get_grad_norm", ("model", "grad_norm"), "the loss guard, before an update"),
     ("transformers:Trainer", "_get_train_sampler", ("train_dataset",), "batches of translation by token budget"),
     ("transformers:Trainer", "_save_checkpoint", ("model", "trial"), "a checkpoint is complete or not there"),
@@ -67,7 +68,13 @@ def find_owner(path):
 def check(path, name, parameters, breaks):
     """Raises an `AssertionError` that says what breaks, if the name is gone or takes other arguments."""
     owner = find_owner(path)
-    made = owner() if name == "_attn_implementation" else owner(1, 1) if path == "torch.nn:Linear" else owner
+    made = (
+        owner()
+        if name in ("_attn_implementation", "_from_model_config")
+        else owner(1, 1)
+        if path == "torch.nn:Linear"
+        else owner
+    )
     assert hasattr(made, name), f"{path.replace(':', '.')} has no {name} any more. It is used for: {breaks}"
     if parameters:
         known = inspect.signature(getattr(owner, name)).parameters

@@ -467,6 +467,11 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
         self.lm_head = nn.Linear(config.d_model, config.decoder_vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # Options that Transformers does not know are not loaded from a `generation_config` made from the `config`.
+        self.generation_config._from_model_config = False
+        super().save_pretrained(*args, **kwargs)
+
     @property
     def rows_share_sources(self) -> bool:
         """Whether `decoder_input_ids` may have several rows for each source, one after another, such as its beams."""

@@ -100,6 +100,7 @@ def test_the_penalty_is_saved_with_the_model(tiny, tmp_path):
     model.generation_config.gnmt_length_penalty = 3.0
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.generation_config.gnmt_length_penalty == 3.0
     assert torch.equal(loaded.generate(sources, **options), expected)
     given = GenerationConfig(gnmt_length_penalty=3.0, **options)
     model.generation_config.gnmt_length_penalty = None
