@@ -75,6 +75,11 @@ class SourceLengthCriteria(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= limits.to(input_ids.device)
 
 
+def most_new_tokens(positions: int, decoder_input_ids: torch.Tensor | None) -> int:
+    """The tokens that fit behind a prompt, by default the start token; the last one is not an input again."""
+    return positions + 1 - (1 if decoder_input_ids is None else decoder_input_ids.shape[1])
+
+
 def check_options(options: dict, kwargs: dict, positions: int) -> None:
     """Raises a `ValueError` if one of the [`find_options`] of these keywords is wrong or would have no effect."""
     for name in TRANSLATION_OPTIONS:
@@ -83,9 +88,11 @@ def check_options(options: dict, kwargs: dict, positions: int) -> None:
     if kwargs.get("gnmt_length_penalty") is not None and options.get("num_beams", 1) <= 1:
         raise ValueError("`gnmt_length_penalty` has no effect with `num_beams` 1")
     # With a dynamic cache the model itself refuses the position, once a translation is so long.
-    most = options.get("max_new_tokens", 0)
-    if most > positions and options.get("cache_implementation"):
-        raise ValueError(f"`max_new_tokens` must be at most {positions}, the positions of the model, not {most}")
+    name = "max_new_tokens" if "max_new_tokens" in options else "max_length"
+    most = positions + 1 if name == "max_length" else most_new_tokens(positions, kwargs.get("decoder_input_ids"))
+    if options.get("cache_implementation") and options.get(name, 0) > most:
+        said = f"`{name}` must be at most {most} with the {positions} positions of the model"
+        raise ValueError(f"{said}, not {options[name]}")
 
 
 class TranslationGenerationMixin(GenerationMixin):
@@ -113,12 +120,13 @@ class TranslationGenerationMixin(GenerationMixin):
         options = find_options(kwargs, generation_config, self.generation_config)
         positions, changes = self.config.max_position_embeddings, {}
         check_options(options, kwargs, positions)
+        most = most_new_tokens(positions, kwargs.get("decoder_input_ids"))
         if options.get("num_beams", 1) > 1:
             changes["length_penalty"] = options.get("length_penalty", 1.0)
         a, b = options.get("max_len_a"), options.get("max_len_b")
         if a is not None or b is not None:
-            limits = length_limits(self._source_lengths(inputs, **kwargs), a, b, positions)
-            changes["max_new_tokens"] = min(limits.max().item(), options.get("max_new_tokens", positions))
+            limits = length_limits(self._source_lengths(inputs, **kwargs), a, b, most)
+            changes["max_new_tokens"] = min(limits.max().item(), options.get("max_new_tokens", most))
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), SourceLengthCriteria(limits)])
         for name in TRANSLATION_OPTIONS:
             kwargs.pop(name, None)

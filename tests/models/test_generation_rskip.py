@@ -55,7 +55,15 @@ def best_of_all(model, source, penalty):
         ({"gnmt_length_penalty": 0.6, "num_beams": 1}, "`gnmt_length_penalty` has no effect with `num_beams` 1"),
         (
             {"max_new_tokens": 500, "cache_implementation": "static"},
-            r"`max_new_tokens` must be at most \d+, the positions of the model, not 500",
+            "`max_new_tokens` must be at most 24 with the 24 positions of the model, not 500",
+        ),
+        (
+            {"max_new_tokens": 23, "decoder_input_ids": torch.ones(2, 3).long(), "cache_implementation": "static"},
+            "`max_new_tokens` must be at most 22 with the 24 positions of the model, not 23",
+        ),
+        (
+            {"max_length": 26, "cache_implementation": "static"},
+            "`max_length` must be at most 25 with the 24 positions of the model, not 26",
         ),
     ],
 )
@@ -135,3 +143,5 @@ def test_other_limits_hold_too(build, batch):
     assert short.shape[1] == 4
     for limits in ({"max_len_b": 1000}, {"max_len_a": 1e30}):
         assert model.generate(**source, **ENDLESS, **limits).shape[1] == 1 + 24  # the model's positions
+        prompt = {"decoder_input_ids": torch.ones(3, 5).long()}
+        assert model.generate(**source, **prompt, **ENDLESS, **limits).shape[1] == 1 + 24
