@@ -55,17 +55,15 @@ def restore_cells(study: Study) -> None:
         [`UserError`]: if the evidence cannot be read, or a cell was run with another recipe or, where the data are on
             this machine, tested on others.
     """
-    test_sets: dict[str, list | None] = {}
     for path in (study.output_dir / EVIDENCE_NAME, study.path.with_name(EVIDENCE_NAME)):
         missing = {_identify(cell): cell for cell in study.cells if not is_done(cell)}
-        restored = 0
-        for row in _read_rows(path) if missing else ():
-            cell = missing.get((row["form"], row["setting"], row["seed"]))
-            if cell is not None:
-                _unpack(row, cell, path, test_sets)
-                restored += 1
-        if restored:
-            cells = "1 cell is" if restored == 1 else f"{restored} cells are"
+        rows = _read_rows(path) if missing else []
+        found = [(row, cell) for row in rows if (cell := missing.get((row["form"], row["setting"], row["seed"])))]
+        references = _load_references(found[0][1]) if found else None
+        for row, cell in found:
+            _unpack(row, cell, path, references)
+        if found:
+            cells = "1 cell is" if len(found) == 1 else f"{len(found)} cells are"
             print(f"note: {cells} restored from {path}, trained on the data of its study", file=sys.stderr)
 
 
@@ -103,14 +101,14 @@ def _read_rows(path: Path) -> list[dict]:
         raise UserError(f"{str(path)!r} is not the evidence of a study: {' '.join(str(error).split())}.") from error
 
 
-def _unpack(row: dict, cell: Cell, path: Path, test_sets: dict[str, list | None]) -> None:
+def _unpack(row: dict, cell: Cell, path: Path, references: list | None) -> None:
     try:
         keys, result = dict(yaml.safe_load(row["recipe"])), parse_result(row["result"])
         tested = json.loads(row[PREDICTIONS_NAME])["references"] if row[PREDICTIONS_NAME] else None
     except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{str(path)!r} is damaged: the row of {cell} cannot be read ({error}).") from error
     difference = compare_recipes({**_find_places(cell.keys), **keys}, cell)
-    if difference is None and tested and _normalize(_load_references(cell, test_sets) or tested) != _normalize(tested):
+    if difference is None and tested and references and _normalize(tested) != _normalize(references):
         difference = "test data that are not those of this study"
     if difference:
         elsewhere = ", or choose another output_dir" if path.parent == cell.folder.parents[1] else ""
@@ -126,23 +124,17 @@ def _unpack(row: dict, cell: Cell, path: Path, test_sets: dict[str, list | None]
     write_result(cell, **result)
 
 
-def _load_references(cell: Cell, test_sets: dict[str, list | None]) -> list | None:
-    """The references of a cell's test split, `None` where its data are not on this machine.
-
-    `test_sets` keeps them by the keys of the data, which most cells of a study share.
-    """
+def _load_references(cell: Cell) -> list | None:
+    """The references of the test split, one for all cells of a study; `None` where it is not on this machine."""
     recipe = parse_values(cell.keys, [], str(cell))
     data = recipe.data
     places = getattr(data, "test_files", None) or [data.dataset_name]
-    if str(data) not in test_sets:
-        if getattr(data, "streaming", False) or any(place != "cldr" and not os.path.exists(place) for place in places):
-            test_sets[str(data)] = None
-        elif recipe.task == "translation":
-            test_set = load_translation_dataset(data, ("test",))["test"]
-            test_sets[str(data)] = split_languages(test_set, data.source_lang, data.target_lang)[1]
-        else:
-            test_sets[str(data)] = load_image_dataset(data, ("train", "test")).splits["test"]["label"][:]
-    return test_sets[str(data)]
+    if getattr(data, "streaming", False) or any(place != "cldr" and not os.path.exists(place) for place in places):
+        return None
+    if recipe.task == "translation":
+        test_set = load_translation_dataset(data, ("test",))["test"]
+        return split_languages(test_set, data.source_lang, data.target_lang)[1]
+    return load_image_dataset(data, ("train", "test")).splits["test"]["label"][:]
 
 
 def _normalize(references: list) -> list:
