@@ -59,10 +59,10 @@ class BestModelCallback(TrainerCallback):
         values = [log[f"eval_{name}"] for log in list_evaluations(state)]
         if len(values) > 1 and len(set(values)) == 1:
             evaluated = list_evaluations(state)[0]
-            others = " and ".join(part for part in TIE_BREAKERS if part != name and f"eval_{part}" in evaluated)
+            others = [part for part in TIE_BREAKERS if part != name and f"eval_{part}" in evaluated] or ["step"]
             logger.warning(
                 f"{name} was {values[0]:.4g} at all {len(values)} evaluations, so the best model was chosen by "
-                f"{others}: set metric_for_best_model to what tells models apart."
+                f"{' and '.join(others)}: set metric_for_best_model to what tells models apart."
             )
 
 

@@ -325,12 +325,13 @@ def test_ties_are_broken_by_chrf_and_then_by_loss(tmp_path, key, interrupted, ca
     assert warned == (key == "bleu")
 
 
-def test_the_metric_that_never_moved_is_none_of_those_that_chose(caplog):
-    log = {"eval_loss": 2.0, "eval_accuracy": 0.5}
+@pytest.mark.parametrize("metric, value, others", [("accuracy", 0.5, "loss"), ("loss", 2, "step")])
+def test_the_metric_that_never_moved_is_none_of_those_that_chose(caplog, metric, value, others):
+    log = {"eval_loss": 2.0, f"eval_{metric}": value}
     state = TrainerState(log_history=[{"step": 1, **log}, {"step": 2, **log}])
-    args = SimpleNamespace(metric_for_best_model="accuracy", load_best_model_at_end=False)
+    args = SimpleNamespace(metric_for_best_model=metric, load_best_model_at_end=False)
     BestModelCallback().on_train_end(args, state, None)
-    assert "accuracy was 0.5 at all 2 evaluations, so the best model was chosen by loss: set" in caplog.text
+    assert f"{metric} was {value} at all 2 evaluations, so the best model was chosen by {others}: set" in caplog.text
 
 
 def test_a_resumed_run_can_be_given_more_epochs(tmp_path):
