@@ -192,8 +192,8 @@ class RSkipPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config: RSkipConfig):
-        config.check_values()  # again, as fields may have been set since it was made
         super().__init__(config)
+        config.check_values()  # again, as fields may have been set since it was made
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -425,7 +425,11 @@ class RSkipModel(RSkipPreTrainedModel):
         check_keywords(self, kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                return_dict=True,
+                **kwargs,
             )
         elif isinstance(encoder_outputs, (tuple, list)):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
@@ -437,6 +441,7 @@ class RSkipModel(RSkipPreTrainedModel):
             cache=cache,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -526,6 +531,7 @@ class RSkipForConditionalGeneration(RSkipPreTrainedModel, TranslationGenerationM
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

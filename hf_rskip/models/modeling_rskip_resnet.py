@@ -196,8 +196,8 @@ class RSkipResNetPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config: RSkipResNetConfig):
-        config.check_values()  # again, as fields may have been set since it was made
         super().__init__(config)
+        config.check_values()  # again, as fields may have been set since it was made
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

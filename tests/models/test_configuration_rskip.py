@@ -164,6 +164,11 @@ def test_a_value_that_is_set_later_is_checked_where_a_model_is_built(field, valu
             build(config)
 
 
+def test_a_path_in_place_of_a_configuration():
+    with pytest.raises(TypeError, match="should be an instance of class `PreTrainedConfig`"):
+        RSkipForConditionalGeneration("outputs/quickstart")
+
+
 def test_an_unknown_field_of_skip_connections(tmp_path):
     RSkipConfig().save_pretrained(tmp_path)
     known = "skip_type, skip_recursions, skip_scale, skip_norm, skip_norm_affine"

@@ -196,6 +196,9 @@ def test_recorded_outputs(build, batch, skip_type):
     assert all(weights.masked_select(padding).abs().max() == 0 for weights in outputs.cross_attentions)
     as_tuple = model(**inputs, return_dict=False)
     assert torch.equal(as_tuple[0], outputs.logits)
+    model.config.return_dict = False
+    assert torch.equal(model(**inputs)[0], outputs.logits)
+    assert torch.equal(model.model(**inputs)[0], base.last_hidden_state)
 
 
 @pytest.mark.parametrize("layers", [(3, 2), (2, 3)])
