@@ -75,9 +75,17 @@ class SourceLengthCriteria(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= limits.to(input_ids.device)
 
 
-def most_new_tokens(positions: int, decoder_input_ids: torch.Tensor | None) -> int:
-    """The tokens that fit behind a prompt, by default the start token; the last one is not an input again."""
-    return positions + 1 - (1 if decoder_input_ids is None else decoder_input_ids.shape[1])
+def most_new_tokens(options: dict, positions: int) -> int:
+    """The tokens that fit behind a prompt, by default the start token; the last one is not an input again.
+
+    `generate` puts the start token before a prompt that has none.
+    """
+    prompt = options.get("decoder_input_ids")
+    if prompt is None:
+        return positions
+    start = options.get("decoder_start_token_id", options.get("bos_token_id", -1))
+    is_added = (prompt[:, 0] != torch.as_tensor(start, device=prompt.device)).all().item()
+    return positions + 1 - prompt.shape[1] - is_added
 
 
 def check_options(options: dict, kwargs: dict, positions: int) -> None:
@@ -89,7 +97,7 @@ def check_options(options: dict, kwargs: dict, positions: int) -> None:
         raise ValueError("`gnmt_length_penalty` has no effect with `num_beams` 1")
     # With a dynamic cache the model itself refuses the position, once a translation is so long.
     name = "max_new_tokens" if "max_new_tokens" in options else "max_length"
-    most = positions + 1 if name == "max_length" else most_new_tokens(positions, kwargs.get("decoder_input_ids"))
+    most = positions + 1 if name == "max_length" else most_new_tokens(options, positions)
     if options.get("cache_implementation") and options.get(name, 0) > most:
         said = f"`{name}` must be at most {most} with the {positions} positions of the model"
         raise ValueError(f"{said}, not {options[name]}")
@@ -120,7 +128,7 @@ class TranslationGenerationMixin(GenerationMixin):
         options = find_options(kwargs, generation_config, self.generation_config)
         positions, changes = self.config.max_position_embeddings, {}
         check_options(options, kwargs, positions)
-        most = most_new_tokens(positions, kwargs.get("decoder_input_ids"))
+        most = most_new_tokens(options, positions)
         if options.get("num_beams", 1) > 1:
             changes["length_penalty"] = options.get("length_penalty", 1.0)
         a, b = options.get("max_len_a"), options.get("max_len_b")

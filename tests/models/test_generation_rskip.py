@@ -61,6 +61,10 @@ def best_of_all(model, source, penalty):
             {"max_new_tokens": 23, "decoder_input_ids": torch.ones(2, 3).long(), "cache_implementation": "static"},
             "`max_new_tokens` must be at most 22 with the 24 positions of the model, not 23",
         ),
+        (  # without the start token, which is added
+            {"max_new_tokens": 22, "decoder_input_ids": torch.full((2, 3), 5), "cache_implementation": "static"},
+            "`max_new_tokens` must be at most 21 with the 24 positions of the model, not 22",
+        ),
         (
             {"max_length": 26, "cache_implementation": "static"},
             "`max_length` must be at most 25 with the 24 positions of the model, not 26",
@@ -143,5 +147,6 @@ def test_other_limits_hold_too(build, batch):
     assert short.shape[1] == 4
     for limits in ({"max_len_b": 1000}, {"max_len_a": 1e30}):
         assert model.generate(**source, **ENDLESS, **limits).shape[1] == 1 + 24  # the model's positions
-        prompt = {"decoder_input_ids": torch.ones(3, 5).long()}
-        assert model.generate(**source, **prompt, **ENDLESS, **limits).shape[1] == 1 + 24
+        for first in (1, 5):  # the start token, and one before which it is added
+            prompt = {"decoder_input_ids": torch.full((3, 5), first)}
+            assert model.generate(**source, **prompt, **ENDLESS, **limits).shape[1] == 1 + 24
