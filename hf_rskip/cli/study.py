@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     from ..studies.evidence import write_evidence
     from ..studies.report import format_tables, write_report
     from ..studies.results import gather_results
-    from ..studies.running import check_recorded_data, check_recorded_recipes, describe_state, run_cells
+    from ..studies.running import check_recorded, describe_state, run_cells
     from ..studies.study import check_cells, read_study
     from ..studies.tuning import advance
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     if not args.list:
         create_folder(str(beginning.output_dir / "cells"))
     study = advance(beginning)
-    check_recorded_recipes(study.cells)
+    check_recorded(study.cells)
     words = ["hf-rskip", "study", args.study]
     words += [f"--output_dir={args.output_dir}"] * bool(args.output_dir)
     words += [f"--import_module={module}" for module in args.import_module]
@@ -68,9 +68,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         failed = run_cells(cells, len(study.cells), args.jobs, args.import_module, study.keep_models)
         before, study = len(study.cells), study if args.cell else advance(beginning)
         cells, grows = study.cells, len(study.cells) > before
-        check_recorded_recipes(cells)  # some may be those of another process, too
+        check_recorded(cells)  # some may be those of another process, too
     if args.cell is None:
-        check_recorded_data(study.cells)
         results = gather_results(study)
         write_report(results, shlex.join([*words, *rest]), args.import_module)
         write_evidence(study)

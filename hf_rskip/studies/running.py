@@ -22,18 +22,14 @@ _SERVER_LOST = 255
 """Exit code that `multiprocessing` reports, even of a running process, when the process that forked it has ended."""
 
 
-def check_recorded_recipes(cells: Sequence[Cell]) -> None:
-    """Raises a [`UserError`] if a cell's folder holds a result, or a checkpoint, of another recipe."""
+def check_recorded(cells: Sequence[Cell]) -> None:
+    """Raises a [`UserError`] if a cell's folder holds a result, or a checkpoint, of another recipe, or if the data of
+    the same recipe keys changed between the trainings of two cells."""
+    first: dict[str, tuple[Cell, dict]] = {}
     for cell in cells:
         begun = is_done(cell) or any(cell.run_folder.glob("checkpoint-*"))
         if begun and (difference := find_difference(cell)):
             raise UserError(f"{str(cell.folder)!r} was run with {difference}: remove it, or choose another output_dir.")
-
-
-def check_recorded_data(cells: Sequence[Cell]) -> None:
-    """Raises a [`UserError`] if the data of the same recipe keys changed between the trainings of two cells."""
-    first: dict[str, tuple[Cell, dict]] = {}
-    for cell in cells:
         if checksums := (read_result(cell) or {}).get("data"):
             data = str(parse_values(cell.keys, [], str(cell)).data)
             other, before = first.setdefault(data, (cell, checksums))
