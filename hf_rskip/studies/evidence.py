@@ -128,7 +128,7 @@ def _load_references(cell: Cell) -> list | None:
     """The references of the test split, one for all cells of a study; `None` where it is not on this machine."""
     recipe = parse_values(cell.keys, [], str(cell))
     data = recipe.data
-    places = getattr(data, "test_files", None) or [data.dataset_name]
+    places = getattr(data, "test_files", None) or [data.dataset_name or ""]
     if getattr(data, "streaming", False) or any(place != "cldr" and not os.path.exists(place) for place in places):
         return None
     if recipe.task == "translation":

@@ -108,7 +108,9 @@ def test_evidence_of_other_data_is_refused(make_study):
     with pytest.raises(UserError, match=expected):
         restore_cells(study)
     assert not study.cells[0].folder.exists()
-    restore_cells(make_study(forms={"one": {}}, seeds=[1], overrides={"max_predict_samples": 3, **ELSEWHERE}))
+    for elsewhere in (ELSEWHERE, {"dataset_name": None, "train_files": ["a", "b"]}):
+        restore_cells(make_study(forms={"one": {}}, seeds=[1], overrides={"max_predict_samples": 3, **elsewhere}))
+        shutil.rmtree(study.cells[0].folder)
 
 
 def test_evidence_of_the_same_recipe_in_other_words_is_taken(make_study):
