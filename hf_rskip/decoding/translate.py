@@ -122,7 +122,7 @@ def search(
         generate_kwargs = {**generate_kwargs, "max_new_tokens": limit}
     beams, cached = options.get("num_beams", 1), options.get("use_cache", True)
     if beams == 1 and generate_kwargs.get("length_penalty") is not None:
-        raise UserError("length_penalty has no effect with num_beams 1, which is greedy search")
+        raise UserError("length_penalty has no effect with num_beams 1")
     if beams > 1 and cached and not (options.get("do_sample") or options.get("cache_implementation")):
         generate_kwargs = {"custom_generate": beam_search, **generate_kwargs}
     lengths = {index: len(sources[index]) for index, sentence in enumerate(sentences) if sentence.strip()}
