@@ -86,7 +86,7 @@ def _arguments(task: str) -> tuple[type, ...]:
 class _YamlLoader(yaml.SafeLoader):
     """Takes `true` and `false` alone for booleans, as YAML 1.2: `no` is a language, and a value of `save_strategy`.
 
-    Likewise `1e-3` is a number, a word in YAML 1.1. A key that stands twice is an error.
+    A key that stands twice is an error.
     """
 
     def construct_mapping(self, node, deep=False):
@@ -103,9 +103,6 @@ _YamlLoader.yaml_implicit_resolvers = {
 }
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )
 
 

@@ -355,6 +355,9 @@ def _check_file(values: dict, where: str) -> _StudyFile:
         lists = isinstance(grid, dict) and all(isinstance(points, list) and points for points in grid.values())
         lists = lists and all(points.count(point) == 1 for points in grid.values() for point in points)
         check(lists, name, "a mapping from keys of the recipe to lists of different values", grid)
+        for point in itertools.chain(*grid.values()):
+            is_word = isinstance(point, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", point)
+            check(not is_word, name, "of numbers that YAML takes for such, with a point as in 1.0e-3", point)
 
     for key in ("recipe", "output_dir", "baseline", "metric"):
         check(isinstance(getattr(file, key), str | None), key, "a word", getattr(file, key))

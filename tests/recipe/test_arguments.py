@@ -83,11 +83,6 @@ def test_values_reach_their_group_and_the_command_line_wins(parse):
         ("resume_from_checkpoint: true", "resume_from_checkpoint", "True"),
         ("optim: sgd\noptim_args: 'momentum=0.5'", "optim_args", "momentum=0.5"),
         ("lr_scheduler_kwargs: {timescale: 100}", "lr_scheduler_kwargs", {"timescale": 100}),
-        (
-            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5, num_cycles: 5.0E1}",
-            "lr_scheduler_kwargs",
-            {"min_lr": 0.00001, "num_cycles": 50.0},  # words in YAML 1.1
-        ),
     ],
 )
 def test_values_have_the_type_of_their_field(parse, line, key, value):

@@ -104,6 +104,7 @@ WRONG = {
         "skip_scale in the form 's=2' of",
     ),
     "nothing of a grid": ({"grid": {"skip_scale": [1, 2]}}, [], "has no effect with skip_type rskip."),
+    "a word for YAML": ({"grid": {"learning_rate": ["1e-3", "2e-3"]}}, [], "with a point as in 1.0e-3, not '1e-3', in"),
     "a value twice": ({"grid": {"dropout": [0, 0.0]}}, [], "to lists of different values, not {'dropout': [0, 0.0]}"),
     "names": ({"forms": {"a b": {}, "a/b": {}}}, [], "would share a folder"),
     "tune": ({"tune": {"grid": {"learning_rate": [1e-3]}}}, [], "tune must be a mapping of grid and seeds, not"),
