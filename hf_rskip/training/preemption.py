@@ -1,11 +1,13 @@
 """Stops a run with a checkpoint at SIGTERM or Ctrl-C."""
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.util import Finalize
 
 import torch
 from accelerate.utils import gather
@@ -125,7 +127,15 @@ def outlive_signal(dataloader: DataLoader) -> DataLoader:
     loader = getattr(dataloader, "base_dataloader", dataloader)  # accelerate wraps the one that starts them
     if getattr(loader.worker_init_fn, "func", None) is not _ignore_signals:  # the Trainer keeps some loaders
         loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
+        Finalize(None, _kill_children, exitpriority=0)
     return dataloader
+
+
+def _kill_children() -> None:
+    """Kills the daemonic processes that are left at exit: Python sends them SIGTERM, which workers ignore, and waits."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _ignore_signals(worker_init_fn: Callable[[int], None] | None, worker: int) -> None:

@@ -248,6 +248,14 @@ def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, w
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
+@pytest.mark.slow
+def test_workers_that_persist_do_not_keep_the_process(write_image_recipe, run_cli):
+    """Python ends them at exit with SIGTERM, which they ignore, and waits for them."""
+    keys = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    result = run_cli("train", write_image_recipe(max_steps=2, save_steps=2, eval_steps=2, **keys))
+    assert result.code == 0, result.err
+
+
 # SIGKILL
 
 
