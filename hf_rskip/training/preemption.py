@@ -132,7 +132,7 @@ def outlive_signal(dataloader: DataLoader) -> DataLoader:
 
 
 def _kill_children() -> None:
-    """Kills the daemonic processes that are left at exit: Python sends them SIGTERM, which workers ignore, and waits."""
+    """Kills daemonic processes that are left at exit: Python sends them SIGTERM, which workers ignore, and waits."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
