@@ -141,6 +141,8 @@ def clustered_error(
 
         variance = seeds + max(0, sentences - seeds x sentences)
 
+    `None` with fewer than three seeds, as two too often agree by chance, or without any variance.
+
     Reference: Cameron, Gelbach and Miller, "Robust Inference With Multiway Clustering", Journal of Business and
     Economic Statistics, 2011 (the sum); Satterthwaite, "An Approximate Distribution of Estimates of Variance
     Components", Biometrics Bulletin, 1946 (the degrees of freedom).
@@ -150,7 +152,7 @@ def clustered_error(
         first_samples, second_samples: of each seed on the same resamples of the test set, `(seeds, n_samples)`.
         sentences: of the test set.
     """
-    if min(len(first), len(second), sentences) < 2:
+    if min(len(first), len(second)) < 3 or sentences < 2:
         return None
     common = np.var(first_samples.mean(0) - second_samples.mean(0), ddof=1)
     for samples in (first_samples, second_samples):

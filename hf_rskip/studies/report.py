@@ -261,8 +261,9 @@ def _explain(results: Results) -> str:
         f"`95% {one}`. It says nothing of other seeds: however small it is, training again may turn the sign.",
         "- `p seeds`: would the forms differ with other seeds, on this very test set? By Welch's t-test over seeds, "
         "which takes those of two forms as unrelated.",
-        f"- `p both`: would the forms differ with other seeds and on other {one}? By the variance over both, from the "
-        "seeds and the same resamples, and a t-distribution, like `95% both`. It is the one for a claim about forms.",
+        f"- `p both`: would the forms differ with other seeds and on other {one}? By the variance over both, from at "
+        "least three seeds of each form and the same resamples, and a t-distribution, like `95% both`. It is the one "
+        "for a claim about forms.",
     ]
     if study.contrasts:
         lines.append(
@@ -374,4 +375,5 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:  # sums differ in their last digits from one processor to another
+            writer.writerow({name: float(f"{x:.10g}") if isinstance(x, float) else x for name, x in row.items()})

@@ -27,20 +27,22 @@ def test_welch_by_integrating_the_density(first, second):
     assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-4) and (low + high) / 2 == pytest.approx(difference)
 
 
-def test_one_seed_has_no_test():
+def test_few_seeds_have_no_test():
     assert welch_error([1.0], [2.0, 3.0]) is None
-    assert clustered_error([1.0], [2.0, 3.0], np.ones((1, 9)), np.ones((2, 9)), 30) is None
+    samples = np.random.default_rng(0).normal(size=(2, 3, 9))
+    assert clustered_error([1.0, 4.0, 3.0], [2.0, 3.0, 5.0], *samples, 30) is not None
+    assert clustered_error([1.0, 4.0], [2.0, 3.0, 5.0], samples[0, :2], samples[1], 30) is None
 
 
 def test_no_variance_has_no_test():
     assert welch_error([1.0, 1.0], [2.0, 2.0]) is None
-    assert clustered_error([1.0, 1.0], [2.0, 2.0], np.ones((2, 9)), np.ones((2, 9)), 30) is None
+    assert clustered_error([1.0] * 3, [2.0] * 3, np.ones((3, 9)), np.ones((3, 9)), 30) is None
 
 
 def test_the_error_over_seeds_and_sentences_by_its_parts():
     rng = np.random.default_rng(0)
-    first, second = rng.normal(30, 1, (3, 50)), rng.normal(30, 2, (2, 50)) + rng.normal(0, 3, 50)
-    scores = [[30.0, 31.0, 33.0], [29.0, 32.0]]
+    first, second = rng.normal(30, 1, (4, 50)), rng.normal(30, 2, (3, 50)) + rng.normal(0, 3, 50)
+    scores = [[30.0, 31.0, 33.0, 30.5], [29.0, 32.0, 30.0]]
     seeds = [np.var(part, ddof=1) / len(part) for part in scores]
     sentences = np.var([first[:, b].mean() - second[:, b].mean() for b in range(50)], ddof=1)
     for side in (first, second):
@@ -48,29 +50,30 @@ def test_the_error_over_seeds_and_sentences_by_its_parts():
         sentences -= np.mean(apart) * len(side) / (len(side) - 1) / len(side)  # as the mean takes a part of each seed
     error = clustered_error(*scores, first, second, 200)
     assert sentences > 0 and error.error == pytest.approx((sum(seeds) + sentences) ** 0.5)
-    below = seeds[0] ** 2 / 2 + seeds[1] ** 2 / 1 + sentences**2 / 199
+    below = seeds[0] ** 2 / 3 + seeds[1] ** 2 / 2 + sentences**2 / 199
     assert error.freedom == pytest.approx((sum(seeds) + sentences) ** 2 / below)
 
 
-SPREADS = {  # of seeds; of sentences, in common to the seeds of a form; of sentences with each seed
-    "all of them": (0.5, 8, 7),
-    "seeds": (2, 3, 3),
-    "sentences": (0.1, 12, 2),
-    "sentences with each seed": (0.05, 2, 12),
-    "unequal seeds": ((0.3, 1.2), 8, 7),
+SPREADS = {  # number of seeds; spread of seeds; of sentences, in common to the seeds of a form; of both together
+    "all of them": (5, 0.5, 8, 7),
+    "seeds": (5, 2, 3, 3),
+    "sentences": (5, 0.1, 12, 2),
+    "sentences with each seed": (5, 0.05, 2, 12),
+    "unequal seeds": (5, (0.3, 1.2), 8, 7),
+    "three seeds": (3, 0.5, 8, 7),
 }
 
 
-@pytest.mark.parametrize("seeds, sentences, each", SPREADS.values(), ids=SPREADS)
-def test_the_interval_over_seeds_and_sentences_covers_the_true_difference(seeds, sentences, each):
-    """In 95% of studies of two forms, 5 seeds and 300 sentences, up to what 300 simulated studies leave to chance."""
+@pytest.mark.parametrize("count, seeds, sentences, each", SPREADS.values(), ids=SPREADS)
+def test_the_interval_over_seeds_and_sentences_covers_the_true_difference(count, seeds, sentences, each):
+    """In 95% of studies of two forms and 300 sentences, up to what 300 simulated studies leave to chance."""
     rng, weights = np.random.default_rng(0), draw_resamples(300, 1_000).T / 300
     spreads, covered, truth = np.broadcast_to(seeds, 2), 0, 0.7
     for _ in range(300):
         difficulty = rng.normal(30, 10, 300)
         forms = [
-            difficulty + rng.normal(0, sentences / 2**0.5, 300) + rng.normal(0, spread, (5, 1)) + noise
-            for spread, noise in zip(spreads, rng.normal(0, each, (2, 5, 300)), strict=True)
+            difficulty + rng.normal(0, sentences / 2**0.5, 300) + rng.normal(0, spread, (count, 1)) + noise
+            for spread, noise in zip(spreads, rng.normal(0, each, (2, count, 300)), strict=True)
         ]
         forms[0] += truth
         scores = [form.mean(1).tolist() for form in forms]

@@ -25,7 +25,7 @@ def beginning(make_study):
     return make_study(
         forms={"a": {}, "b": {"dropout": 0.2}, "c": {"dropout": 0.3}},
         tune={"grid": {"learning_rate": [0.001, 0.002, 0.004]}, "seeds": [1]},
-        seeds=[1, 2],
+        seeds=[1, 2, 3],
         contrasts=[["b", "a"], ["c", "a"]],
         margin=0.5,
     )
@@ -70,20 +70,22 @@ def test_the_stages_one_after_the_other(beginning, tmp_path):
         "b": (("learning_rate", 0.008),),
         "c": None,
     }
-    assert [cell.number for cell in study.cells] == list(range(1, 13))  # what has tuned with seed 1 is there
+    assert [cell.number for cell in study.cells] == list(range(1, 15))  # what has tuned with seed 1 is there
     assert [cell.folder.name for cell in study.cells[10:]] == [
         "a-learning_rate-0.002-seed-2",
+        "a-learning_rate-0.002-seed-3",
         "b-learning_rate-0.008-seed-2",
+        "b-learning_rate-0.008-seed-3",
     ]
-    assert "It is not complete: 2 cells are missing" in format_tables(gather_results(study))
+    assert "It is not complete: 4 cells are missing" in format_tables(gather_results(study))
 
     finish_stage(study, SCORES)
     results = gather_results(advance(beginning))
     a, b, c = results.best
-    assert (a.tuned.validation_mean, a.group.test_scores) == (30.0, [20.1, 20.2])
+    assert (a.tuned.validation_mean, a.group.test_scores) == (30.0, [20.1, 20.2, 20.3])
     assert (b.tuned.validation_mean, b.group.test_scores, b.settings_trained, b.settings_tried) == (
         36.0,
-        pytest.approx([14.1, 14.2]),
+        pytest.approx([14.1, 14.2, 14.3]),
         4,
         4,
     )
