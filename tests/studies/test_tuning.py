@@ -225,11 +225,12 @@ def test_a_study_runs_through_its_stages(write_recipe, tmp_path, capsys):
     assert not study.is_growing and [cell.seed for cell in study.cells] == [1, 1, 1, 2]
 
 
-def test_the_report_of_the_study_at_convergence_is_made_of_its_evidence(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["translation-converged", "multi30k-recursions"])
+def test_the_report_of_a_study_is_made_of_its_evidence(name, tmp_path, monkeypatch):
     """From a clone: `hf-rskip study .../study.yaml --dataset_name FOLDER --report`, then copy what it has written."""
-    folder = Path(__file__).parents[2] / "recipes/studies/translation-converged"
+    folder = Path(__file__).parents[2] / "recipes/studies" / name
     monkeypatch.chdir(tmp_path)
     study = advance(read_study(folder / "study.yaml", ["--dataset_name", "FOLDER"]))
-    command = "hf-rskip study recipes/studies/translation-converged/study.yaml --dataset_name FOLDER"
-    write_report(gather_results(study), command)
-    assert (study.output_dir / "report.md").read_text() == (folder / "report.md").read_text()
+    write_report(gather_results(study), f"hf-rskip study recipes/studies/{name}/study.yaml --dataset_name FOLDER")
+    for file in ("report.md", "results.csv", "summary.csv", "contrasts.csv"):
+        assert (study.output_dir / file).read_text() == (folder / file).read_text()
