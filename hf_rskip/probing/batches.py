@@ -41,7 +41,7 @@ def sentence_batch(
     )
     pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
     pairs = [{"input_ids": source, "labels": target} for source, target in pairs]
-    return dict(DataCollatorForSeq2Seq(tokenizer, model=model)(pairs))
+    return dict(DataCollatorForSeq2Seq(tokenizer)(pairs))
 
 
 def training_sentences(collator: DataCollatorForSeq2Seq, train_set: Dataset, samples: int = SAMPLES) -> Batch:

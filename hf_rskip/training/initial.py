@@ -62,7 +62,7 @@ def _begin_translation(recipe: Recipe, samples: int) -> tuple[PreTrainedModel, B
     some, _ = filter_by_length(tokenize_corpus(some, tokenizer, data), data)
     set_seed(recipe.training.seed)
     model = create_translation_model(recipe, tokenizer)
-    return model, training_sentences(DataCollatorForSeq2Seq(tokenizer, model=model), some, samples)
+    return model, training_sentences(DataCollatorForSeq2Seq(tokenizer), some, samples)
 
 
 def _begin_images(recipe: Recipe, samples: int) -> tuple[PreTrainedModel, Batch]:

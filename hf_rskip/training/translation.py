@@ -58,7 +58,7 @@ class Translation(Task):
         return RSkipTrainer(
             model=model,
             args=training,
-            data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model, pad_to_multiple_of=pad_to),
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer, pad_to_multiple_of=pad_to),
             train_dataset=self.train_set,
             eval_dataset=self._for_the_loss(model.config.max_position_embeddings),
             processing_class=self.tokenizer,

@@ -249,10 +249,14 @@ def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, w
 
 
 @pytest.mark.slow
-def test_workers_that_persist_do_not_keep_the_process(write_image_recipe, run_cli):
-    """Python ends them at exit with SIGTERM, which they ignore, and waits for them."""
+def test_workers_that_persist_do_not_keep_the_process(write_recipe, run_cli):
+    """Python ends them at exit with SIGTERM, which they ignore, and waits for them.
+
+    They are started as in a study and by Python 3.14: what they need is pickled.
+    """
     keys = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    result = run_cli("train", write_image_recipe(max_steps=2, save_steps=2, eval_steps=2, **keys))
+    keys |= {"dataloader_multiprocessing_context": "forkserver", "max_steps": 2, "save_steps": 2, "eval_steps": 2}
+    result = run_cli("train", write_recipe(**keys))
     assert result.code == 0, result.err
 
 
