@@ -156,6 +156,7 @@ def record(cell: Cell, commit: str | None, outcome: dict[str, Any]) -> None:
 def _follow_study() -> None:
     """Ignores Ctrl-C, for which the study sends SIGTERM; sends SIGTERM to this process when the study ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the fork server ignores
     study = parent_process()
 
     def watch():

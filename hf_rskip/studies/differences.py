@@ -35,8 +35,8 @@ class FormDifference:
         interval_sentences: 95% of the bootstrap resamples of the test set, for these very trained models.
         p_sentences: of the bootstrap over the test set, for these very trained models.
         p_seeds: of Welch's t-test over seeds, for this very test set; `None` with fewer than two seeds.
-        interval_both, interval_90: 95% and 90%, over seeds and sentences together; `None` with fewer than two seeds.
-        p_both: over seeds and sentences together.
+        interval_both, interval_90: 95% and 90%, over seeds and sentences together; `None` as for `p_both`.
+        p_both: over seeds and sentences together; `None` with fewer than three seeds of a form.
     """
 
     score: float

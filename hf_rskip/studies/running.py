@@ -12,6 +12,7 @@ from ..environment import find_commit
 from ..errors import Preempted, UserError
 from ..recipe.parsing import parse_values
 from ..training.checkpoints import list_checkpoints
+from ..training.preemption import start_fork_server
 from .cell import DIVERGED, FAILED, FINISHED, TAKEN, is_done, read_result, record, run_cell
 from .evidence import EVIDENCE_NAME
 from .study import Cell, find_difference
@@ -138,6 +139,7 @@ def _start_server(jobs: int) -> multiprocessing.context.BaseContext:
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # the process is a `python -c`, which would look in the current folder
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_rskip.studies.cell", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    start_fork_server()
     return context
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import connection, forkserver, parent_process
 from multiprocessing.util import Finalize
 
 import torch
@@ -125,14 +126,27 @@ def _handled(numbers: Sequence[int], handler: Callable) -> Iterator[None]:
 def outlive_signal(dataloader: DataLoader) -> DataLoader:
     """Makes the workers of a data loader ignore the signals, as the last step and its evaluation still need them."""
     loader = getattr(dataloader, "base_dataloader", dataloader)  # accelerate wraps the one that starts them
-    if getattr(loader.worker_init_fn, "func", None) is not _ignore_signals:  # the Trainer keeps some loaders
+    told = getattr(loader.worker_init_fn, "func", None) is _ignore_signals  # the Trainer keeps some loaders
+    if loader.num_workers and not told:
         loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
         Finalize(None, _kill_children, exitpriority=0)
+        if (loader.multiprocessing_context or multiprocessing).get_start_method() == "forkserver":
+            start_fork_server()
     return dataloader
+
+
+def start_fork_server() -> None:
+    """Starts the fork server of `multiprocessing`, which ignores SIGTERM then, and so do its children.
+
+    A scheduler tells every process, and workers take the end of the server for that of the training.
+    """
+    with _handled([signal.SIGTERM], signal.SIG_IGN):
+        forkserver.ensure_running()
 
 
 def _kill_children() -> None:
     """Kills daemonic processes that are left at exit: Python sends them SIGTERM, which workers ignore, and waits."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the handler of torch raises an error for a killed worker
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -141,5 +155,12 @@ def _kill_children() -> None:
 def _ignore_signals(worker_init_fn: Callable[[int], None] | None, worker: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if worker_init_fn is not None:
         worker_init_fn(worker)
+
+
+def _end_with_parent() -> None:
+    """Ends a worker when the training was killed, which torch does not see if a server has forked the worker."""
+    connection.wait([parent_process().sentinel])
+    os._exit(1)

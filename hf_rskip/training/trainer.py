@@ -118,9 +118,9 @@ class RSkipTrainer(RecipeTrainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {**inputs, "use_cache": False}
-        if "labels" in inputs:  # losses outside the model take them out
-            decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-            inputs = {"decoder_input_ids": decoder_input_ids, **inputs}
+        if "labels" in inputs and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+            # Losses outside the model take the labels out.
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
         if self.compute_loss_func == self._chunked_loss and "labels" in inputs:
             inputs |= {"logits_to_keep": 1, "output_hidden_states": True}
         return super().compute_loss(model, inputs, *args, **kwargs)

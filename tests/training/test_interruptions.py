@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -248,19 +250,48 @@ def test_sigterm_to_one_of_two_processes_and_their_workers(write_image_recipe, w
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
+def test_the_fork_server_of_workers_outlives_sigterm(warm_python):
+    """Workers end themselves when it ends. Here it is started by the interpreter itself, as a user's is."""
+    script = (
+        "import multiprocessing, psutil\n"
+        "from hf_rskip.training.preemption import start_fork_server\n"
+        f"multiprocessing.set_executable({sys.executable!r})\n"
+        "start_fork_server()\n"
+        "servers = [child for child in psutil.Process().children() if 'forkserver' in str(child.cmdline())]\n"
+        "servers[0].terminate(), print(*map(len, psutil.wait_procs(servers, 1)))\n"
+    )
+    assert subprocess.run([warm_python, "-c", script], stdout=subprocess.PIPE, text=True).stdout == "0 1\n"
+
+
 @pytest.mark.slow
-def test_workers_that_persist_do_not_keep_the_process(write_recipe, run_cli):
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_workers_that_persist_do_not_keep_the_process(context, write_recipe, run_cli):
     """Python ends them at exit with SIGTERM, which they ignore, and waits for them.
 
-    They are started as in a study and by Python 3.14: what they need is pickled.
+    By a fork server, as in a study and in Python 3.14, what they need is pickled.
     """
     keys = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    keys |= {"dataloader_multiprocessing_context": "forkserver", "max_steps": 2, "save_steps": 2, "eval_steps": 2}
+    keys |= {"dataloader_multiprocessing_context": context, "max_steps": 2, "save_steps": 2, "eval_steps": 2}
     result = run_cli("train", write_recipe(**keys))
-    assert result.code == 0, result.err
+    assert result.code == 0 and "Traceback" not in result.err, result.err
 
 
 # SIGKILL
+
+
+def test_no_worker_of_a_fork_server_outlives_its_training(warm_python):
+    script = (
+        "import time, torch\n"
+        "from torch.utils.data import DataLoader\n"
+        "from hf_rskip.training.preemption import outlive_signal\n"
+        "keys = {'num_workers': 1, 'multiprocessing_context': 'forkserver', 'persistent_workers': True}\n"
+        "batches = iter(outlive_signal(DataLoader(torch.arange(4), **keys)))\n"
+        "next(batches), print(batches._workers[0].pid, flush=True), time.sleep(300)\n"
+    )
+    process = subprocess.Popen([warm_python, "-c", script], stdout=subprocess.PIPE)
+    worker = os.pidfd_open(int(process.stdout.readline()))
+    process.kill()
+    assert select.select([worker], [], [], 60)[0]
 
 
 def kill_at_random(start_cli, python, recipe, kills, seed):

@@ -76,7 +76,7 @@ def create_trainer(folder, lengths, callbacks=(), metrics=None, **arguments):
     return RecordingTrainer(
         model=model,
         args=RSkipTrainingArguments(**fixed, **quiet | arguments),
-        data_collator=DataCollatorForSeq2Seq(train_tokenizer([], VOCABULARY), model=model),
+        data_collator=DataCollatorForSeq2Seq(train_tokenizer([], VOCABULARY)),
         train_dataset=corpus,
         eval_dataset=corpus.select(range(4)),
         compute_translation_metrics=metrics,
@@ -376,6 +376,19 @@ def test_what_shards_cannot_do(tmp_path, monkeypatch, arguments, said):
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
     with pytest.raises(UserError, match=said):
         trainer._check_fsdp()
+
+
+def test_the_loss_shifts_labels_unless_the_decoder_has_its_input(tmp_path):
+    trainer = create_trainer(tmp_path, STEP_LENGTHS, label_smoothing_factor=0.0)
+    model, batch = trainer.model, trainer.probe_batch()
+    labels, pad = batch["labels"], model.config.pad_token_id
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    tokens = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], 1)
+    logits = model(batch["input_ids"], batch["attention_mask"], decoder_input_ids=tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    embeddings = model.model.decoder.embed_tokens(tokens)
+    for given in ({}, {"decoder_input_ids": tokens}, {"decoder_inputs_embeds": embeddings}):
+        torch.testing.assert_close(trainer.compute_loss(model, batch | given), expected)
 
 
 def test_a_batch_is_described_without_a_tokenizer(tmp_path):
