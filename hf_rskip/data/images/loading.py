@@ -1,7 +1,6 @@
 """Datasets of images in classes from the Hub or local folders, in one shape and checked before training."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
@@ -141,32 +140,37 @@ def _choose_rows(dataset: Dataset, limit: int | None, where: str) -> np.ndarray:
     return np.arange(limit) * len(dataset) // limit
 
 
-def _index_labels(feature, class_names: list[str], args: ImageDataArguments, split: str) -> Callable[[Any, int], int]:
-    """Returns a function from the label of a row to the index of its class."""
-    # A split may name the same classes in another order than the model or the training split, or name others.
-    index = {name: number for number, name in enumerate(class_names)}
+class _LabelIndex:
+    """The index of the class of a row's label; workers that are not forked get it pickled."""
 
-    def to_index(label, row: int) -> int:
+    def __init__(self, feature, class_names: list[str], args: ImageDataArguments, split: str):
+        # A split may name the same classes in another order than the model or the training split, or name others.
+        self.index = {name: number for number, name in enumerate(class_names)}
+        self.feature, self.args, self.split = feature, args, split
+
+    def __call__(self, label, row: int) -> int:
         if label is None or label == -1:
-            raise UserError(f"{name_row(args, split, row)} has no label.")
+            raise UserError(f"{name_row(self.args, self.split, row)} has no label.")
         name = label
-        if isinstance(feature, ClassLabel):
-            name = feature.names[label] if 0 <= label < len(feature.names) else label
-        if str(name) not in index:
-            some = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
-            raise UserError(f"{name_row(args, split, row)} has the label {name!r}, which is not one of {some}.")
-        return index[str(name)]
+        if isinstance(self.feature, ClassLabel):
+            name = self.feature.names[label] if 0 <= label < len(self.feature.names) else label
+        if str(name) not in self.index:
+            some = ", ".join([*self.index][:5]) + (", ..." if len(self.index) > 5 else "")
+            raise UserError(
+                f"{name_row(self.args, self.split, row)} has the label {name!r}, which is not one of {some}."
+            )
+        return self.index[str(name)]
 
-    return to_index
+    def number(self, example: dict, row: int) -> dict[str, int]:
+        return {"label": self(example["label"], row), "row": row}
 
 
 def _stream_labels(
     dataset: IterableDataset, class_names: list[str], args: ImageDataArguments, split: str
 ) -> IterableDataset:
     """Maps labels to indices of `class_names`, with a check of each when it is read, and numbers the rows."""
-    to_index = _index_labels(dataset.features["label"], class_names, args, split)
     return dataset.map(
-        lambda example, row: {"label": to_index(example["label"], row), "row": row},
+        _LabelIndex(dataset.features["label"], class_names, args, split).number,
         with_indices=True,
         features=Features({"image": Image(decode=False), "label": Value("int64"), "row": Value("int64")}),
     )
@@ -178,7 +182,7 @@ def _with_labels(
     """Maps labels to indices of `class_names`, with a check of all, and adds the numbers of the rows."""
     if len(dataset) == 0:
         raise UserError(f"{args.describe_split(split)} has no images.")
-    to_index = _index_labels(dataset.features["label"], class_names, args, split)
+    to_index = _LabelIndex(dataset.features["label"], class_names, args, split)
     labels = np.array([to_index(*pair) for pair in zip(dataset["label"][:], rows.tolist(), strict=True)], np.int64)
     return dataset.remove_columns("label").add_column("label", labels).add_column("row", rows)
 

@@ -1,6 +1,7 @@
 """Datasets of images: their shapes and schemas, held-out images, decoding against Pillow, and what is refused."""
 
 import io
+import pickle
 from argparse import Namespace
 from collections import Counter
 
@@ -256,6 +257,15 @@ def test_streamed_images_are_the_decoded_ones(imagenet_folder):
     batch = collate(list(stream))
     assert torch.equal(batch["pixel_values"], expected.pixel_values)
     assert torch.equal(batch["labels"], expected.labels)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_workers_that_are_not_forked_get_the_training_images(imagenet_folder, streaming):
+    args = ImageDataArguments(dataset_name=imagenet_folder, test_split="validation", image_size=16, streaming=streaming)
+    dataset = load_image_dataset(args).splits["train"]
+    images = stream_images(dataset, args, "train", seed=0) if streaming else CroppedImages(dataset, args, "train")
+    for row, copy in zip(images, pickle.loads(pickle.dumps(images)), strict=True):
+        assert row["labels"] == copy["labels"] and torch.equal(row["pixel_values"], copy["pixel_values"])
 
 
 def test_training_images_are_streamed_in_another_order_with_the_same_labels(imagenet_folder):
