@@ -163,4 +163,4 @@ def _ignore_signals(worker_init_fn: Callable[[int], None] | None, worker: int) -
 def _end_with_parent() -> None:
     """Ends a worker when the training was killed, which torch does not see if a server has forked the worker."""
     connection.wait([parent_process().sentinel])
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
