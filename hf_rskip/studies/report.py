@@ -218,6 +218,8 @@ def _describe(results: Results, command: str, modules: Sequence[str], pictures: 
     name = study.path.absolute().parent.name if study.path.stem == "study" else study.path.stem
     parts = [f"# {name}", format_tables(results), _explain(results)]
     parts += [f"![{title}]({name})" for title, name in pictures.items()]
+    if any(cell.keys.get("average_checkpoints") for cell in study.cells):
+        parts.append("The last point of a learning curve is of averaged checkpoints, the others are of single models.")
     facts = {"seeds": map(str, study.seeds), "device": (record["device"] for record in records)}
     if finished:
         signature = f"{study.metric}_signature"
