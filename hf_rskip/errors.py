@@ -11,6 +11,10 @@ class UserError(ValueError):
     The message is one sentence that names it.
     """
 
+    def __str__(self) -> str:
+        # torch raises an error of a data loader's worker again with its traceback for a message, which ends with ours.
+        return super().__str__().rpartition(f"{__name__}.UserError: ")[2].rstrip("\n")
+
 
 class Diverged(UserError):
     """A training was stopped because its loss, gradient or weights were not finite, or its loss had jumped.
