@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Pushes a model folder, and prints where it is now."""
-    from ..hub.push import push_folder
+    from ..hub.push import CARD_NAME, push_folder
 
     with tempfile.TemporaryDirectory() as folder:
         pushed = push_folder(
@@ -34,6 +34,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
             overwrite_card=args.overwrite_card,
         )
     print(pushed.commit_url if pushed.changed else f"Nothing has changed since {pushed.commit_url}")
+    if not Path(args.model, CARD_NAME).is_file():
+        print(f"{args.model} has no README.md: no model card was sent, and one on the Hub is of an earlier push.")
     if pushed.kept_card:
         print("The README.md on the Hub was kept; --overwrite_card replaces it.")
     if pushed.old_graphs:

@@ -443,6 +443,9 @@ def test_a_card_on_the_hub_is_kept(hub, cli, trained, tmp_path):
     replaced = cli("push", folder, "tiny", "--overwrite_card")
     assert replaced.code == 0 and "kept" not in replaced.out
     assert b"By hand" not in hub.files("user/tiny")["README.md"]
+    card.unlink()  # as in the folder of averaged weights
+    without = cli("push", folder, "tiny", "--overwrite_card")
+    assert without.code == 0 and "has no README.md: no model card was sent" in without.out
 
 
 def test_a_branch_of_its_own(hub, cli, trained):
