@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         )
     print(pushed.commit_url if pushed.changed else f"Nothing has changed since {pushed.commit_url}")
     if not Path(args.model, CARD_NAME).is_file():
-        print(f"{args.model} has no README.md: no model card was sent, and one on the Hub is of an earlier push.")
+        print(f"{args.model} has no README.md: no model card was sent, and one that is on the Hub stays as it is.")
     if pushed.kept_card:
         print("The README.md on the Hub was kept; --overwrite_card replaces it.")
     if pushed.old_graphs:
