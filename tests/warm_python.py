@@ -25,10 +25,14 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
+
+_PASSED_ON = {signal.SIGTERM, signal.SIGINT}
 
 
 def run_in_server(path: str, words: list[str]) -> None:
     """Runs a program in a fork of the server, and ends this process as it ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # a handler would wait for the end of a `readline`
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_inherited(number)]
@@ -36,14 +40,20 @@ def run_in_server(path: str, words: list[str]) -> None:
         answers = server.makefile("rw")
         print(json.dumps([words, files, os.getcwd(), dict(os.environ)]), file=answers, flush=True)
         pid = int(answers.readline())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: os.kill(pid, number))
+        Thread(target=_pass_signals_on, args=[pid], daemon=True).start()
         code = os.waitstatus_to_exitcode(int(answers.readline()))
     if code < 0:
         with suppress(OSError):  # SIGKILL has no handler
             signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        signal.raise_signal(-code)
     sys.exit(code)
+
+
+def _pass_signals_on(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, signal.sigwait(_PASSED_ON))
 
 
 def _is_inherited(number: int) -> bool:
