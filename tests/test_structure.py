@@ -1,9 +1,14 @@
 """The shape of the package: imports run downwards, and no file is too long to take in."""
 
 import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hf_rskip
 
@@ -31,6 +36,23 @@ def imported_packages(package):
             if isinstance(node, ast.ImportFrom) and node.level:
                 base = place[: len(place) + 1 - node.level]
                 yield (*base, *(node.module or node.names[0].name).split("."))[0]
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+def test_what_is_imported_is_a_dependency():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    distributions = packages_distributions()
+    imported = {module for path in ROOT.rglob("*.py") for module in imported_modules(path)} - sys.stdlib_module_names
+    assert {name for name in imported if declared.isdisjoint(map(canonicalize_name, distributions[name]))} == set()
 
 
 @pytest.mark.parametrize("package", BELOW)
