@@ -44,6 +44,15 @@ def test_signals(start, number):
             os.kill(pid, 0)
 
 
+def test_what_the_caller_ignores_is_ignored(start):
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        process = start("import signal\nprint(signal.getsignal(15).name, signal.getsignal(2).__name__)")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert process.communicate(timeout=60)[0] == b"SIG_IGN default_int_handler\n"
+
+
 def test_a_signal_that_the_program_sends_itself(start):
     process = start("os.kill(os.getpid(), 9)")
     process.communicate(timeout=60)

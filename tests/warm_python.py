@@ -2,9 +2,9 @@
 
 `warm_python.py SOCKET --serve MODULE ...` is the server, until its standard input ends; it imports the modules before
 it first forks. With other words, `SCRIPT ...`, `-m MODULE ...` or `-c CODE`, it runs that program in a fork of the
-server, with the open files, folder and environment of the caller, passes signals on and ends as the program does. The
-fork servers of `multiprocessing` are started the same way. What packages do when they are imported is not the caller's:
-that needs `sys.executable`.
+server, with the open files, folder, environment and ignored signals of the caller, passes signals on and ends as the
+program does. The fork servers of `multiprocessing` are started the same way. What packages do when they are imported is
+not the caller's: that needs `sys.executable`.
 
 The garbage collector and the teardown of modules write into every object, which copies the memory of the server and
 took longer than most programs: what the server has imported is kept from the former, and the latter is left out where
@@ -38,7 +38,8 @@ def run_in_server(path: str, words: list[str]) -> None:
         files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_inherited(number)]
         socket.send_fds(server, [b"."], files)
         answers = server.makefile("rw")
-        print(json.dumps([words, files, os.getcwd(), dict(os.environ)]), file=answers, flush=True)
+        ignored = [number for number in _PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
+        print(json.dumps([words, files, os.getcwd(), dict(os.environ), ignored]), file=answers, flush=True)
         pid = int(answers.readline())
         Thread(target=_pass_signals_on, args=[pid], daemon=True).start()
         code = os.waitstatus_to_exitcode(int(answers.readline()))
@@ -87,7 +88,7 @@ def _start(client: socket.socket) -> list[str]:
     """Forks once more; the first process tells the client how the second ends, and kills it if the client is gone."""
     _, received, *_ = socket.recv_fds(client, 1, 250)
     lines = client.makefile("rw")
-    words, files, folder, environment = json.loads(lines.readline())
+    words, files, folder, environment, ignored = json.loads(lines.readline())
     if pid := os.fork():
         print(pid, file=lines, flush=True)
         with suppress(OSError):
@@ -97,6 +98,8 @@ def _start(client: socket.socket) -> list[str]:
         os._exit(0)
     lines.close()
     client.close()
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     # To numbers that none has, first: one may have the number that another is to have.
     moved = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, max(files) + 1) for number in received]
     for number in received:
