@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 import pytest
-from transformers import Seq2SeqTrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from hf_rskip.cli.main import main
 from hf_rskip.errors import UserError
@@ -54,6 +54,12 @@ def test_keys_have_a_sentence_each(task):
     assert {"skip_recursions", "learning_rate", "dataset_name", "seed"} < set(names)
     for line in lines:
         assert len(line.split(") ", 1)[1].split()) >= 2, line
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_argparse_formats_the_help_of_keys(task):
+    """Python 3.14 checks each help text when it parses a recipe: a single percent sign is an error."""
+    HfArgumentParser([TaskArguments, *TASKS[task].values()]).format_help()
 
 
 def test_keys_say_their_choices_and_true_defaults():

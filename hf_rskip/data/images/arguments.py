@@ -47,7 +47,7 @@ class ImageDataArguments(DatasetArguments):
     )
     random_resized_crop: bool = HfArg(
         default=False,
-        help="Train on random parts, 8% to 100% of the area, resized to image_size, in place of crop_padding; a "
+        help="Train on random parts, 8%% to 100%% of the area, resized to image_size, in place of crop_padding; a "
         "resumed run draws other ones.",
     )
     horizontal_flip: bool = HfArg(default=True, help="Mirror half of the training images.")
