@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import warnings
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -110,6 +111,9 @@ def _start(client: socket.socket) -> list[str]:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    for option in filter(None, environment.get("PYTHONWARNINGS", "").split(",")):
+        action, _, message = option.partition(":")
+        warnings.filterwarnings(action, message)
     first = (
         [] if "PYTHONSAFEPATH" in environment else [folder if words[0].startswith("-") else str(Path(words[0]).parent)]
     )

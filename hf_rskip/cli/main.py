@@ -97,6 +97,8 @@ def _start(modules: list[str]) -> None:
     """Imports and configures the libraries; done after parsing, so that `--help` is quick."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Else Python adds to an error, or to SIGTERM, that a process which it ended had a lock, such as that of tqdm.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     from transformers.utils import logging
 
     from .. import kernels  # noqa: F401  also registers the Auto classes; the package leaves it to the command line

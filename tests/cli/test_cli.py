@@ -80,6 +80,14 @@ def test_debug_shows_where(capfd, tmp_path):
     assert "Traceback (most recent call last)" in error and "UserError" in error and "missing" in error
 
 
+def test_python_does_not_talk_of_the_locks_of_a_process_that_was_ended(run_cli, tmp_path):
+    (tmp_path / "ended.py").write_text(
+        "import multiprocessing, os\nlock = multiprocessing.get_context('spawn').Lock()\nos.kill(os.getpid(), 9)\n"
+    )
+    result = run_cli("env", "--import_module", "ended", cwd=tmp_path, python=(sys.executable,))
+    assert (result.code, result.err) == (-9, "")
+
+
 @pytest.mark.parametrize(
     "words", [["frobnicate"], [], ["translate"], ["env", "--no_such_option"], ["evaluate", "model"]]
 )

@@ -4,10 +4,10 @@ This file is also the program of the two processes: `torchrun --nproc_per_node 2
 """
 
 import copy
+import multiprocessing
 import subprocess
 import sys
 
-import psutil
 import pytest
 import torch
 from torch.nn import functional as F
@@ -190,10 +190,10 @@ def test_the_workers_of_a_data_loader_outlive_a_signal(tmp_path, split):
     arguments = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 1}
     trainer = create_trainer(tmp_path, count=12, **arguments)
     given = {"train": (), "eval": (), "test": (create_images(12),)}[split]
-    others = psutil.Process().children()
+    others = multiprocessing.active_children()
     batches = iter(getattr(trainer, f"get_{split}_dataloader")(*given))
     first = next(batches)
-    (worker,) = [process for process in psutil.Process().children() if process not in others]
+    (worker,) = set(multiprocessing.active_children()).difference(others)
     for number in ("TERM", "INT"):
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     labels = torch.cat([batch["labels"] for batch in [first, *batches]])
