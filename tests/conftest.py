@@ -65,7 +65,7 @@ def pytest_configure(config):
         return
     if not hasattr(config, "workerinput"):
         _start_warm_python(config)
-        config.option.tx = [f"{spec}//python={os.environ['PYTHON_EXEC']}" for spec in config.option.tx]
+        config.option.tx = [f"{spec}//python={shlex.quote(os.environ['PYTHON_EXEC'])}" for spec in config.option.tx]
     multiprocessing.set_executable(os.environ["PYTHON_EXEC"])  # of the fork servers
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -357,7 +358,7 @@ def test_wrong_tensors_are_one_sentence():
 
 
 def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("CXX", shlex.quote(str(tmp_path / "no-compiler")))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(rskip, "load", functools.cache(cpu.load.__wrapped__))
     x, branch = torch.randn(2, 16384, 64)

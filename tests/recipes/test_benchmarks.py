@@ -17,8 +17,8 @@ BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 @pytest.fixture
 def run(warm_python):
-    def run(script, output, arguments):
-        command = [warm_python, str(BENCHMARKS / script), *arguments.split(), "--output", str(output)]
+    def run(script, output, arguments, *paths):
+        command = [warm_python, str(BENCHMARKS / script), *arguments.split(), *map(str, paths), "--output", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
         with output.open(newline="") as file:
@@ -34,8 +34,7 @@ def test_skip_kernels(run, tmp_path):
         "--shapes 128x64 16x8x32x32 --channels_last --recursions 1 3 --rounds 2 --warmup 1"
         " --implementations reference closed_form auto --step tiny"
     )
-    arguments += f" --plot {tmp_path / 'plot.pdf'}"
-    rows = run("skip_kernels.py", tmp_path / "rows.csv", arguments)
+    rows = run("skip_kernels.py", tmp_path / "rows.csv", arguments, "--plot", tmp_path / "plot.pdf")
     keys = {(row["what"], row["shape"], row["implementation"], row["affine"], row["K"]) for row in rows}
     assert len(keys) == len(rows)
     counts = [sum(row["what"] == what for row in rows) for what in ("skip", "layer", "training step")]
@@ -74,9 +73,9 @@ def test_serving(run, corpus_folder, pairs, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     export_ctranslate2(model, tokenizer, tmp_path / "exports/ctranslate2")
-    arguments = f"{tmp_path / 'model'} {corpus_folder} --exports {tmp_path / 'exports'} --plot {tmp_path / 'plot.png'}"
-    arguments += " --sentences 5 --num_beams 2 --max_new_tokens 6 --rounds 1"
-    rows = run("serving.py", tmp_path / "rows.csv", arguments)
+    paths = tmp_path / "model", corpus_folder, "--exports", tmp_path / "exports", "--plot", tmp_path / "plot.png"
+    arguments = "--sentences 5 --num_beams 2 --max_new_tokens 6 --rounds 1"
+    rows = run("serving.py", tmp_path / "rows.csv", arguments, *paths)
     assert [row["engine"] for row in rows] == ["torch", "ctranslate2"]  # of the others there is no export
     assert all(float(row["tokens_per_second"]) > 0 and row["same"] == "1.000" for row in rows)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """A study's evidence: its report on another machine, where the folders of its cells are not."""
 
+import shlex
 import shutil
 
 import pyarrow
@@ -53,7 +54,7 @@ def test_the_report_is_the_same_elsewhere(moved, capsys):
     for name in ("report.md", "results.csv", "summary.csv"):
         text = (after / name).read_text().replace(str(after), str(before)).replace(str(path), str(study.path))
         assert text == (before / name).read_text()
-    command = f"hf-rskip train {elsewhere.cells[0].recipe_path} --import_module own_kind\n"
+    command = f"hf-rskip train {shlex.quote(str(elsewhere.cells[0].recipe_path))} --import_module own_kind\n"
     assert command in (after / "report.md").read_text()
     for name in ("scores.png", "curves.png", "courses.png"):
         assert (after / name).read_bytes() == (before / name).read_bytes()

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -126,9 +127,9 @@ def test_the_report_has_every_form(small_study):
     (row,) = [row for row in csv.DictReader((output / "summary.csv").open()) if row["form"] == "rSkip K=2"]
     assert float(row["test_mean"]) == pytest.approx(sum(scores) / 2)
     assert float(row["test_sd"]) == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
-    assert f"hf-rskip study {path} --import_module=own_kind" in report
+    assert f"hf-rskip study {shlex.quote(str(path))} --import_module=own_kind" in report
     recipe = output / "cells/rSkip-K-2-seed-1/recipe.yaml"
-    assert f"hf-rskip train {recipe} --import_module own_kind\n" in report
+    assert f"hf-rskip train {shlex.quote(str(recipe))} --import_module own_kind\n" in report
     assert all((output / name).stat().st_size > 5_000 for name in ("scores.png", "curves.png"))
 
 
@@ -261,7 +262,7 @@ def test_a_cell_is_run_by_one_process(start_cli, warm_python, write_recipe, tmp_
     listed = [line.split("\t") for line in answer("--list")[1].splitlines()]
     assert [line[2] for line in listed] == ["a, seed 1", "a, seed 2"]
     assert listed[0][1].startswith("finished, bleu")
-    assert listed[1] == ["2", "not run", "a, seed 2", f"hf-rskip study {path} --cell=2"]
+    assert listed[1] == ["2", "not run", "a, seed 2", f"hf-rskip study {shlex.quote(str(path))} --cell=2"]
     code, out, _ = answer("--cell", "1")
     assert code == 0 and out.startswith("[1 of 2] a, seed 1: done before (finished, bleu ") and out.count("\n") == 1
     assert answer("--cell", "3") == (2, "", "hf-rskip: error: --cell 3: the study has 2 cells.\n")

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainerState
 
@@ -170,7 +171,7 @@ def test_a_translation_model_ends_as_the_mean(by, write_recipe, capfd):
     assert f"the model is the mean of {names}" in capfd.readouterr().out
     # What is scored is what is saved.
     results = json.loads((run / "all_results.json").read_text())
-    data = recipe.read_text().split("dataset_name: ")[1].split("\n")[0]
+    data = yaml.safe_load(recipe.read_text())["dataset_name"]
     assert main(["evaluate", str(run), "--dataset_name", data]) == 0
     assert json.loads(capfd.readouterr().out)["chrf"] == pytest.approx(results["test_chrf"], abs=0.01)
 

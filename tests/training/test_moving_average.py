@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -44,7 +45,7 @@ def test_a_translation_model_ends_as_its_average(write_recipe, weights_of_steps,
     # The scores of training are those of the average.
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     score = next(log["eval_chrf"] for log in reversed(history) if "eval_chrf" in log)
-    data = recipe.read_text().split("dataset_name: ")[1].split("\n")[0]
+    data = yaml.safe_load(recipe.read_text())["dataset_name"]
     capfd.readouterr()
     assert main(["evaluate", str(folder), "--dataset_name", data, "--split", "validation"]) == 0
     assert json.loads(capfd.readouterr().out)["chrf"] == pytest.approx(score, abs=0.01) and score > 5
