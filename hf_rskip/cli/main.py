@@ -97,7 +97,7 @@ def _start(modules: list[str]) -> None:
     """Imports and configures the libraries; done after parsing, so that `--help` is quick."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # Else Python adds to an error, or to SIGTERM, that a process which it ended had a lock, such as that of tqdm.
+    # No warning of leaked semaphores, such as the lock of tqdm, behind the one sentence of a process that was ended.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     from transformers.utils import logging
 
