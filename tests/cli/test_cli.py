@@ -80,7 +80,7 @@ def test_debug_shows_where(capfd, tmp_path):
     assert "Traceback (most recent call last)" in error and "UserError" in error and "missing" in error
 
 
-def test_python_does_not_talk_of_the_locks_of_a_process_that_was_ended(run_cli, tmp_path):
+def test_a_killed_process_is_followed_by_no_warning_of_leaked_semaphores(run_cli, tmp_path):
     (tmp_path / "ended.py").write_text(
         "import multiprocessing, os\nlock = multiprocessing.get_context('spawn').Lock()\nos.kill(os.getpid(), 9)\n"
     )
